@@ -1,0 +1,28 @@
+"""localmoe runs Mixture-of-Experts models on the hardware you own.
+
+`from localmoe import LocalMoE` is the whole of the public Python interface; see api.py. Nothing
+heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Delta, LocalMoE, Reply
+    from .errors import LocalMoeError
+
+__version__ = "0.1.0"
+__all__ = ["Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LocalMoeError":
+        from .errors import LocalMoeError
+
+        return LocalMoeError
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'localmoe' has no attribute {name!r}")

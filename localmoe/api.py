@@ -1,0 +1,121 @@
+"""LocalMoE: the Python front door.
+
+    from localmoe import LocalMoE
+
+    with LocalMoE("demo") as moe:
+        reply = moe.chat([{"role": "user", "content": "Hi!"}], max_tokens=40)
+        print(reply["content"])
+
+Messages have the Hugging Face form, the same in and out: a reply is a message, and goes back into
+the list as it is. Every error is a LocalMoeError.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .config import load_settings
+from .engine.protocol import Delta, FinishReason, Timings, Usage
+from .errors import LocalMoeError, UsageError
+from .load import open_model
+from .serving.chat import Answer
+from .serving.prompt import Message, parse_messages
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """What can be said for one answer; the rest is the model's own default."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int
+    stop: str | Sequence[str]
+    json_schema: str
+    grammar: str
+
+
+class Reply(dict[str, Any]):
+    """An assistant's message, {"role": ..., "content": ...}, that knows how it came about.
+
+    `tokens` are the ones that were sampled: given back in a conversation, they are used as they
+    are, so that nothing of the history is encoded or computed twice.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        last = answer.last
+        if last is None or not (last.finish_reason and last.usage and last.timings):
+            raise LocalMoeError("The answer has no end.", "It was left before it was whole.")
+        super().__init__(role="assistant", content=answer.text)
+        self.text = answer.text
+        self.tokens = answer.message().tokens
+        self.finish_reason: FinishReason = last.finish_reason
+        self.usage: Usage = last.usage
+        self.timings: Timings = last.timings
+
+
+class LocalMoE:
+    """A loaded model. Close it, or use it as a context manager; its process ends with it.
+
+    `model` is `demo` or the path of a GGUF file; `settings` are those of config.Settings, such as
+    `ctx_size=4096` or `n_gpu_layers="all"`.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self._settings = load_settings(settings)
+        self._loaded = open_model(model, self._settings)
+
+    def chat(self, messages: Sequence[Any], **options: Unpack[Options]) -> Reply:
+        """Answer a conversation. Raises LocalMoeError."""
+        answer = Answer()
+        for delta in self.stream(messages, **options):
+            answer.add(delta)
+        return Reply(answer)
+
+    def stream(self, messages: Sequence[Any], **options: Unpack[Options]) -> Iterator[Delta]:
+        """Answer piece by piece; the last piece has finish_reason, usage and timings."""
+        chosen = self._loaded.options(self._with(dict(options)))
+        prompt = self._loaded.model.encode(conversation(messages))
+        return self._loaded.model.answer(prompt, chosen)
+
+    def close(self) -> None:
+        self._loaded.close()
+
+    def __enter__(self) -> LocalMoE:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _with(self, options: dict[str, Any]) -> Any:
+        known = Options.__annotations__
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+                raise UsageError(f"There is no option {name}.", hint)
+        if not isinstance(options.get("stop", ""), str):
+            options["stop"] = tuple(options["stop"])
+        return load_settings({**self._settings.model_dump(exclude_unset=True), **options}, env={})
+
+
+def conversation(messages: Sequence[Any]) -> list[Message]:
+    """Checked messages; replies keep the tokens that were sampled for them."""
+    parsed = parse_messages(list(messages))
+    return [
+        replace(message, tokens=given.tokens)
+        if isinstance(given, Reply) and given["content"] == given.text
+        else message
+        for message, given in zip(parsed, messages, strict=True)
+    ]
+
+
+__all__ = ["Delta", "LocalMoE", "LocalMoeError", "Options", "Reply"]

@@ -1,0 +1,388 @@
+"""llama.cpp's C API, thinly: the one module that imports llama_cpp.
+
+Structs and constants are those of the pinned minor version of llama-cpp-python (pyproject.toml);
+tests hold their fields. What owns native memory here has a `free`; nothing frees itself. Errors
+come as NativeError with llama.cpp's own words, gathered from its log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+from .protocol import Device, KvType, Sampling, Vocabulary
+
+# enum ggml_log_level (ggml.h)
+LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5
+# enum llama_load_mode (llama.h): "pinned" is plain reading, which fills pinned memory beside a GPU
+LOAD_MODES = {"pinned": 0, "mmap": 1}
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+# enum ggml_type (ggml.h)
+GGML_TYPES: dict[KvType, int] = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30,
+}  # fmt: skip
+# enum ggml_backend_dev_type (ggml-backend.h)
+DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+
+DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED = 0, 1, 2
+
+
+class NativeError(Exception):
+    """llama.cpp refused; the message is its own."""
+
+
+# ---- log -----------------------------------------------------------------------------------------
+
+_log_callback: Any = None  # kept alive: llama.cpp holds the pointer for good
+
+
+def log_to(sink: Callable[[int, str], None]) -> None:
+    """Send llama.cpp's log to `sink(level, text)`; text may be less or more than a line."""
+    global _log_callback
+    _log_callback = C.llama_log_callback(
+        lambda level, text, _: sink(level, (text or b"").decode("utf-8", "replace"))
+    )
+    C.llama_log_set(_log_callback, ctypes.c_void_p(0))
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+_lib = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
+_lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+_lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+_lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+_lib.ggml_backend_dev_name.restype = ctypes.c_char_p
+_lib.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
+_lib.ggml_backend_dev_description.restype = ctypes.c_char_p
+_lib.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
+_lib.ggml_backend_dev_type.restype = ctypes.c_int
+_lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+_lib.ggml_backend_dev_memory.restype = None
+_lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(ctypes.c_size_t)] * 2
+_lib.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+
+
+def devices() -> tuple[Device, ...]:
+    """Every device of this build, the CPU among them."""
+    return tuple(
+        _device(_lib.ggml_backend_dev_get(i)) for i in range(_lib.ggml_backend_dev_count())
+    )
+
+
+def _device(handle: int) -> Device:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _lib.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        name=_lib.ggml_backend_dev_name(handle).decode("utf-8", "replace"),
+        description=_lib.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
+        kind=cast(Any, DEVICE_KINDS.get(_lib.ggml_backend_dev_type(handle), "other")),
+        total_bytes=total.value,
+        free_bytes=free.value,
+    )
+
+
+def system_info() -> str:
+    return C.llama_print_system_info().decode("utf-8", "replace")
+
+
+# ---- model ---------------------------------------------------------------------------------------
+
+
+class TensorOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override (llama.h)."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+class Model:
+    """A loaded model, or with `vocab_only` its vocabulary.
+
+    `cpu_patterns` are regular expressions (std::regex_search) of tensors that stay in RAM.
+    `on_progress` is given 0 to 1.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        vocab_only: bool = False,
+        n_gpu_layers: int = 0,
+        load_mode: str = "mmap",
+        repack: bool = False,
+        cpu_patterns: Sequence[str] = (),
+        tensor_split: Sequence[float] = (),
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        C.llama_backend_init()
+        params = C.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = n_gpu_layers
+        params.load_mode = LOAD_MODES[load_mode]
+        params.use_extra_bufts = repack
+        # llama.cpp reads these while it loads: they must live until then
+        overrides = _tensor_overrides(cpu_patterns)
+        split = (ctypes.c_float * C.llama_max_devices())(*tensor_split)
+        progress = C.llama_progress_callback(_progress(on_progress))
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        if tensor_split:
+            params.tensor_split = ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
+        params.progress_callback = progress
+        handle = C.llama_model_load_from_file(path.encode(), params)
+        if not handle:
+            raise NativeError("llama.cpp could not load the model")
+        self.handle = handle
+        self.vocab = Vocab(C.llama_model_get_vocab(handle))
+
+    def free(self) -> None:
+        C.llama_model_free(self.handle)
+
+
+def _tensor_overrides(patterns: Iterable[str]) -> Any:
+    cpu = _lib.ggml_backend_cpu_buffer_type()
+    entries = [TensorOverride(pattern.encode(), cpu) for pattern in patterns]
+    return (TensorOverride * (len(entries) + 1))(*entries, TensorOverride(None, None))
+
+
+def _progress(report: Callable[[float], None] | None) -> Callable[[float, Any], bool]:
+    def callback(fraction: float, _: Any) -> bool:
+        if report:
+            report(fraction)
+        return True
+
+    return callback
+
+
+class Vocab:
+    """A model's vocabulary. The bytes of each token are asked for once."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.n_tokens: int = C.llama_vocab_n_tokens(handle)
+        self.is_spm: bool = C.llama_vocab_type(handle) == C.LLAMA_VOCAB_TYPE_SPM
+        self._pieces: dict[int, bytes] = {}
+
+    def facts(self) -> Vocabulary:
+        return Vocabulary(
+            n_vocab=self.n_tokens,
+            bos=C.llama_vocab_bos(self.handle),
+            eos=C.llama_vocab_eos(self.handle),
+            add_bos=C.llama_vocab_get_add_bos(self.handle),
+            add_eos=C.llama_vocab_get_add_eos(self.handle),
+            eog=tuple(t for t in range(self.n_tokens) if C.llama_vocab_is_eog(self.handle, t)),
+        )
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text; only with `special` does it spell control tokens."""
+        raw = text.encode()
+        room = len(raw) + 8  # mostly enough: a token is a byte at least, but for spaces put before
+        while True:
+            tokens = np.empty(room, np.int32)
+            target = _pointer(tokens, C.llama_token)
+            n = C.llama_tokenize(self.handle, raw, len(raw), target, room, False, special)
+            if n >= 0:
+                return cast("list[int]", tokens[:n].tolist())
+            room = -n
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token adds to a text; control tokens add none."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self.spell(token, special=False)
+        return found
+
+    def spell(self, token: int, *, special: bool) -> bytes:
+        room = 128
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = C.llama_token_to_piece(self.handle, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+
+# ---- context -------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Room for tokens of one decode, filled through numpy views of what llama.cpp reads.
+
+    `tokens`, `positions`, `sequences` (int32) and `wants_logits` (int8) have `capacity` places.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.tokens = np.zeros(capacity, np.int32)
+        self.positions = np.zeros(capacity, np.int32)
+        self.sequences = np.zeros(capacity, np.int32)
+        self.wants_logits = np.zeros(capacity, np.int8)
+        self._counts = np.ones(capacity, np.int32)
+        first = self.sequences.ctypes.data
+        self._pointers = np.arange(first, first + 4 * capacity, 4, dtype=np.uintp)
+        self.native = C.llama_batch(
+            token=_pointer(self.tokens, C.llama_token),
+            pos=_pointer(self.positions, C.llama_pos),
+            n_seq_id=_pointer(self._counts, ctypes.c_int32),
+            seq_id=_pointer(self._pointers, ctypes.POINTER(C.llama_seq_id)),
+            logits=_pointer(self.wants_logits, ctypes.c_int8),
+        )
+
+
+def _pointer(array: npt.NDArray[Any], c_type: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(c_type))
+
+
+class Context:
+    """The KV cache and the buffers to compute with, for `n_seq` sequences of `n_ctx` tokens each.
+
+    Only the last token of each sequence in a batch gives logits, which keeps their buffer small.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_seq: int,
+        n_batch: int,
+        n_ubatch: int,
+        n_threads: int,
+        kv_type: KvType,
+        flash_attention: str,
+    ) -> None:
+        params = C.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_seq_max = n_seq
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch
+        params.n_outputs_max = n_seq
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = GGML_TYPES[kv_type]
+        params.flash_attn_type = FLASH_ATTENTION[flash_attention]
+        params.no_perf = True
+        # Asked at every node of a graph by a compute thread, so it must not need Python: strlen of
+        # one byte and its zero is 1 where the byte is set and 0 where it isn't.
+        self._abort = ctypes.create_string_buffer(2)
+        params.abort_callback = ctypes.cast(_c_library().strlen, C.ggml_abort_callback)
+        params.abort_callback_data = ctypes.addressof(self._abort)
+        handle = C.llama_init_from_model(model.handle, params)
+        if not handle:
+            raise NativeError("llama.cpp could not make a context")
+        self.handle = handle
+        self.memory = C.llama_get_memory(handle)
+        self.n_ctx: int = C.llama_n_ctx_seq(handle)
+
+    def decode(self, batch: Batch, n_tokens: int) -> int:
+        """Compute the first `n_tokens` of a batch: DECODE_OK, _NO_ROOM, _ABORTED or an error."""
+        batch.native.n_tokens = n_tokens
+        return C.llama_decode(self.handle, batch.native)
+
+    def abort(self) -> None:
+        """From another thread: end the decode under way (on the CPU; a GPU goes on)."""
+        self._abort.value = b"\x01"
+
+    def allow(self) -> None:
+        """Take `abort` back."""
+        self._abort.value = b""
+
+    def logits(self, index: int) -> npt.NDArray[np.float32]:
+        """The logits of the batch's token at `index`; valid until the next decode."""
+        n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(C.llama_get_model(self.handle)))
+        return np.ctypeslib.as_array(C.llama_get_logits_ith(self.handle, index), (n_vocab,))
+
+    def remove(self, sequence: int, start: int) -> bool:
+        """Forget a sequence from position `start` on; False where only all of it can be."""
+        return bool(C.llama_memory_seq_rm(self.memory, sequence, start, -1))
+
+    def first_position(self, sequence: int) -> int:
+        """The first position still held of a sequence (-1: nothing); sliding windows move it."""
+        return int(C.llama_memory_seq_pos_min(self.memory, sequence))
+
+    def free(self) -> None:
+        C.llama_free(self.handle)
+
+
+def _c_library() -> ctypes.CDLL:
+    return ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def sampler_chain(vocab: Vocab, sampling: Sampling, seed: int) -> Any:
+    """A chain in the order of llama.cpp's own programs (common/sampling.cpp)."""
+    chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+    if sampling.repeat_penalty != 1.0:
+        penalties = C.llama_sampler_init_penalties(
+            vocab.n_tokens, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
+        )
+        C.llama_sampler_chain_add(chain, penalties)
+    if sampling.temperature <= 0:
+        C.llama_sampler_chain_add(chain, C.llama_sampler_init_greedy())
+        return chain
+    if sampling.top_k > 0:
+        C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.top_p < 1:
+        C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_p(sampling.top_p, 1))
+    if sampling.min_p > 0:
+        C.llama_sampler_chain_add(chain, C.llama_sampler_init_min_p(sampling.min_p, 1))
+    C.llama_sampler_chain_add(chain, C.llama_sampler_init_temp(sampling.temperature))
+    C.llama_sampler_chain_add(chain, C.llama_sampler_init_dist(seed))
+    return chain
+
+
+def grammar_sampler(vocab: Vocab, grammar: str) -> Any:
+    """A sampler that allows only what a GBNF grammar does. Raises NativeError on a bad one."""
+    sampler = C.llama_sampler_init_grammar(vocab.handle, grammar.encode(), b"root")
+    if not sampler:
+        raise NativeError("the grammar is not valid GBNF, or has no rule named root")
+    return sampler
+
+
+def grammar_of_schema(json_schema: str) -> str:
+    """GBNF for a JSON schema. Raises NativeError on what the converter can't express."""
+    try:
+        return cast(str, json_schema_to_gbnf(json_schema))
+    except Exception as error:  # the converter raises whatever its recursion meets
+        raise NativeError(f"the JSON schema can't become a grammar: {error!r}") from error
+
+
+def sample(chain: Any, context: Context, index: int) -> int:
+    """Draw the next token from the logits at `index`, and tell the chain of it."""
+    return int(C.llama_sampler_sample(chain, context.handle, index))
+
+
+def apply(sampler: Any, candidates: Any) -> None:
+    C.llama_sampler_apply(sampler, ctypes.byref(candidates))
+
+
+def accept(sampler: Any, token: int) -> None:
+    C.llama_sampler_accept(sampler, token)
+
+
+def free_sampler(sampler: Any) -> None:
+    C.llama_sampler_free(sampler)
+
+
+class Candidates:
+    """Tokens and their logits as samplers take them; `native` is a llama_token_data_array."""
+
+    def __init__(self, logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]) -> None:
+        self._rows = np.zeros(len(tokens), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        self._rows["id"], self._rows["logit"] = tokens, logits
+        rows = _pointer(self._rows, C.llama_token_data)
+        self.native = C.llama_token_data_array(rows, len(tokens), -1, False)
+
+    @property
+    def selected(self) -> int:
+        """The token that the last sampler chose."""
+        return int(self.native.data[self.native.selected].id)
+
+    @property
+    def all_refused(self) -> bool:
+        return not np.isfinite(self._rows["logit"]).any()

@@ -1,0 +1,240 @@
+"""The parent side of the process boundary: start an engine process, talk to it, and bury it.
+
+The engine may die at any moment; then everything under way, and everything asked afterwards,
+raises one EngineError that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from ..errors import EngineError, RequestError
+from . import protocol
+from .exits import engine_died
+from .protocol import (
+    Cancel,
+    Delta,
+    Detokenize,
+    Detokenized,
+    DeviceList,
+    Failed,
+    FromEngine,
+    Generate,
+    ListDevices,
+    Load,
+    Loaded,
+    Piece,
+    Placement,
+    Progress,
+    Request,
+    ToEngine,
+    Tokenize,
+    Tokenized,
+)
+
+N_LOG_LINES = 400
+STOP_SECONDS = 2.0
+WAKE_SECONDS = 0.5
+"""A wait without an end can't be interrupted by Ctrl-C on Windows."""
+Answer = TypeVar("Answer", bound=FromEngine)
+Inbox = queue.SimpleQueue["FromEngine | EngineError"]
+
+
+class Engine:
+    """An engine process. `env` is its whole environment; `on_log` is given its native log lines."""
+
+    def __init__(self, env: Mapping[str, str], on_log: Callable[[str], None] | None = None) -> None:
+        self._ids = itertools.count(1)
+        self._inboxes: dict[int, Inbox] = {}
+        self._lock = threading.Lock()
+        self._on_log = on_log
+        self._log: deque[str] = deque(maxlen=N_LOG_LINES)
+        self._death: EngineError | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "localmoe.engine.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**env, "GGML_NO_BACKTRACE": "1", "PYTHONSAFEPATH": "1"},
+            start_new_session=True,  # a Ctrl-C at the terminal is for this process to interpret
+        )
+        self._threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._listen, self._read_log)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> list[str]:
+        """The last lines of llama.cpp's log."""
+        return list(self._log)
+
+    # ---- what can be asked ----
+
+    def load(
+        self,
+        path: str,
+        placement: Placement,
+        *,
+        vocab_only: bool = False,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> Loaded:
+        """Load a model. Raises EngineError with llama.cpp's own reason."""
+        with self._ask(lambda id: Load(id, path, placement, vocab_only)) as inbox:
+            while True:
+                answer = self._next(inbox)
+                if isinstance(answer, Progress) and on_progress:
+                    on_progress(answer.fraction)
+                elif isinstance(answer, Failed):
+                    reason = f"{os.path.basename(path)} can't be loaded: {answer.message}."
+                    raise EngineError(
+                        reason, answer.hint or "Run it with -v to see llama.cpp's log."
+                    )
+                elif not isinstance(answer, Progress):
+                    return expect(Loaded, answer, EngineError)
+
+    def devices(self) -> DeviceList:
+        with self._ask(ListDevices) as inbox:
+            return expect(DeviceList, self._next(inbox), EngineError)
+
+    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+        """Token ids of each piece apart, with no token added before or after."""
+        with self._ask(lambda id: Tokenize(id, tuple(pieces))) as inbox:
+            return list(expect(Tokenized, self._next(inbox), RequestError).tokens)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, control tokens spelled out."""
+        with self._ask(lambda id: Detokenize(id, tuple(tokens))) as inbox:
+            return expect(Detokenized, self._next(inbox), RequestError).text
+
+    def generate(self, request: Request) -> Iterator[Delta]:
+        """Answer a request, delta by delta; the last one has a finish reason.
+
+        Left before its end (break, Ctrl-C, an exception), the request is cancelled.
+        """
+        with self._ask(lambda id: Generate(id, request)) as inbox:
+            while True:
+                delta = expect(Delta, self._next(inbox), RequestError)
+                yield delta
+                if delta.finish_reason:
+                    return
+
+    def close(self) -> None:
+        """End the process: its input ends, and if that isn't enough, it is killed."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        for thread in self._threads:
+            thread.join(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End the process now."""
+        self._process.kill()
+        self._process.wait()
+
+    # ---- the connection ----
+
+    @contextlib.contextmanager
+    def _ask(self, message_of: Callable[[int], ToEngine]) -> Iterator[Inbox]:
+        """Send a message under a fresh id; gives the inbox of its answers."""
+        id = next(self._ids)
+        message = message_of(id)
+        inbox: Inbox = queue.SimpleQueue()
+        self._inboxes[id] = inbox
+        answered = False
+        try:
+            self._send(message)
+            yield inbox
+            answered = True
+        finally:
+            del self._inboxes[id]
+            if not answered and isinstance(message, Generate) and self._death is None:
+                with contextlib.suppress(EngineError):
+                    self._send(Cancel(id))
+
+    def _send(self, message: ToEngine) -> None:
+        if self._death:
+            raise self._death
+        assert self._process.stdin is not None
+        frame = protocol.encode(message)
+        try:
+            with self._lock:
+                self._process.stdin.write(frame)
+                self._process.stdin.flush()
+        except (OSError, ValueError):
+            self._threads[0].join(STOP_SECONDS)
+            raise self._death or EngineError("The engine process has been closed.") from None
+
+    def _next(self, inbox: Inbox) -> FromEngine:
+        while True:
+            death = self._death  # read first: what came before it is still in the inbox
+            try:
+                answer = inbox.get(timeout=0 if death else WAKE_SECONDS)
+            except queue.Empty:
+                if death:
+                    raise death from None
+                continue
+            if isinstance(answer, EngineError):
+                raise answer
+            return answer
+
+    def _listen(self) -> None:
+        """Give each message to who asked for it, until there is an end of it."""
+        assert self._process.stdout is not None
+        with contextlib.suppress(protocol.ProtocolError, OSError):
+            while (message := protocol.read(self._process.stdout)) is not None:
+                inbox = self._inboxes.get(message.id)
+                if inbox is not None:
+                    inbox.put(message)  # type: ignore[arg-type]
+        self._threads[1].join(STOP_SECONDS)  # the last words
+        self._death = engine_died(self._wait(), self.log)
+        for inbox in list(self._inboxes.values()):
+            inbox.put(self._death)
+
+    def _wait(self) -> int | None:
+        try:
+            return self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for raw in self._process.stderr:
+            line = raw.decode("utf-8", "replace").rstrip("\n")
+            self._log.append(line)
+            if self._on_log:
+                self._on_log(line)
+
+
+def expect(kind: type[Answer], answer: FromEngine, error: type[EngineError]) -> Answer:
+    """An answer of the kind that was asked for; a refusal becomes an error."""
+    if isinstance(answer, Failed):
+        raise error(answer.message, answer.hint)
+    if not isinstance(answer, kind):
+        raise EngineError(f"The engine answered with {answer.type!r} out of turn.")
+    return answer

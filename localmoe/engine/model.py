@@ -1,0 +1,100 @@
+"""A loaded model and its context, by Placement: what it computes, what its cache still holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+
+from . import bindings
+from .protocol import Placement, Vocabulary
+
+# Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
+EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+class ModelError(Exception):
+    """The model can't be loaded or can't compute; the message is llama.cpp's own reason."""
+
+
+class LoadedModel:
+    """A model in memory, ready to compute for `placement.n_seq` sequences.
+
+    `n_ctx` is the room of one sequence in tokens; a batch holds at most `n_ubatch` tokens, so that
+    a request can be ended between two micro-batches.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        placement: Placement,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.placement = placement
+        self._model = bindings.Model(
+            path,
+            n_gpu_layers=placement.n_gpu_layers,
+            load_mode=placement.load_mode,
+            repack=placement.repack,
+            cpu_patterns=cpu_patterns(placement),
+            tensor_split=placement.tensor_split,
+            on_progress=on_progress,
+        )
+        self.vocab = self._model.vocab
+        self.context = bindings.Context(
+            self._model,
+            n_ctx=placement.n_ctx,
+            n_seq=placement.n_seq,
+            n_batch=max(placement.n_batch, placement.n_ubatch),
+            n_ubatch=placement.n_ubatch,
+            n_threads=placement.n_threads,
+            kv_type=placement.kv_type,
+            flash_attention=placement.flash_attention,
+        )
+        # llama.cpp rounds its cells up; what was asked for is what a request may use
+        self.n_ctx = min(self.context.n_ctx, placement.n_ctx)
+        self.batch = bindings.Batch(placement.n_ubatch)
+
+    def facts(self) -> Vocabulary:
+        return self.vocab.facts()
+
+    def decode(self, n_tokens: int) -> bool:
+        """Compute the first tokens of `batch`; False where it was aborted, the cache as before."""
+        status = self.context.decode(self.batch, n_tokens)
+        if status == bindings.DECODE_OK:
+            return True
+        self._forget(n_tokens)
+        if status == bindings.DECODE_ABORTED:
+            return False
+        if status == bindings.DECODE_NO_ROOM:
+            raise ModelError("the KV cache has no room for the batch")
+        raise ModelError(f"llama_decode failed with status {status}")
+
+    def _forget(self, n_tokens: int) -> None:
+        """Take a failed batch back out of the cache, wherever in it the failure was."""
+        sequences, positions = self.batch.sequences[:n_tokens], self.batch.positions[:n_tokens]
+        for sequence in set(sequences.tolist()):
+            self.context.remove(sequence, int(positions[sequences == sequence].min()))
+
+    def keep(self, sequence: int, n_tokens: int) -> int:
+        """Keep at most the first `n_tokens` of a sequence; gives how many could be kept.
+
+        A recurrent state can't be cut, and a sliding window may have moved past what is asked for
+        (llama_memory_seq_rm says true all the same): then nothing is kept.
+        """
+        kept = n_tokens > 0 and self.context.remove(sequence, n_tokens)
+        if kept and self.context.first_position(sequence) == 0:
+            return n_tokens
+        self.context.remove(sequence, 0)
+        return 0
+
+    def free(self) -> None:
+        with suppress(AttributeError):
+            self.context.free()
+        self._model.free()
+
+
+def cpu_patterns(placement: Placement) -> list[str]:
+    """Regular expressions for the tensors that a placement keeps in RAM."""
+    layers = [EXPERTS_OF_LAYER.format(layer=n) for n in placement.cpu_expert_layers]
+    return layers + [f"^{re.escape(name)}$" for name in placement.cpu_expert_tensors]

@@ -1,0 +1,313 @@
+"""The messages between a client and the engine process, and their codec.
+
+A message is a frozen dataclass; on the wire it is JSON in a frame of a four-byte big-endian length
+and that many bytes of UTF-8. Never pickle: the engine reads untrusted files. Every message to the
+engine carries an id chosen by the client, and every answer repeats it, so that one connection can
+have many requests under way, and one engine can come to serve several connections.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import Field, TypeAdapter
+
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Every value that a model is loaded by; nothing is left for the engine to choose.
+
+    `n_gpu_layers` counts as llama.cpp does: the last layers, and the output matrix as one more.
+    Experts of `cpu_expert_layers` (whole layers) and `cpu_expert_tensors` (by name) stay in RAM.
+    `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells.
+    """
+
+    n_threads: int
+    n_gpu_layers: int = 0
+    cpu_expert_layers: tuple[int, ...] = ()
+    cpu_expert_tensors: tuple[str, ...] = ()
+    tensor_split: tuple[float, ...] = ()
+    n_ctx: int = 4096
+    n_seq: int = 1
+    kv_type: KvType = "f16"
+    n_batch: int = 512
+    n_ubatch: int = 512
+    load_mode: Literal["mmap", "pinned"] = "mmap"
+    repack: bool = False
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+
+    @property
+    def n_ctx_total(self) -> int:
+        return self.n_ctx * self.n_seq
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. A temperature of 0 takes the likeliest one (greedy).
+
+    `seed` None draws a fresh one for each request. `grammar` is GBNF with the root rule `root`;
+    `json_schema` is a schema as JSON text; at most one of the two.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+    grammar: str | None = None
+    json_schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All that an answer depends on. `tokens` is the whole prompt; the engine keeps no history
+    that it needs, and finds by itself the longest beginning that it still holds.
+
+    `max_tokens` None means until the context is full. `starts_text` says that the answer begins a
+    text of its own, so that a SentencePiece vocabulary's space before its first word is left out.
+    """
+
+    tokens: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    starts_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of tokens; `cached_tokens` of the prompt's were held from an earlier request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds from the request's arrival to its first token; tokens per second.
+
+    `prompt_tps` counts the prompt tokens that were computed, not those that were cached; both
+    speeds are 0 where there was nothing to measure.
+    """
+
+    first_token_s: float
+    prompt_tps: float
+    generation_tps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Facts of the loaded vocabulary; -1 stands for a token that there is not."""
+
+    n_vocab: int
+    bos: int
+    eos: int
+    add_bos: bool
+    add_eos: bool
+    eog: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as llama.cpp names it. `free_bytes` is read after this process's own context."""
+
+    name: str
+    description: str
+    kind: Literal["cpu", "gpu", "igpu", "accel", "other"]
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text to encode by itself; only with `special` does it spell control tokens."""
+
+    text: str
+    special: bool = False
+
+
+# ---- to the engine -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load a model by a placement; with `vocab_only`, its vocabulary alone."""
+
+    id: int
+    path: str
+    placement: Placement
+    vocab_only: bool = False
+    type: Literal["load"] = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """Encode each piece apart, with no token added before or after."""
+
+    id: int
+    pieces: tuple[Piece, ...]
+    type: Literal["tokenize"] = "tokenize"
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """The text of some tokens, control tokens spelled out."""
+
+    id: int
+    tokens: tuple[int, ...]
+    type: Literal["detokenize"] = "detokenize"
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Answer a request in deltas."""
+
+    id: int
+    request: Request
+    type: Literal["generate"] = "generate"
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the request of this id; its last delta says "cancelled"."""
+
+    id: int
+    type: Literal["cancel"] = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class ListDevices:
+    """Name the devices that this build of llama.cpp sees."""
+
+    id: int
+    type: Literal["list_devices"] = "list_devices"
+
+
+# ---- from the engine -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much of a model is loaded, 0 to 1."""
+
+    id: int
+    fraction: float
+    type: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The model is ready. `n_ctx` is what one request may use, prompt and answer together."""
+
+    id: int
+    vocabulary: Vocabulary
+    n_ctx: int
+    load_s: float
+    type: Literal["loaded"] = "loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """One list of ids for each piece."""
+
+    id: int
+    tokens: tuple[tuple[int, ...], ...]
+    type: Literal["tokenized"] = "tokenized"
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenized:
+    id: int
+    text: str
+    type: Literal["detokenized"] = "detokenized"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceList:
+    """The devices, and llama.cpp's own line on the features that it was built with."""
+
+    id: int
+    devices: tuple[Device, ...]
+    system_info: str
+    type: Literal["device_list"] = "device_list"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of an answer: its text and the tokens sampled, and the counts so far.
+
+    While a prompt is computed, deltas without text tell how far it is. Text lags behind tokens
+    where a character or a stop string may be going on. The last one has a finish reason, usage
+    and timings; `stopped_by` is the stop string that ended the answer (and is not in its text).
+    """
+
+    id: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stopped_by: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    type: Literal["delta"] = "delta"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What was asked under this id can't be done; the engine lives on."""
+
+    id: int
+    message: str
+    hint: str = ""
+    type: Literal["failed"] = "failed"
+
+
+ToEngine = Load | Tokenize | Detokenize | Generate | Cancel | ListDevices
+FromEngine = Progress | Loaded | Tokenized | Detokenized | DeviceList | Delta | Failed
+Message = ToEngine | FromEngine
+
+_codec: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+class ProtocolError(Exception):
+    """Bytes that are not a message."""
+
+
+def encode(message: Message) -> bytes:
+    """A message as a frame."""
+    payload = _codec.dump_json(message, exclude_defaults=False)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def read(stream: BinaryIO) -> Message | None:
+    """The next message of a blocking stream; None at its end.
+
+    Raises ProtocolError where a frame is cut short, too large or not a message.
+    """
+    head = stream.read(_LENGTH.size)
+    if not head:
+        return None
+    if len(head) < _LENGTH.size:
+        raise ProtocolError("a frame was cut short")
+    (n_bytes,) = _LENGTH.unpack(head)
+    if n_bytes > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {n_bytes} bytes; at most {MAX_FRAME_BYTES} are allowed")
+    payload = stream.read(n_bytes)
+    if len(payload) < n_bytes:
+        raise ProtocolError("a frame was cut short")
+    try:
+        return _codec.validate_json(payload)
+    except ValueError as error:
+        raise ProtocolError(f"not a message: {error}") from error

@@ -1,0 +1,200 @@
+"""The child side of the process boundary: takes messages from stdin, answers on stdout.
+
+Started as `python -m localmoe.engine.worker`. One thread reads, so that a cancel reaches a decode
+that is under way and the end of the parent ends this process; the main thread computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from . import bindings, protocol
+from .model import LoadedModel, ModelError
+from .protocol import (
+    Cancel,
+    Detokenize,
+    Detokenized,
+    DeviceList,
+    Failed,
+    FromEngine,
+    Generate,
+    ListDevices,
+    Load,
+    Loaded,
+    Message,
+    Progress,
+    Tokenize,
+    Tokenized,
+)
+from .scheduler import RequestRefused, Scheduler
+
+PROGRESS_STEP = 0.01
+"""Loading is reported each time that this much more of a model is there."""
+
+N_REASONS = 20
+Thing = TypeVar("Thing")
+
+
+def main() -> None:
+    """Serve the parent at the other end of stdin and stdout."""
+    limit_damage()
+    reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # whatever else prints here, llama.cpp or Python, belongs to the log
+    os.dup2(2, 1)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    Worker(reader, writer).run()
+
+
+def limit_damage() -> None:
+    """No core file of a whole model; where memory runs out, this process goes and not its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to interpret
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+class Worker:
+    """One engine: a model at most, its scheduler, and the two ends of the connection."""
+
+    def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._vocab: bindings.Vocab | None = None
+        self._scheduler: Scheduler | None = None
+        self._reasons: list[str] = []
+
+    def run(self) -> None:
+        """Serve until the process is ended from outside or by the end of its input."""
+        bindings.log_to(self._log)
+        threading.Thread(target=self._listen, daemon=True).start()
+        while True:
+            self._handle_waiting()
+            if self._scheduler and not self._scheduler.idle:
+                self._send(self._step(self._scheduler))
+
+    # ---- messages ----
+
+    def _listen(self) -> None:
+        with contextlib.suppress(protocol.ProtocolError, OSError):
+            while (message := protocol.read(self._reader)) is not None:
+                self._inbox.put(message)
+                if isinstance(message, Cancel) and self._scheduler:
+                    self._scheduler.interrupt(message.id)
+        # the parent is gone: nobody waits for what is being computed, and llama.cpp can't be asked
+        os._exit(0)
+
+    def _handle_waiting(self) -> None:
+        """Handle what has come in; wait for something where there is nothing to compute."""
+        idle = self._scheduler is None or self._scheduler.idle
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._send(self._answer(self._inbox.get(block=idle)))
+                idle = False
+
+    def _answer(self, message: Message) -> list[FromEngine]:
+        try:
+            return self._dispatch(message)
+        except (ModelError, bindings.NativeError) as error:
+            return [Failed(message.id, self._reason() or str(error))]
+        except RequestRefused as error:
+            return [Failed(message.id, str(error), error.hint)]
+
+    def _dispatch(self, message: Message) -> list[FromEngine]:
+        match message:
+            case Load():
+                return [self._load(message)]
+            case Tokenize(id, pieces):
+                vocab = loaded(self._vocab)
+                tokens = tuple(tuple(vocab.tokenize(p.text, p.special)) for p in pieces)
+                return [Tokenized(id, tokens)]
+            case Detokenize(id, wanted):
+                vocab = loaded(self._vocab)
+                raw = b"".join(vocab.spell(token, special=True) for token in wanted)
+                return [Detokenized(id, raw.decode("utf-8", "replace"))]
+            case Generate(id, request):
+                loaded(self._scheduler).add(id, request)
+                return []
+            case Cancel(id):
+                return [*self._scheduler.cancel(id)] if self._scheduler else []
+            case ListDevices(id):
+                return [DeviceList(id, bindings.devices(), bindings.system_info())]
+            case _:
+                raise RequestRefused(f"The engine can't be asked for {message.type!r}.")
+
+    def _send(self, messages: list[FromEngine]) -> None:
+        if messages:
+            self._writer.write(b"".join(map(protocol.encode, messages)))
+            self._writer.flush()
+
+    # ---- work ----
+
+    def _load(self, load: Load) -> Loaded:
+        started = time.perf_counter()
+        self._reasons.clear()
+        if load.vocab_only:
+            self._vocab = bindings.Model(load.path, vocab_only=True).vocab
+            n_ctx = 0
+        else:
+            model = LoadedModel(load.path, load.placement, self._progress_of(load.id))
+            self._vocab, self._scheduler = model.vocab, Scheduler(model)
+            n_ctx = model.n_ctx
+        return Loaded(load.id, self._vocab.facts(), n_ctx, time.perf_counter() - started)
+
+    def _progress_of(self, id: int) -> Callable[[float], None]:
+        reported = 0.0
+
+        def report(fraction: float) -> None:
+            nonlocal reported
+            if fraction - reported >= PROGRESS_STEP or fraction >= 1.0 > reported:
+                reported = fraction
+                self._send([Progress(id, fraction)])
+
+        return report
+
+    def _step(self, scheduler: Scheduler) -> list[FromEngine]:
+        self._reasons.clear()
+        try:
+            return [*scheduler.step()]
+        except ModelError as error:
+            return [*scheduler.fail_all(self._reason() or str(error))]
+
+    # ---- llama.cpp's own words ----
+
+    def _log(self, level: int, text: str) -> None:
+        sys.stderr.write(text)
+        if level == bindings.LOG_ERROR and len(self._reasons) < N_REASONS:
+            self._reasons.append(text.strip())
+
+    def _reason(self) -> str:
+        """What llama.cpp said went wrong: its first error is the cause, others follow."""
+        return next((without_function(text) for text in self._reasons if text), "")
+
+
+def without_function(line: str) -> str:
+    """A line of llama.cpp's log without the names of the functions that it starts with."""
+    return re.sub(r"^(?:\w+: )+(?:error loading model: )?", "", line)
+
+
+def loaded(thing: Thing | None) -> Thing:
+    if thing is None:
+        raise RequestRefused("No model is loaded for that.")
+    return thing
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What can go wrong, in a person's words: a message, a hint with the next command, an exit code.
+
+Raised anywhere, turned into one line once, in the click group.
+"""
+
+from __future__ import annotations
+
+
+class LocalMoeError(Exception):
+    """One sentence saying what was wanted and the numbers, and a hint naming the next command."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(LocalMoeError):
+    """What was asked for makes no sense as it stands: a bad value, an unknown name."""
+
+    exit_code = 2
+
+
+class PromptError(UsageError):
+    """A conversation that the model's prompt format can't express."""
+
+
+class DoesNotFit(LocalMoeError):
+    """Needs more memory than there is."""
+
+    exit_code = 3
+
+
+class ModelFileError(LocalMoeError):
+    """A model file that can't be used: not GGUF, damaged, cut short, of an early layout."""
+
+
+class EngineError(LocalMoeError):
+    """llama.cpp refused, or its process died."""
+
+
+class RequestError(EngineError):
+    """The engine lives on, but can't answer this request (too long, a bad grammar)."""
