@@ -7,9 +7,10 @@ come as NativeError with llama.cpp's own words, gathered from its log.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import llama_cpp.llama_cpp as C
@@ -20,7 +21,7 @@ from llama_cpp.llama_grammar import json_schema_to_gbnf
 from .protocol import Device, KvType, Sampling, Vocabulary
 
 # enum ggml_log_level (ggml.h)
-LOG_WARN, LOG_ERROR, LOG_CONTINUED = 3, 4, 5
+LOG_ERROR = 4
 # enum llama_load_mode (llama.h): "pinned" is plain reading, which fills pinned memory beside a GPU
 LOAD_MODES = {"pinned": 0, "mmap": 1}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
@@ -41,32 +42,47 @@ class NativeError(Exception):
 # ---- log -----------------------------------------------------------------------------------------
 
 _log_callback: Any = None  # kept alive: llama.cpp holds the pointer for good
+_listeners: list[list[str]] = []
 
 
 def log_to(sink: Callable[[int, str], None]) -> None:
     """Send llama.cpp's log to `sink(level, text)`; text may be less or more than a line."""
     global _log_callback
-    _log_callback = C.llama_log_callback(
-        lambda level, text, _: sink(level, (text or b"").decode("utf-8", "replace"))
-    )
+
+    def callback(level: int, raw: bytes | None, _: Any) -> None:
+        text = (raw or b"").decode("utf-8", "replace")
+        for lines in _listeners:
+            lines.append(text)
+        sink(level, text)
+
+    _log_callback = C.llama_log_callback(callback)
     C.llama_log_set(_log_callback, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def overheard(lines: list[str]) -> Iterator[None]:
+    """Gather what the log says meanwhile, beside where it goes."""
+    _listeners.append(lines)
+    try:
+        yield
+    finally:
+        _listeners.remove(lines)
 
 
 # ---- devices -------------------------------------------------------------------------------------
 
 _lib = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
-_lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-_lib.ggml_backend_dev_get.restype = ctypes.c_void_p
-_lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-_lib.ggml_backend_dev_name.restype = ctypes.c_char_p
-_lib.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
-_lib.ggml_backend_dev_description.restype = ctypes.c_char_p
-_lib.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
-_lib.ggml_backend_dev_type.restype = ctypes.c_int
-_lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-_lib.ggml_backend_dev_memory.restype = None
-_lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(ctypes.c_size_t)] * 2
-_lib.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+_handle = ctypes.c_void_p
+for _name, _result, _arguments in (
+    ("ggml_backend_dev_count", ctypes.c_size_t, []),
+    ("ggml_backend_dev_get", _handle, [ctypes.c_size_t]),
+    ("ggml_backend_dev_name", ctypes.c_char_p, [_handle]),
+    ("ggml_backend_dev_description", ctypes.c_char_p, [_handle]),
+    ("ggml_backend_dev_type", ctypes.c_int, [_handle]),
+    ("ggml_backend_dev_memory", None, [_handle] + [ctypes.POINTER(ctypes.c_size_t)] * 2),
+    ("ggml_backend_cpu_buffer_type", _handle, []),
+):
+    getattr(_lib, _name).restype, getattr(_lib, _name).argtypes = _result, _arguments
 
 
 def devices() -> tuple[Device, ...]:
@@ -89,7 +105,7 @@ def _device(handle: int) -> Device:
 
 
 def system_info() -> str:
-    return C.llama_print_system_info().decode("utf-8", "replace")
+    return str(C.llama_print_system_info(), "utf-8", "replace")
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -105,7 +121,7 @@ class Model:
     """A loaded model, or with `vocab_only` its vocabulary.
 
     `cpu_patterns` are regular expressions (std::regex_search) of tensors that stay in RAM.
-    `on_progress` is given 0 to 1.
+    `on_progress` is given 0 to 1. With `no_alloc` nothing is allocated, for measuring.
     """
 
     def __init__(
@@ -119,12 +135,14 @@ class Model:
         cpu_patterns: Sequence[str] = (),
         tensor_split: Sequence[float] = (),
         on_progress: Callable[[float], None] | None = None,
+        no_alloc: bool = False,
     ) -> None:
         C.llama_backend_init()
         params = C.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = n_gpu_layers
-        params.load_mode = LOAD_MODES[load_mode]
+        params.load_mode = LOAD_MODES["pinned" if no_alloc else load_mode]  # mmap would abort
+        params.no_alloc = no_alloc
         params.use_extra_bufts = repack
         # llama.cpp reads these while it loads: they must live until then
         overrides = _tensor_overrides(cpu_patterns)
@@ -151,12 +169,7 @@ def _tensor_overrides(patterns: Iterable[str]) -> Any:
 
 
 def _progress(report: Callable[[float], None] | None) -> Callable[[float, Any], bool]:
-    def callback(fraction: float, _: Any) -> bool:
-        if report:
-            report(fraction)
-        return True
-
-    return callback
+    return lambda fraction, _: bool((report and report(fraction)) or True)
 
 
 class Vocab:
@@ -280,7 +293,7 @@ class Context:
     def decode(self, batch: Batch, n_tokens: int) -> int:
         """Compute the first `n_tokens` of a batch: DECODE_OK, _NO_ROOM, _ABORTED or an error."""
         batch.native.n_tokens = n_tokens
-        return C.llama_decode(self.handle, batch.native)
+        return int(C.llama_decode(self.handle, batch.native))
 
     def abort(self) -> None:
         """From another thread: end the decode under way (on the CPU; a GPU goes on)."""
@@ -357,16 +370,12 @@ def sample(chain: Any, context: Context, index: int) -> int:
     return int(C.llama_sampler_sample(chain, context.handle, index))
 
 
+accept = C.llama_sampler_accept
+free_sampler = C.llama_sampler_free
+
+
 def apply(sampler: Any, candidates: Any) -> None:
     C.llama_sampler_apply(sampler, ctypes.byref(candidates))
-
-
-def accept(sampler: Any, token: int) -> None:
-    C.llama_sampler_accept(sampler, token)
-
-
-def free_sampler(sampler: Any) -> None:
-    C.llama_sampler_free(sampler)
 
 
 class Candidates:

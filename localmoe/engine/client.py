@@ -15,12 +15,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from ..errors import EngineError, RequestError
 from . import protocol
 from .exits import engine_died
 from .protocol import (
+    BufferSizes,
     Cancel,
     Delta,
     Detokenize,
@@ -34,6 +35,8 @@ from .protocol import (
     Loaded,
     Piece,
     Placement,
+    Probe,
+    Probed,
     Progress,
     Request,
     ToEngine,
@@ -112,6 +115,11 @@ class Engine:
                     )
                 elif not isinstance(answer, Progress):
                     return expect(Loaded, answer, EngineError)
+
+    def probe(self, path: str, placement: Placement) -> BufferSizes:
+        """What a placement would take beside the weights; nothing is allocated."""
+        with self._ask(lambda id: Probe(id, path, placement)) as inbox:
+            return expect(Probed, self._next(inbox), EngineError).sizes
 
     def devices(self) -> DeviceList:
         with self._ask(ListDevices) as inbox:
@@ -204,9 +212,9 @@ class Engine:
 
     def _listen(self) -> None:
         """Give each message to who asked for it, until there is an end of it."""
-        assert self._process.stdout is not None
+        stdout = cast(BinaryIO, self._process.stdout)
         with contextlib.suppress(protocol.ProtocolError, OSError):
-            while (message := protocol.read(self._process.stdout)) is not None:
+            while (message := protocol.read(stdout)) is not None:
                 inbox = self._inboxes.get(message.id)
                 if inbox is not None:
                     inbox.put(message)  # type: ignore[arg-type]

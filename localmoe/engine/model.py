@@ -31,26 +31,9 @@ class LoadedModel:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         self.placement = placement
-        self._model = bindings.Model(
-            path,
-            n_gpu_layers=placement.n_gpu_layers,
-            load_mode=placement.load_mode,
-            repack=placement.repack,
-            cpu_patterns=cpu_patterns(placement),
-            tensor_split=placement.tensor_split,
-            on_progress=on_progress,
-        )
+        self._model = open_model(path, placement, on_progress)
         self.vocab = self._model.vocab
-        self.context = bindings.Context(
-            self._model,
-            n_ctx=placement.n_ctx,
-            n_seq=placement.n_seq,
-            n_batch=max(placement.n_batch, placement.n_ubatch),
-            n_ubatch=placement.n_ubatch,
-            n_threads=placement.n_threads,
-            kv_type=placement.kv_type,
-            flash_attention=placement.flash_attention,
-        )
+        self.context = open_context(self._model, placement)
         # llama.cpp rounds its cells up; what was asked for is what a request may use
         self.n_ctx = min(self.context.n_ctx, placement.n_ctx)
         self.batch = bindings.Batch(placement.n_ubatch)
@@ -92,6 +75,40 @@ class LoadedModel:
         with suppress(AttributeError):
             self.context.free()
         self._model.free()
+
+
+def open_model(
+    path: str,
+    placement: Placement,
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    no_alloc: bool = False,
+) -> bindings.Model:
+    """The weights, placed; with `no_alloc`, as if they were."""
+    return bindings.Model(
+        path,
+        n_gpu_layers=placement.n_gpu_layers,
+        load_mode=placement.load_mode,
+        repack=placement.repack,
+        cpu_patterns=cpu_patterns(placement),
+        tensor_split=placement.tensor_split,
+        on_progress=on_progress,
+        no_alloc=no_alloc,
+    )
+
+
+def open_context(model: bindings.Model, placement: Placement) -> bindings.Context:
+    """The KV cache and the compute buffers of a placement."""
+    return bindings.Context(
+        model,
+        n_ctx=placement.n_ctx,
+        n_seq=placement.n_seq,
+        n_batch=max(placement.n_batch, placement.n_ubatch),
+        n_ubatch=placement.n_ubatch,
+        n_threads=placement.n_threads,
+        kv_type=placement.kv_type,
+        flash_attention=placement.flash_attention,
+    )
 
 
 def cpu_patterns(placement: Placement) -> list[str]:

@@ -130,6 +130,15 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class BufferSizes:
+    """What llama.cpp would reserve beside the weights, in bytes: by device, and all caches."""
+
+    compute_bytes: dict[str, int]
+    output_bytes: dict[str, int]
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Text to encode by itself; only with `special` does it spell control tokens."""
 
@@ -149,6 +158,16 @@ class Load:
     placement: Placement
     vocab_only: bool = False
     type: Literal["load"] = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Work out what a placement would take, allocating nothing."""
+
+    id: int
+    path: str
+    placement: Placement
+    type: Literal["probe"] = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +237,13 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Probed:
+    id: int
+    sizes: BufferSizes
+    type: Literal["probed"] = "probed"
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenized:
     """One list of ids for each piece."""
 
@@ -274,8 +300,8 @@ class Failed:
     type: Literal["failed"] = "failed"
 
 
-ToEngine = Load | Tokenize | Detokenize | Generate | Cancel | ListDevices
-FromEngine = Progress | Loaded | Tokenized | Detokenized | DeviceList | Delta | Failed
+ToEngine = Load | Probe | Tokenize | Detokenize | Generate | Cancel | ListDevices
+FromEngine = Progress | Loaded | Probed | Tokenized | Detokenized | DeviceList | Delta | Failed
 Message = ToEngine | FromEngine
 
 _codec: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

@@ -126,7 +126,7 @@ class Scheduler:
             raise RequestRefused("The prompt has no tokens.")
         if n_prompt >= n_ctx:
             raise RequestRefused(
-                f"The prompt has {n_prompt} tokens; the context holds {n_ctx}, the answer included.",
+                f"The prompt has {n_prompt} tokens; the context holds {n_ctx}, answer included.",
                 f"Try: -c {2 * n_prompt}, or a shorter prompt.",
             )
         n_vocab = self._model.vocab.n_tokens

@@ -20,6 +20,7 @@ from typing import BinaryIO, TypeVar
 
 from . import bindings, protocol
 from .model import LoadedModel, ModelError
+from .probe import probe
 from .protocol import (
     Cancel,
     Detokenize,
@@ -32,6 +33,8 @@ from .protocol import (
     Load,
     Loaded,
     Message,
+    Probe,
+    Probed,
     Progress,
     Tokenize,
     Tokenized,
@@ -57,7 +60,7 @@ def main() -> None:
 
 
 def limit_damage() -> None:
-    """No core file of a whole model; where memory runs out, this process goes and not its parent."""
+    """No core file of a whole model; where memory runs out, this process goes first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to interpret
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -118,6 +121,8 @@ class Worker:
         match message:
             case Load():
                 return [self._load(message)]
+            case Probe(id, path, placement):
+                return [Probed(id, probe(path, placement))]
             case Tokenize(id, pieces):
                 vocab = loaded(self._vocab)
                 tokens = tuple(tuple(vocab.tokenize(p.text, p.special)) for p in pieces)

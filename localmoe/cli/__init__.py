@@ -1,0 +1,71 @@
+"""The `localmoe` command: its group, and the one place where an error becomes a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from .. import __version__
+from ..errors import LocalMoeError
+from . import render
+from .look import prompt, show
+from .talk import chat, run
+
+EXIT_INTERRUPTED = 130
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="localmoe")
+@click.option("--debug", is_flag=True, help="Show the trace of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Run Mixture-of-Experts models on the hardware you own."""
+    if context.invoked_subcommand is None:
+        render.greeting()
+
+
+for command in (run, chat, prompt, show):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point. Exits with a code of design: 0 done, 1 failed, 2 usage, 3 does not fit..."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command line; gives its exit code. Every error ends as one line on stderr."""
+    try:
+        code = cli.main(list(arguments), prog_name="localmoe", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # who read has what they wanted; Python must not try to flush the rest at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.ClickException as error:
+        render.error(error.format_message(), f"See: {usage_of(error)} --help")
+        return error.exit_code
+    except LocalMoeError as error:
+        if "--debug" in arguments:
+            raise
+        render.error(error.message, error.hint)
+        return error.exit_code
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        render.error(
+            f"Something unforeseen went wrong: {type(error).__name__}: {error}.",
+            "Run it as `localmoe --debug ...` and report what it prints.",
+        )
+        return 1
+
+
+def usage_of(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context else "localmoe"

@@ -1,0 +1,111 @@
+"""The options that commands share, each defined once; config.Settings checks their values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import UsageError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+KV_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+
+
+def group_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which they are given."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+load_options = group_of(
+    click.option("-c", "--ctx-size", type=int, metavar="N", help="Context in tokens."),
+    click.option("--vram", metavar="SIZE", help="Use at most this of each GPU, like 8GiB,12GiB."),
+    click.option("--ram", metavar="SIZE", help="Use at most this much RAM."),
+    click.option(
+        "-ngl", "--n-gpu-layers", metavar="auto|all|N", help="Layers on the GPU; auto by default."
+    ),
+    click.option(
+        "-ncmoe", "--n-cpu-moe", type=int, metavar="N", help="Experts of the first N layers in RAM."
+    ),
+    click.option("-ctk", "--kv-type", type=KV_TYPES, help="Type of the KV cache; f16 by default."),
+    click.option("-t", "--threads", type=int, metavar="N", help="CPU threads; all physical cores."),
+    click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens; 512."),
+    click.option("--load-mode", type=click.Choice(["auto", "mmap", "pinned"])),
+    click.option("--offline", is_flag=True, default=None, help="Use no network."),
+)
+
+sampling_options = group_of(
+    click.option("-n", "--max-tokens", type=int, metavar="N", help="End an answer after N tokens."),
+    click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
+    click.option("--top-k", type=int),
+    click.option("--top-p", type=float),
+    click.option("--min-p", type=float),
+    click.option("--repeat-penalty", type=float),
+    click.option("--seed", type=int, help="The same seed gives the same answer."),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated."
+    ),
+    click.option("-s", "--system", metavar="TEXT", help="A system message."),
+    click.option("--json-schema", metavar="JSON|FILE", help="Answer in JSON of this schema."),
+    click.option("--grammar", metavar="FILE", help="Answer as this GBNF grammar allows."),
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+messages_option = click.option(
+    "--messages", metavar="FILE", help="A conversation as JSON, like [{role, content}]; - is stdin."
+)
+verbosity_options = group_of(
+    click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    click.option("-q", "--quiet", is_flag=True, help="Nothing but the answer and errors."),
+)
+
+
+def settings_of(options: dict[str, Any]) -> Any:
+    """Checked Settings of a command's options; files that they name are read."""
+    from ..config import load_settings
+
+    schema, grammar = options.get("json_schema"), options.get("grammar")
+    if schema is not None:
+        options["json_schema"] = read_schema(schema)
+    if grammar is not None:
+        options["grammar"] = read_text(grammar)
+    return load_settings(options)
+
+
+def read_schema(given: str) -> str:
+    """A JSON schema from the command line or a file, checked to be JSON."""
+    text = given if given.lstrip().startswith(("{", "true", "false")) else read_text(given)
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"The JSON schema is not JSON: {error}.") from None
+    return text
+
+
+def read_text(path: str) -> str:
+    """A text file, or stdin for `-`, as UTF-8. Raises UsageError."""
+    try:
+        raw = click.get_binary_stream("stdin").read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text.") from None
+
+
+def read_messages(path: str) -> Any:
+    """What a file of messages holds, as JSON. Raises UsageError."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}.") from None

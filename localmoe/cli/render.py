@@ -1,0 +1,144 @@
+"""Everything a person sees. Nothing else prints.
+
+The answer goes to stdout, all else to stderr; without a terminal there is no colour and no
+progress. What comes from a model, a file or a server is shorn of what could steer a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from ..engine.protocol import Delta
+    from ..models.meta import ModelMeta
+    from ..serving.prompt import Prompt
+
+GREETING = """\
+localmoe runs Mixture-of-Experts models on the hardware you own. Try:
+
+  localmoe run demo "Hi! How was your weekend?"    one answer, from a model that is here already
+  localmoe chat demo                               a conversation
+  localmoe show demo                               what is in a model file
+
+localmoe --help lists every command."""
+
+# C0 but tab and newline, DEL, C1, and the controls of bidirectional text (Unicode UAX 9)
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+PROGRESS_AFTER_SECONDS = 0.4
+
+
+def greeting() -> None:
+    print(GREETING)
+
+
+def safe(text: str) -> str:
+    """Text without the characters that could steer a terminal."""
+    return STEERING.sub("", text)
+
+
+def error(message: str, hint: str = "") -> None:
+    """One line: what went wrong, and what to do."""
+    line = " ".join(safe(f"{message} {hint}").split())
+    print(f"localmoe: {line}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """A remark beside the answer, dim where that shows."""
+    print(dim(safe(text)), file=sys.stderr)
+
+
+def log_line(line: str) -> None:
+    print(safe(line), file=sys.stderr)
+
+
+def dim(text: str, stream: TextIO | None = None) -> str:
+    stream = stream or sys.stderr
+    return f"\x1b[2m{text}\x1b[0m" if stream.isatty() else text
+
+
+def answer_text(text: str) -> None:
+    """A piece of an answer, at once. A pipe gets it as it is, a terminal what can't harm it."""
+    sys.stdout.write(safe(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def document(value: Any) -> None:
+    """The one JSON document that --json promises."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+class LoadProgress:
+    """A line on a terminal's stderr while a model loads, once it has taken a moment."""
+
+    def __init__(self, name: str, quiet: bool = False) -> None:
+        self._name = safe(name)
+        self._active = sys.stderr.isatty() and not quiet
+        self._started = time.monotonic()
+        self._shown = False
+
+    def __call__(self, fraction: float) -> None:
+        if self._active and time.monotonic() - self._started > PROGRESS_AFTER_SECONDS:
+            self._shown = True
+            print(f"\r{dim(f'Loading {self._name} {fraction:4.0%}')}", end="", file=sys.stderr)
+            sys.stderr.flush()
+
+    def done(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr)
+            sys.stderr.flush()
+
+
+def stats(last: Delta) -> None:
+    """One dim line on how an answer went."""
+    if last.usage is None or last.timings is None:
+        return
+    parts = [
+        f"{last.usage.completion_tokens} tokens",
+        f"{last.timings.generation_tps:.1f} tok/s",
+        f"first after {last.timings.first_token_s:.2f} s",
+    ]
+    if last.finish_reason == "length":
+        parts.append("cut short: no room for more (-n, -c)")
+    if last.finish_reason == "cancelled":
+        parts.append("stopped")
+    note(", ".join(parts))
+
+
+def prompt(encoded: Prompt) -> None:
+    """A prompt's text and token ids."""
+    answer_text(encoded.text)
+    ids = " ".join(map(str, encoded.tokens))
+    print(f"\n\n{len(encoded.tokens)} tokens: {ids}")
+
+
+def model(
+    meta: ModelMeta, facts: Sequence[tuple[str, str]], parts: Sequence[tuple[str, int]]
+) -> None:
+    """A model's facts and what its bytes are spent on."""
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name:<{width}}  {safe(value)}")
+    total = sum(n_bytes for _, n_bytes in parts)
+    print(f"\n{'Weights':<{width}}  {size(total)}")
+    for role, n_bytes in parts:
+        share = n_bytes / total
+        print(f"  {role:<{width}}{size(n_bytes):>11}  {share:6.1%}  {bar(share)}")
+
+
+def bar(share: float, width: int = 30) -> str:
+    return "#" * max(1, round(share * width))
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them, in binary units."""
+    value = float(n_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,46 @@
+"""What tests share: a clean environment, small models made on the spot, an engine that has one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from make_model import SHAPES, make_model
+
+from localmoe.config import engine_environment
+from localmoe.engine.client import Engine
+from localmoe.engine.protocol import Placement
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what is set where it runs."""
+    for name in list(os.environ):
+        if name.startswith(("LOCALMOE_", "HF_", "HUGGING_FACE_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral of a few MB with random weights and Mixtral's vocabulary; it talks nonsense."""
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    shape = replace(SHAPES["tiny"], n_vocab=32000, context_length=8192)
+    make_model(path, shape, "Q8_0")
+    return path
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(engine_environment()) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tiny_model: Path) -> Iterator[Engine]:
+    """An engine with the tiny model, for two sequences of 512 tokens."""
+    with Engine(engine_environment()) as engine:
+        engine.load(str(tiny_model), Placement(n_threads=2, n_ctx=512, n_seq=2))
+        yield engine
