@@ -13,7 +13,7 @@ the list as it is. Every error is a LocalMoeError.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -80,7 +80,9 @@ class LocalMoE:
             answer.add(delta)
         return Reply(answer)
 
-    def stream(self, messages: Sequence[Any], **options: Unpack[Options]) -> Iterator[Delta]:
+    def stream(
+        self, messages: Sequence[Any], **options: Unpack[Options]
+    ) -> Generator[Delta, None, None]:
         """Answer piece by piece; the last piece has finish_reason, usage and timings."""
         chosen = self._loaded.options(self._with(dict(options)))
         prompt = self._loaded.model.encode(conversation(messages))

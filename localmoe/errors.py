@@ -46,3 +46,8 @@ class EngineError(LocalMoeError):
 
 class RequestError(EngineError):
     """The engine lives on, but can't answer this request (too long, a bad grammar)."""
+
+
+def gib(n_bytes: int) -> str:
+    """Bytes in a sentence."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**27 else f"{n_bytes / 2**20:.1f} MiB"

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .config import Settings, engine_environment
 from .engine.client import Engine
 from .engine.protocol import Placement, Sampling
-from .errors import ModelFileError
 from .models.catalog import resolve
 from .models.meta import ModelMeta, read_meta
 from .placement.hardware import GPU_KINDS, Gpu, this_machine
 from .placement.measured import NOTHING_MEASURED
-from .placement.plan import Plan, PlanRequest, make_plan
+from .placement.plan import Plan, make_plan
+from .placement.request import PlanRequest
 from .serving.chat import AnswerOptions, Model
-from .serving.prompt import PromptFormat, prompt_format
+from .serving.prompt import PromptFormat, TemplateFacts, prompt_format
+
+# general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
+HEADER_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty",
+    "penalty_last_n": "repeat_last_n",
+}
 
 
 @dataclass(slots=True)
@@ -89,18 +100,34 @@ def open_vocabulary(path: Path) -> Engine:
 def readable_meta(path: Path) -> ModelMeta:
     """The metadata of a file that can be run. Raises ModelFileError on an early layout."""
     meta = read_meta(path)
-    if meta.legacy_split_experts:
-        raise ModelFileError(
-            f"{path.name} has one tensor per expert, a layout of early 2024 that llama.cpp no "
-            "longer reads.",
-            "Fetch a newer file of this model.",
-        )
+    if meta.refusal:
+        raise meta.refusal
     return meta
 
 
 def format_of(meta: ModelMeta) -> PromptFormat:
     """The prompt format of a model."""
-    raise NotImplementedError
+    words = meta.tokenizer
+    facts = TemplateFacts(
+        architecture=meta.architecture,
+        tokenizer_model=words.model,
+        name=f"{meta.name} {title(meta)}",
+        chat_template=meta.chat_template or None,
+        bos=words.bos_id,
+        eos=words.eos_id,
+        bos_text=words.bos_text,
+        eos_text=words.eos_text,
+        add_bos=words.model == "llama" if words.add_bos is None else words.add_bos,
+        add_space_prefix=words.add_space_prefix,
+        control_tokens=frozenset(words.control_tokens),
+        user_tokens=frozenset(words.user_tokens),
+    )
+    return prompt_format(facts, env=engine_environment())
+
+
+def title(meta: ModelMeta) -> str:
+    """What to call a model: its own name, or that of its file."""
+    return meta.name or (meta.paths[0].stem if meta.paths else "the model")
 
 
 def plan_request(settings: Settings) -> PlanRequest:
@@ -121,12 +148,10 @@ def answer_options(meta: ModelMeta, settings: Settings) -> AnswerOptions:
     """How to answer: what the person set, else what the model's header says, else our defaults."""
     fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
     said = {name: getattr(settings, name) for name in fields}
-    header = {name: getattr(meta.sampling, name) for name in fields}
-    chosen = {
-        name: said[name] if said[name] is not None else header[name]
-        for name in fields
-        if said[name] is not None or header[name] is not None
+    chosen: dict[str, Any] = {
+        name: meta.sampling[key] for key, name in HEADER_SAMPLING.items() if key in meta.sampling
     }
+    chosen.update({name: value for name, value in said.items() if value is not None})
     sampling = replace(
         Sampling(**chosen),
         seed=settings.seed,

@@ -30,7 +30,9 @@ def test_a_wheel_has_the_catalog_and_the_demo_model(tmp_path: Path) -> None:
         "print(catalog_path()); print(len(read_catalog())); print(resolve('demo').is_file())\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "site")]
-    path, n_models, has_demo = subprocess.check_output(command, cwd=tmp_path, text=True).split("\n")[:3]
+    path, n_models, has_demo = subprocess.check_output(command, cwd=tmp_path, text=True).split(
+        "\n"
+    )[:3]
     assert Path(path) == tmp_path / "site" / "localmoe" / "models.yaml"
     assert int(n_models) == len(read_catalog())
     assert has_demo == "True"
@@ -68,7 +70,10 @@ def test_what_can_t_be_resolved_says_what_to_do(name: str, sentence: str) -> Non
     [
         ("m: {title: t, about: a, license: l, colour: red}", "m|colour"),
         ("m: {title: t, about: a, license: l, revision: main}", "revision"),
-        ("m: {title: t, about: a, license: l, files: {Q4: {name: n, bytes: 1, sha256: x}}}", "sha256"),
+        (
+            "m: {title: t, about: a, license: l, files: {Q4: {name: n, bytes: 1, sha256: x}}}",
+            "sha256",
+        ),
         ("m: [", "can't be read"),
     ],
 )

@@ -21,7 +21,9 @@ FORBIDDEN = {
     },
     "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
     "models/gguf.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.models.hub"},
-    "engine/": {"huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.placement", "localmoe.models"},
+    "engine/": {
+        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.placement", "localmoe.models",
+    },
     "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.placement", "localmoe.models"},
     "serving/": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil", "localmoe.placement"},
     "api.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil"},

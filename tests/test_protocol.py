@@ -31,7 +31,9 @@ messages = st.one_of(
     st.builds(
         Generate,
         ids,
-        st.builds(Request, tokens, st.builds(Sampling, grammar=texts | st.none()), stop=st.just(())),
+        st.builds(
+            Request, tokens, st.builds(Sampling, grammar=texts | st.none()), stop=st.just(())
+        ),
     ),
     st.builds(Delta, ids, texts, tokens, usage=st.builds(Usage, ids, ids, ids) | st.none()),
 )

@@ -35,12 +35,66 @@ def show(model: str, as_json: bool) -> None:
     from ..models.meta import read_meta
 
     meta = read_meta(resolve(model))
-    parts = {role: meta.bytes_of_role(role) for role in ROLES}
+    parts = meta.bytes_by_role
     if as_json:
-        render.document({**shape(meta), "bytes_by_role": {k: v for k, v in parts.items() if v}})
-    else:
-        sizes = sorted(((ROLES[r], n) for r, n in parts.items() if n), key=lambda part: -part[1])
-        render.model(meta, facts(meta), sizes)
+        render.document({**shape(meta), "bytes_by_role": dict(parts)})
+        return
+    sizes = sorted(((ROLES[role], n) for role, n in parts.items()), key=lambda part: -part[1])
+    render.model(facts(meta), sizes)
+
+
+def shape(meta: ModelMeta) -> dict[str, Any]:
+    """What --json says of a model: plain values, sizes in bytes."""
+    plain = (
+        "architecture", "name", "description", "license", "size_label", "file_bytes",
+        "weights_bytes", "quant_label", "n_layers", "n_experts", "n_experts_used",
+        "n_shared_experts", "context_length", "n_embd", "n_ff", "n_ff_expert", "n_heads",
+        "n_kv_heads", "head_dim_k", "head_dim_v", "n_params", "n_active_params",
+        "legacy_split_experts",
+    )  # fmt: skip
+    return {
+        **{name: getattr(meta, name) for name in plain},
+        "files": [str(path) for path in meta.paths],
+        "quant_mix": {name: total.n_bytes for name, total in meta.quant_mix.items()},
+        "n_vocab": meta.tokenizer.n_vocab,
+        "sampling": dict(meta.sampling),
+    }
+
+
+def facts(meta: ModelMeta) -> list[tuple[str, str]]:
+    """What a person is told of a model, line by line."""
+    from ..load import title
+
+    lines = [
+        ("Model", title(meta)),
+        ("About", meta.description),
+        ("License", meta.license),
+        ("Architecture", f"{meta.architecture}, {meta.n_layers} layers, width {meta.n_embd}"),
+        ("Experts", experts(meta)),
+        ("Parameters", f"{billions(meta.n_params)}, {billions(meta.n_active_params)} active"),
+        ("Context", f"{meta.context_length:,} tokens"),
+        ("Vocabulary", f"{meta.tokenizer.n_vocab:,} tokens"),
+        ("Quant", f"{meta.quant_label} ({', '.join(meta.quant_mix)})"),
+        ("Sampling", ", ".join(f"{name} {shown(v)}" for name, v in meta.sampling.items())),
+        ("File", ", ".join(path.name for path in meta.paths)),
+        ("Runs", f"no: {meta.refusal}" if meta.refusal else ""),
+    ]
+    return [(name, value) for name, value in lines if value]
+
+
+def experts(meta: ModelMeta) -> str:
+    if not meta.is_moe:
+        return "none: a dense model"
+    shared = f", {meta.n_shared_experts} shared" if meta.n_shared_experts else ""
+    return f"{meta.n_experts} experts, {meta.n_experts_used} used for a token{shared}"
+
+
+def billions(n: int) -> str:
+    return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+
+
+def shown(value: float | int | str) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @click.command()

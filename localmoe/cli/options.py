@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,7 +96,7 @@ def read_schema(given: str) -> str:
 def read_text(path: str) -> str:
     """A text file, or stdin for `-`, as UTF-8. Raises UsageError."""
     try:
-        raw = click.get_binary_stream("stdin").read() if path == "-" else Path(path).read_bytes()
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return raw.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}.") from None

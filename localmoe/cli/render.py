@@ -10,12 +10,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from ..engine.protocol import Delta
-    from ..models.meta import ModelMeta
     from ..serving.prompt import Prompt
 
 GREETING = """\
@@ -72,6 +71,12 @@ def document(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def lines(texts: Iterable[str]) -> None:
+    """Lines as they are laid out already."""
+    for text in texts:
+        print(safe(text).rstrip())
+
+
 class LoadProgress:
     """A line on a terminal's stderr while a model loads, once it has taken a moment."""
 
@@ -116,9 +121,7 @@ def prompt(encoded: Prompt) -> None:
     print(f"\n\n{len(encoded.tokens)} tokens: {ids}")
 
 
-def model(
-    meta: ModelMeta, facts: Sequence[tuple[str, str]], parts: Sequence[tuple[str, int]]
-) -> None:
+def model(facts: Sequence[tuple[str, str]], parts: Sequence[tuple[str, int]]) -> None:
     """A model's facts and what its bytes are spent on."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:

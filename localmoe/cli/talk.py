@@ -93,13 +93,14 @@ def chat(model: str, as_json: bool, verbose: bool, quiet: bool, **options: Any) 
     Without a terminal, each line of stdin is a message; with --json the whole conversation is
     printed as one JSON document at the end.
     """
+    from ..load import title
     from ..serving.chat import Chat
     from .repl import Repl
 
     settings = settings_of(options)
     with load(model, settings, verbose, quiet or as_json) as loaded:
         conversation = Chat(loaded.model, loaded.options(settings), system_message(settings.system))
-        Repl(conversation, loaded.meta.name, as_json=as_json, quiet=quiet).run()
+        Repl(conversation, title(loaded.meta), as_json=as_json, quiet=quiet).run()
 
 
 def load(model: str, settings: Settings, verbose: bool, quiet: bool) -> LoadedModel:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import BinaryIO, TypeVar, cast
 
 from ..errors import EngineError, RequestError
@@ -135,7 +135,7 @@ class Engine:
         with self._ask(lambda id: Detokenize(id, tuple(tokens))) as inbox:
             return expect(Detokenized, self._next(inbox), RequestError).text
 
-    def generate(self, request: Request) -> Iterator[Delta]:
+    def generate(self, request: Request) -> Generator[Delta, None, None]:
         """Answer a request, delta by delta; the last one has a finish reason.
 
         Left before its end (break, Ctrl-C, an exception), the request is cancelled.

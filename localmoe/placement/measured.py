@@ -1,11 +1,19 @@
-"""What was measured on a machine, and where a figure comes from.
+"""What was measured on a machine: kept as data, and on disk between runs.
 
-A plan marks each figure by its basis, so that a person sees what was computed and what was seen.
+Every measurement holds for one machine, driver, build of llama.cpp and model file; a file of
+another key is not looked at. Nothing here decides anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Basis = Literal["measured", "interpolated", "formula"]
@@ -21,34 +29,74 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class MeasurementKey:
-    """What a measurement holds for; anything else may differ."""
+    """What a measurement holds for; with another value in any of these, nothing is known."""
 
     machine: str
-    driver: str
     build: str
     model: str
 
+    @property
+    def file_name(self) -> str:
+        return hashlib.sha256("\0".join(asdict(self).values()).encode()).hexdigest()[:24] + ".json"
+
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens per second that a run really had, with the placement's name it had them with."""
+class ComputePoint:
+    """The compute buffer of a device at one context (of all sequences) and micro-batch.
 
-    prompt_tps: float
-    generation_tps: float
+    `kind` names what else it depends on: placement.plan.compute_kind.
+    """
+
+    kind: str
+    device: str
+    n_ctx: int
+    n_ubatch: int
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Measurements of one machine, driver, build and file; what is not there was not measured.
+    """Measurements under one key; what is not there was not measured.
 
-    `overhead_bytes` and `bandwidth_bytes_per_s` are by device; `compute_bytes` by device and then
-    by (n_ctx_total, n_ubatch); `speeds` by the placement they were had with.
+    `overhead_bytes` is what a device loses beside weights, cache and compute buffers.
     """
 
-    overhead_bytes: dict[str, int] = field(default_factory=dict)
-    bandwidth_bytes_per_s: dict[str, float] = field(default_factory=dict)
-    compute_bytes: dict[str, dict[tuple[int, int], int]] = field(default_factory=dict)
-    speeds: dict[str, Speed] = field(default_factory=dict)
+    overhead_bytes: Mapping[str, int] = field(default_factory=dict)
+    compute: tuple[ComputePoint, ...] = ()
+
+    def with_points(self, points: tuple[ComputePoint, ...]) -> Measured:
+        """These measurements and newer ones, which count where both say something."""
+        places = {(p.kind, p.device, p.n_ctx, p.n_ubatch): p for p in (*self.compute, *points)}
+        return Measured(self.overhead_bytes, tuple(places.values()))
+
+    def with_overhead(self, device: str, n_bytes: int) -> Measured:
+        return Measured({**self.overhead_bytes, device: n_bytes}, self.compute)
 
 
 NOTHING_MEASURED = Measured()
+
+
+class MeasuredStore:
+    """Measurements in a folder, a small JSON file for each key. A damaged file counts as none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, key: MeasurementKey) -> Measured:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            raw = json.loads((self._folder / key.file_name).read_text("utf-8"))
+            points = tuple(ComputePoint(**point) for point in raw["compute"])
+            overhead = {str(k): int(v) for k, v in raw["overhead_bytes"].items()}
+            return Measured(overhead, points)
+        return NOTHING_MEASURED
+
+    def write(self, key: MeasurementKey, measured: Measured) -> None:
+        """Keep measurements; where that isn't possible, they are taken again next time."""
+        text = json.dumps({"key": asdict(key), **asdict(measured)}, indent=1)
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self._folder, delete=False
+            ) as file:
+                file.write(text)
+            os.replace(file.name, self._folder / key.file_name)

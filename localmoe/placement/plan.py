@@ -1,66 +1,53 @@
 """Where a model goes: from a machine, a model's metadata and a request to a Plan. Pure.
 
-The simplest honest plan: everything on one GPU where all of it fits there with room to spare,
-else everything on the CPU where it fits in RAM, else a refusal with the numbers. What a person
-fixed is kept. Nothing is allocated, probed or read here.
+Nothing is probed, read or allocated here. Weights are summed from the tensor table, the cache is
+computed, compute buffers and overhead come from `measured` where they were measured; every figure
+says which. What a person fixed is kept and the rest is fitted around it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from ..engine.protocol import KvType, Placement
-from ..errors import DoesNotFit
+from ..engine.protocol import Placement
+from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
+from .fill import Layout, Rooms, lay_out, runs
 from .hardware import Gpu, Machine
 from .measured import Basis, Figure, Measured
+from .request import PlanRequest
+from .sizes import ALL_ON_GPU, CPU_ONLY, EXPERTS_IN_RAM, RAM, Sizes, overhead, sizes_of
 
 DEFAULT_N_CTX = 4096
-CELL_PADDING = 256
-"""The KV cache is allocated in steps of so many tokens (llama.cpp, src/llama-context.cpp)."""
-
-SPARE_BYTES = 512 << 20
-"""Kept free on a GPU: pools of its libraries, and what other programs take in the meantime."""
-
-# Bytes of an element; quantized types store a block of 32 (ggml/src/ggml-common.h)
-KV_BYTES: dict[KvType, float] = {
-    "f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
-    "q4_1": 20 / 32, "q4_0": 18 / 32,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What is wanted; None and "auto" leave the choice to the plan. Sizes are bytes."""
-
-    n_ctx: int | None = None
-    n_seq: int = 1
-    n_gpu_layers: int | Literal["auto", "all"] = "auto"
-    n_cpu_moe: int | None = None
-    kv_type: KvType = "f16"
-    n_ubatch: int = 512
-    n_threads: int | None = None
-    load_mode: Literal["auto", "mmap", "pinned"] = "auto"
-    vram_bytes: tuple[int, ...] | None = None
-    ram_bytes: int | None = None
+SMALLEST_N_CTX = 512
+NOTHING = Figure(0, "formula")
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a plan takes of one device, or of RAM, and what there is. `budget_bytes` is a limit."""
+    """What a plan takes of one device, or of RAM, and what it may take.
+
+    Of RAM's weights, `mapped_bytes` are pages of the file, `pinned_bytes` are locked for a GPU.
+    """
 
     device: str
     budget_bytes: int
     weights: Figure
     kv: Figure
     compute: Figure
-    overhead: Figure
+    overhead: Figure = NOTHING
+    mapped_bytes: int = 0
+    pinned_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weights, self.kv, self.compute, self.overhead)
         return sum(part.n_bytes for part in parts)
+
+    @property
+    def missing_bytes(self) -> int:
+        return max(0, self.total_bytes - self.budget_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,43 +61,82 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A placement, what it takes, and why. `forecast` is None where nothing was measured yet."""
+    """A placement, what it takes, and why; `rejected` says what would have been better and why it
+    wasn't had. `forecast` is None where nothing was measured yet."""
 
     fits: bool
+    kind: str
     placement: Placement
     memory: tuple[Memory, ...]
     reasons: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     forecast: Forecast | None = None
 
 
 def make_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
-    """Plan a model on a machine. Raises DoesNotFit, with the numbers and what would fit.
-
-    What the person fixed (layers, experts, context, KV type, threads) is kept.
-    """
-    n_ctx, why_ctx = context_size(meta, request)
-    kv_bytes = kv_cache_bytes(meta, n_ctx * request.n_seq, request.kv_type)
-    compute_bytes = compute_buffer_bytes(meta, request)
-    need = meta.weights_bytes + kv_bytes + compute_bytes
-    gpu = roomiest(machine, request)
-    on_gpu, why_device = choose_device(gpu, need, meta, request)
-    placement = Placement(
-        n_threads=request.n_threads or machine.n_cores,
-        n_gpu_layers=on_gpu,
-        cpu_expert_layers=tuple(range(min(request.n_cpu_moe or 0, meta.n_layers))),
-        tensor_split=only(gpu, machine) if on_gpu and gpu else (),
-        n_ctx=n_ctx,
-        n_seq=request.n_seq,
-        kv_type=request.kv_type,
-        n_batch=request.n_ubatch,
-        n_ubatch=request.n_ubatch,
-        load_mode="pinned" if request.load_mode == "pinned" else "mmap",
-        flash_attention="auto" if request.kv_type in ("f32", "f16", "bf16") else "on",
+    """Plan a model on a machine. Raises DoesNotFit with the numbers and the nearest that fits."""
+    plan = best_plan(machine, meta, measured, request)
+    if plan.fits:
+        return plan
+    short = max(plan.memory, key=lambda memory: memory.missing_bytes)
+    nearest = list(nearest_fits(machine, meta, measured, request))
+    hint = "Take a smaller quant, or close other programs."
+    if nearest:
+        hint = f"It would fit with {' or '.join(nearest)}."
+    elif short.device == RAM and request.load_mode != "mmap":
+        hint += " Slowly, from the disk: --load-mode mmap."
+    raise DoesNotFit(
+        f"{meta.name or meta.architecture} needs {gib(short.total_bytes)} of {short.device} "
+        f"and may take {gib(short.budget_bytes)}.",
+        hint,
     )
-    memory = memory_of(machine, gpu if on_gpu else None, meta, kv_bytes, compute_bytes, request)
-    check_ram(memory, meta, request)
-    return Plan(fits=True, placement=placement, memory=memory, reasons=(why_ctx, why_device))
+
+
+def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
+    """The plan with most of the model on the GPUs, whether it fits or not."""
+    n_ctx, why_ctx = context_size(meta, request)
+    sizes = sizes_of(meta, n_ctx, request)
+    gpus = gpu_budgets(machine, request)
+    rooms = Rooms(
+        whole=tuple(sizes.room(gpu, budget, ALL_ON_GPU, measured) for gpu, budget in gpus),
+        mixed=tuple(sizes.room(gpu, budget, EXPERTS_IN_RAM, measured) for gpu, budget in gpus),
+    )
+    layout = lay_out(sizes.layers, sizes.output_bytes, rooms, fixed_layers(meta, request, gpus))
+    kind = kind_of(layout, sizes)
+    on_gpus = [
+        gpu_memory(gpu, budget, kind, run, sizes, layout, measured)
+        for (gpu, budget), run in zip(gpus, runs(layout.split), strict=False)
+    ]
+    memory = (*on_gpus, ram_memory(machine, kind, sizes, layout, measured))
+    checked = memory[:-1] if request.load_mode == "mmap" else memory
+    return Plan(
+        fits=not any(m.missing_bytes for m in checked),
+        kind=kind,
+        placement=placement_of(machine, sizes, layout),
+        memory=memory,
+        reasons=(why_ctx, *layout_reasons(meta, layout, gpus)),
+        rejected=tuple(rejections(sizes, layout, rooms, gpus)),
+    )
+
+
+def nearest_fits(
+    machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
+) -> Iterator[str]:
+    """What a person could change a little so that the model fits, in options of the command."""
+    if request.kv_type in ("f16", "bf16", "f32"):
+        smaller = replace(request, kv_type="q8_0")
+        if best_plan(machine, meta, measured, smaller).fits:
+            yield "-ctk q8_0"
+    n_ctx = context_size(meta, request)[0] // 2
+    while n_ctx >= SMALLEST_N_CTX:
+        if best_plan(machine, meta, measured, replace(request, n_ctx=n_ctx)).fits:
+            yield f"-c {n_ctx}"
+            return
+        n_ctx //= 2
+
+
+# ---- what was asked ----
 
 
 def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
@@ -118,103 +144,161 @@ def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
     trained = meta.context_length
     if request.n_ctx is None:
         n_ctx = min(trained or DEFAULT_N_CTX, DEFAULT_N_CTX)
-        return n_ctx, f"context {n_ctx}: the default; the model was trained for {trained}"
+        return n_ctx, f"context of {n_ctx} tokens: the default; the model was trained for {trained}"
     if trained and request.n_ctx > trained:
-        return request.n_ctx, (
-            f"context {request.n_ctx}: as asked, though the model was trained for {trained} "
-            "and may lose the thread beyond"
+        why = f"as asked, but the model was trained for {trained} and loses the thread beyond"
+        return request.n_ctx, f"context of {request.n_ctx} tokens: {why}"
+    return request.n_ctx, f"context of {request.n_ctx} tokens: as asked"
+
+
+def gpu_budgets(machine: Machine, request: PlanRequest) -> list[tuple[Gpu, int]]:
+    """Each GPU with the bytes that may be used of it, never more than are free."""
+    if request.n_gpu_layers == 0:
+        return []
+    asked = request.vram_bytes or tuple(gpu.free_bytes for gpu in machine.gpus)
+    pairs = zip(machine.gpus, asked, strict=False)
+    return [(gpu, min(budget, gpu.free_bytes)) for gpu, budget in pairs]
+
+
+def fixed_layers(meta: ModelMeta, request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> int | None:
+    """The number of layers that a person wants on GPUs; None where the plan is to say."""
+    if request.n_gpu_layers == "auto":
+        return None
+    n = meta.n_layers + 1 if request.n_gpu_layers == "all" else request.n_gpu_layers
+    if n and not gpus:
+        raise DoesNotFit(
+            f"{n} layers are wanted on a GPU, and llama.cpp sees none here.",
+            "Leave -ngl out, or install a build for your GPU (README, Install).",
         )
-    return request.n_ctx, f"context {request.n_ctx}: as asked"
+    return min(n, meta.n_layers + 1)
 
 
-def kv_cache_bytes(meta: ModelMeta, n_cells: int, kv_type: KvType) -> int:
-    """Size of the KV cache: cells x heads x head sizes over all layers with attention
-    (llama.cpp, src/llama-kv-cache.cpp)."""
-    cells = -(-n_cells // CELL_PADDING) * CELL_PADDING
-    per_cell = sum(n * (meta.head_dim_k + meta.head_dim_v) for n in meta.n_kv_heads)
-    return int(cells * per_cell * KV_BYTES[kv_type])
+# ---- what it comes to ----
 
 
-def compute_buffer_bytes(meta: ModelMeta, request: PlanRequest) -> int:
-    """An estimate of what a micro-batch is computed in: hidden states, the experts' inner
-    states, and the logits of a token for each sequence, in 32-bit floats."""
-    per_token = 8 * meta.n_embd + 2 * meta.n_ff_expert * max(1, meta.n_experts_used)
-    n_logits = meta.tokenizer.n_vocab * request.n_seq
-    return 4 * (request.n_ubatch * per_token + n_logits)
+def kind_of(layout: Layout, sizes: Sizes) -> str:
+    if layout.n_gpu_layers == 0:
+        return CPU_ONLY
+    everything = layout.n_gpu_layers == len(sizes.layers) + 1
+    return ALL_ON_GPU if everything and not ram_experts(layout, sizes) else EXPERTS_IN_RAM
 
 
-def roomiest(machine: Machine, request: PlanRequest) -> Gpu | None:
-    """The GPU with the most memory, within the budgets that the person gave."""
-    budgets = request.vram_bytes or tuple(gpu.free_bytes for gpu in machine.gpus)
-    gpus = [
-        Gpu(gpu.name, gpu.description, gpu.total_bytes, min(budget, gpu.free_bytes))
-        for gpu, budget in zip(machine.gpus, budgets, strict=False)
+def ram_experts(layout: Layout, sizes: Sizes) -> int:
+    """Bytes of experts that stay in RAM although their layer's dense part is on a GPU."""
+    names = layout.cpu_experts
+    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
+    in_ram = sum(n for layer in on_gpu for name, n in layer.experts if name in names)
+    return in_ram + sizes.moved_bytes
+
+
+def gpu_memory(
+    gpu: Gpu,
+    budget_bytes: int,
+    kind: str,
+    run: tuple[int, int],
+    sizes: Sizes,
+    layout: Layout,
+    measured: Measured,
+) -> Memory:
+    """What one GPU holds: its run of layers, their cache, perhaps the output."""
+    first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    start, end = run
+    mine = sizes.layers[first + start : first + end]
+    weights = sum(layer.dense_bytes for layer in mine)
+    weights += sum(
+        n for layer in mine for name, n in layer.experts if name not in layout.cpu_experts
+    )
+    if end == layout.n_gpu_layers and end > start:
+        weights += sizes.output_bytes
+    return Memory(
+        device=gpu.name,
+        budget_bytes=budget_bytes,
+        weights=Figure(weights, "formula"),
+        kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
+        compute=sizes.compute(kind, gpu.name, measured) if end > start else NOTHING,
+        overhead=overhead(gpu, measured) if end > start else NOTHING,
+    )
+
+
+def ram_memory(
+    machine: Machine, kind: str, sizes: Sizes, layout: Layout, measured: Measured
+) -> Memory:
+    """What stays in RAM: the embeddings, the first layers, experts."""
+    n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
+    mine = sizes.layers[:n_first]
+    weights = sizes.embedding_bytes + ram_experts(layout, sizes)
+    weights += sum(layer.dense_bytes + layer.expert_bytes for layer in mine)
+    if layout.n_gpu_layers == 0:
+        weights += sizes.output_in_ram_bytes
+    pinned = sizes.request.load_mode == "pinned" and bool(machine.gpus)
+    budget = machine.ram_available_bytes
+    return Memory(
+        device=RAM,
+        budget_bytes=min(budget, sizes.request.ram_bytes or budget),
+        weights=Figure(weights, "formula"),
+        kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
+        compute=sizes.compute(kind, RAM, measured),
+        mapped_bytes=0 if sizes.request.load_mode == "pinned" else weights,
+        pinned_bytes=weights if pinned else 0,
+    )
+
+
+def placement_of(machine: Machine, sizes: Sizes, layout: Layout) -> Placement:
+    """The explicit values that an engine loads by."""
+    request = sizes.request
+    first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    on_gpu = sizes.layers[first:] if layout.n_gpu_layers else ()
+    in_ram = layout.cpu_experts
+    whole = [n.index for n in on_gpu if n.experts and all(name in in_ram for name, _ in n.experts)]
+    single = [
+        name for n in on_gpu if n.index not in whole for name, _ in n.experts if name in in_ram
     ]
-    return max(gpus, key=lambda gpu: gpu.free_bytes, default=None)
-
-
-def only(gpu: Gpu, machine: Machine) -> tuple[float, ...]:
-    """A tensor split that gives everything to one of several GPUs."""
-    if len(machine.gpus) < 2:
-        return ()
-    return tuple(float(other.name == gpu.name) for other in machine.gpus)
-
-
-def choose_device(
-    gpu: Gpu | None, need: int, meta: ModelMeta, request: PlanRequest
-) -> tuple[int, str]:
-    """How many layers go to the GPU (all or none, unless a number is asked for), and why."""
-    n_all = meta.n_layers + 1
-    if request.n_gpu_layers not in ("auto", "all"):
-        return int(request.n_gpu_layers), f"{request.n_gpu_layers} layers on the GPU: as asked"
-    if gpu is None:
-        if request.n_gpu_layers == "all":
-            raise DoesNotFit(
-                "All layers are wanted on a GPU, and llama.cpp sees none here.",
-                "Leave -ngl out, or install a build for your GPU (README, 'Install').",
-            )
-        return 0, "everything on the CPU: llama.cpp sees no GPU here"
-    room = gpu.free_bytes - SPARE_BYTES
-    if need <= room or request.n_gpu_layers == "all":
-        return n_all, f"everything on {gpu.description}: {need} of {gpu.free_bytes} free bytes"
-    return 0, (
-        f"everything on the CPU: {need} bytes are needed and {gpu.description} has {room} "
-        "with room to spare"
+    if request.n_cpu_moe is not None and on_gpu:
+        whole = list(range(min(request.n_cpu_moe, len(sizes.layers))))
+    return Placement(
+        n_threads=request.n_threads or machine.n_cores,
+        n_gpu_layers=layout.n_gpu_layers,
+        cpu_expert_layers=tuple(whole),
+        cpu_expert_tensors=tuple(single),
+        tensor_split=tuple(map(float, layout.split)) if len(machine.gpus) > 1 else (),
+        n_ctx=sizes.n_ctx,
+        n_seq=request.n_seq,
+        kv_type=request.kv_type,
+        n_batch=request.n_ubatch,
+        n_ubatch=request.n_ubatch,
+        load_mode="pinned" if request.load_mode == "pinned" else "mmap",
+        flash_attention="auto" if request.kv_type in ("f32", "f16", "bf16") else "on",
     )
 
 
-def memory_of(
-    machine: Machine,
-    gpu: Gpu | None,
-    meta: ModelMeta,
-    kv_bytes: int,
-    compute_bytes: int,
-    request: PlanRequest,
-) -> tuple[Memory, ...]:
-    """What RAM holds, and the GPU where everything is on one; there, only the embeddings stay."""
-    formula = "formula"
-    nothing = Figure(0, formula)
-    kv, compute = Figure(kv_bytes, formula), Figure(compute_bytes, formula)
-    limit = min(machine.ram_available_bytes, request.ram_bytes or machine.ram_available_bytes)
-    if gpu is None:
-        weights = Figure(meta.weights_bytes, formula)
-        return (Memory("RAM", limit, weights, kv, compute, nothing),)
-    embedding = meta.bytes_of_role("embedding")
-    on_gpu = Figure(meta.weights_bytes - embedding, formula)
-    return (
-        Memory(gpu.name, gpu.free_bytes, on_gpu, kv, compute, nothing),
-        Memory("RAM", limit, Figure(embedding, formula), nothing, nothing, nothing),
-    )
+# ---- why ----
 
 
-def check_ram(memory: tuple[Memory, ...], meta: ModelMeta, request: PlanRequest) -> None:
-    """Refuse what RAM can't hold, unless running from the disk is asked for."""
-    ram = memory[-1]
-    if ram.total_bytes <= ram.budget_bytes or request.load_mode == "mmap":
+def layout_reasons(meta: ModelMeta, layout: Layout, gpus: list[tuple[Gpu, int]]) -> Iterator[str]:
+    """Why the layers and experts are where they are."""
+    if layout.n_gpu_layers == 0:
+        yield "everything on the CPU: " + (
+            "the GPUs have too little room" if gpus else "there is no GPU to use"
+        )
+    elif layout.n_gpu_layers == meta.n_layers + 1:
+        yield "all layers on the GPU: it holds every layer's dense part"
+    else:
+        yield f"the last {layout.n_gpu_layers - 1} of {meta.n_layers} layers and the output on the GPU"
+    n_experts = sum(t.role == "experts" for t in meta.tensors)
+    if layout.n_gpu_layers and n_experts:
+        kept = n_experts - len(layout.cpu_experts)
+        yield f"{kept} of {n_experts} expert tensors on the GPU: as many as fit beside that"
+
+
+def rejections(
+    sizes: Sizes, layout: Layout, rooms: Rooms, gpus: list[tuple[Gpu, int]]
+) -> Iterator[str]:
+    """What would have been faster, and what it would have needed."""
+    if not gpus:
         return
-    raise DoesNotFit(
-        f"{meta.name} needs {ram.total_bytes / 2**30:.1f} GiB of RAM; "
-        f"{ram.budget_bytes / 2**30:.1f} GiB are free.",
-        "Try a smaller quant or a smaller -c, close other programs, or let it run slowly from the "
-        "disk with --load-mode mmap.",
-    )
+    dense = sum(layer.fixed_bytes for layer in sizes.layers) + sizes.output_bytes
+    whole = dense + sum(layer.expert_bytes for layer in sizes.layers)
+    if layout.cpu_experts or layout.n_gpu_layers <= len(sizes.layers):
+        yield f"everything on the GPU: {gib(whole)} of {gib(max(0, sum(rooms.whole)))} room"
+    if layout.n_gpu_layers <= len(sizes.layers):
+        yield f"every dense part on the GPU: {gib(dense)} of {gib(max(0, sum(rooms.mixed)))} room"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ class Engine(Protocol):
 
     def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]: ...
 
-    def generate(self, request: Request) -> Iterator[Delta]: ...
+    def generate(self, request: Request) -> Generator[Delta, None, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Model:
             )
         return prompt
 
-    def answer(self, prompt: Prompt, options: AnswerOptions) -> Iterator[Delta]:
+    def answer(self, prompt: Prompt, options: AnswerOptions) -> Generator[Delta, None, None]:
         """Generate after a prompt; the last delta has the finish reason."""
         request = Request(
             tokens=prompt.tokens,
@@ -94,7 +94,7 @@ class Chat:
     options: AnswerOptions = AnswerOptions()
     messages: list[Message] = field(default_factory=list)
 
-    def ask(self, text: str, seed: int | None = None) -> Iterator[Delta]:
+    def ask(self, text: str, seed: int | None = None) -> Generator[Delta, None, None]:
         """One turn. Left early (a break, Ctrl-C), the answer keeps what came of it.
 
         Where nothing came, or the prompt can't be made, the question is taken back.

@@ -1,6 +1,6 @@
 """How much of llama.cpp's own speed is left: `localmoe run` beside a bare loop over the C API.
 
-    python scripts/make_model.py mixtral-1gb /tmp/mixtral-1gb.gguf
+    python scripts/make_model.py --preset mixtral-1gb /tmp/mixtral-1gb.gguf
     python scripts/bench/engine.py /tmp/mixtral-1gb.gguf
 
 Both run in turn, each in fresh processes, on the same tokens, and medians and ratios are printed.
@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LOCALMOE = [sys.executable, "-m", "localmoe"]
-WORDS = "the of time house water light music river people night garden story door wind".split()
+WORDS = ("the", "of", "time", "house", "water", "light", "music", "river", "night", "door")
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def compare_ends(job: dict[str, Any], prompt: str) -> None:
         print(f"round {number + 1}: tokens from, localmoe tok/s, bare tok/s, ratio")
         for start in range(0, job["n_tokens"] - 1, 500):
             end = min(start + 500, job["n_tokens"] - 1)
-            a, b = (end - start) / (ours[end] - ours[start]), (end - start) / (peer[end] - peer[start])
+            a, b = ((end - start) / (times[end] - times[start]) for times in (ours, peer))
             print(f"  {start:5}  {a:7.1f}  {b:7.1f}  {a / b:.3f}")
 
 
@@ -98,7 +98,9 @@ def bare(job: dict[str, Any], _: str) -> Any:
         [sys.executable, str(HERE / "bare_loop.py")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
     process.stdin.write(json.dumps(job).encode())
     process.stdin.close()
     for _line in process.stderr:
@@ -107,8 +109,10 @@ def bare(job: dict[str, Any], _: str) -> Any:
 
 
 def run_command(job: dict[str, Any], prompt: str) -> list[str]:
-    return [*LOCALMOE, "run", job["model"], prompt, "-n", str(job["n_tokens"]), "--temp", "0",
-            "-c", str(job["n_ctx"]), "-t", str(job["n_threads"]), "-ub", str(job["n_ubatch"])]  # fmt: skip
+    command = [*LOCALMOE, "run", job["model"], prompt, "--temp", "0"]
+    for flag, value in (("-n", "n_tokens"), ("-c", "n_ctx"), ("-t", "n_threads")):
+        command += [flag, str(job[value])]
+    return [*command, "-ub", str(job["n_ubatch"])]
 
 
 def run_json(job: dict[str, Any], prompt: str) -> dict[str, float]:

@@ -1,0 +1,27 @@
+"""What is wanted of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..engine.protocol import KvType
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
+
+    `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
+    """
+
+    n_ctx: int | None = None
+    n_seq: int = 1
+    n_gpu_layers: int | Literal["auto", "all"] = "auto"
+    n_cpu_moe: int | None = None
+    kv_type: KvType = "f16"
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    load_mode: Literal["auto", "mmap", "pinned"] = "auto"
+    vram_bytes: tuple[int, ...] | None = None
+    ram_bytes: int | None = None

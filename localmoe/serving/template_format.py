@@ -1,0 +1,295 @@
+"""A model's own Jinja template: rendered whole in a process of its own, and tokenized whole.
+
+Two things are cut out and treated apart. Where text of a message spells a control token, that span
+is encoded as plain text. And where an answer's sampled ids are known and its text stands in the
+prompt as it was sampled, the ids stand there, so that the prompt begins with the very tokens that
+the model saw and wrote.
+
+To know which text comes from where, the conversation is rendered twice: once *plain*, with shadows
+(shadow.py) only for what spells control tokens, and once *covered*, with all text of messages in
+shadows and a single mark for each answer that has ids. If both say the same, the covered one tells
+the origin of every character; if a template decides by what messages say, the plain one counts, as
+long as its control tokens are those of the covered one, which no message can have touched.
+Templates that cut the thinking out of past answers look for its marks: the plain one has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from ..engine.protocol import Piece
+from ..engine.rendering import RenderError, Rendering, RenderJob, render
+from ..errors import PromptError
+from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
+from .pieces import encode_parts
+from .shadow import (
+    ControlTokens,
+    Shadows,
+    Span,
+    control_tokens,
+    control_tokens_of_any_case,
+    spelled_by_messages,
+)
+
+JOIN = "\n\n"
+THINKING = ("<think>", "</think>")
+OTHER_FILE = "Try another file of this model; templates differ from one to the next."
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFormat:
+    """A template, and what it and the tokenizer need of the model's vocabulary.
+
+    `puts_space`: llama.cpp puts a space before each text that it encodes (SentencePiece).
+    """
+
+    template: str
+    bos: int | None = None
+    bos_text: str = ""
+    eos_text: str = ""
+    add_bos: bool = False
+    puts_space: bool = False
+    control_tokens: frozenset[str] = frozenset()
+    variables: Mapping[str, object] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    now: datetime = field(default_factory=datetime.now)
+
+    @property
+    def answers_start_text(self) -> bool:
+        return False
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Prompt:
+        """The prompt of a conversation. Raises PromptError."""
+        layout = self._layout(without_empty_system(check_conversation(messages)))
+        ids = encode_parts(
+            layout.parts(), tokenizer, puts_space=self.puts_space, control=self._control
+        )
+        return self._with_one_bos(layout.text, ids)
+
+    @property
+    def _control(self) -> frozenset[str]:
+        return self.control_tokens | {self.bos_text, self.eos_text}
+
+    def _layout(self, messages: list[Message]) -> Layout:
+        """Render, with the system prompt folded into the first turn if the template wants none."""
+        folded = fold_system(messages)
+        try:
+            layout = self._render(messages)
+        except RenderError as error:
+            if folded == messages or error.kind == "limit":
+                raise refusal(error) from None
+        else:
+            systems = [m.content.strip() for m in messages if m.role == "system"]
+            if folded == messages or all(system in layout.text for system in systems):
+                return layout
+        try:
+            return self._render(folded)
+        except RenderError as error:
+            raise refusal(error) from None
+
+    def _render(self, messages: list[Message]) -> Layout:
+        """Raises RenderError."""
+        contents = [message.content for message in messages]
+        shadows = Shadows(contents, taken=self.template + self.bos_text + self.eos_text)
+        marks = [shadows.mark() if is_marked(messages, n) else "" for n in range(len(messages))]
+        plain = [self._plain(message, shadows) for message in messages]
+        covered = [mark or shadows.cover(text) for mark, text in zip(marks, contents, strict=True)]
+        prompted = messages[-1].role == "user"
+        n_asked = last_sampled(messages)
+        texts = self._texts(
+            rendering(messages, plain, prompted=prompted),
+            rendering(messages, covered, prompted=prompted),
+            *(rendering(messages[:n_asked], plain, prompted=p) for p in (True, False) if n_asked),
+        )
+        renders = Renders(*texts[:2], *map(shadows.uncover, texts[2:]))
+        marked = {mark: message for mark, message in zip(marks, messages, strict=True) if mark}
+        return lay_out(renders, marked, shadows, control_tokens(self._control), prompted)
+
+    def _plain(self, message: Message, shadows: Shadows) -> str:
+        """A message's text with what spells control tokens in shadows."""
+        text, spans = (
+            message.content,
+            control_tokens_of_any_case(self._control).spans(message.content),
+        )
+        if message.role == "assistant":
+            spans = [span for span in spans if text[span.start : span.end] not in THINKING]
+        return shadows.cover_spans(text, spans)
+
+    def _texts(self, *renders: Rendering) -> list[str]:
+        variables = {**self.variables, "bos_token": self.bos_text, "eos_token": self.eos_text}
+        return render(RenderJob(self.template, renders, variables, self.now), self.env)
+
+    def _with_one_bos(self, text: str, ids: list[int]) -> Prompt:
+        """BOS once where the model wants it, whether or not the template writes it."""
+        if self.bos is not None:
+            while ids[:2] == [self.bos, self.bos]:
+                ids, text = ids[1:], text.removeprefix(self.bos_text)
+            if self.add_bos and ids[:1] != [self.bos]:
+                ids, text = [self.bos, *ids], self.bos_text + text
+        return Prompt(text, tuple(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Renders:
+    """A conversation rendered plain and covered, and what the model saw before its last answer:
+    with and without the words that a template puts there for it.
+    """
+
+    plain: str
+    covered: str
+    prompted: str = ""
+    unprompted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rendered prompt: what of it must not become control tokens, and where ids are known."""
+
+    text: str
+    spelled: Sequence[Span]
+    sampled: Sequence[tuple[Span, tuple[int, ...]]]
+
+    def parts(self) -> Iterator[Piece | tuple[int, ...]]:
+        """The prompt in order: template text, plain text, and ids."""
+        done = 0
+        for span, ids in self.sampled:
+            yield from self._pieces(Span(done, span.start))
+            yield ids
+            done = span.end
+        yield from self._pieces(Span(done, len(self.text)))
+
+    def _pieces(self, within: Span) -> Iterator[Piece]:
+        done = within.start
+        for start, end in self.spelled:
+            start, end = max(start, done), min(end, within.end)
+            if start < end:
+                yield Piece(self.text[done:start], special=True)
+                yield Piece(self.text[start:end])
+                done = end
+        yield Piece(self.text[done : within.end], special=True)
+
+
+def fold_system(messages: list[Message]) -> list[Message]:
+    """The system prompt before the first words of the user, a blank line between."""
+    system = [m.content for m in messages if m.role == "system"]
+    rest = [m for m in messages if m.role != "system"]
+    if not system:
+        return messages
+    first = next(n for n, message in enumerate(rest) if message.role == "user")
+    rest[first] = replace(rest[first], content=JOIN.join([*system, rest[first].content]))
+    return rest
+
+
+def is_marked(messages: Sequence[Message], number: int) -> bool:
+    """Whether the place of a message's text has to be known: ids to put there, or the open end."""
+    message = messages[number]
+    if message.role != "assistant" or not message.content:
+        return False
+    return bool(message.tokens) or number == len(messages) - 1
+
+
+def last_sampled(messages: Sequence[Message]) -> int:
+    """The number of messages before the last answer that has ids; 0 where there is none."""
+    return max((n for n, message in enumerate(messages) if message.tokens), default=0)
+
+
+def rendering(messages: Sequence[Message], contents: Sequence[str], *, prompted: bool) -> Rendering:
+    """Messages with other contents."""
+    pairs = [{"role": m.role, "content": text} for m, text in zip(messages, contents, strict=False)]
+    return Rendering(pairs, add_generation_prompt=prompted)
+
+
+def lay_out(
+    renders: Renders,
+    marked: Mapping[str, Message],
+    shadows: Shadows,
+    control: ControlTokens,
+    prompted: bool,
+) -> Layout:
+    """Put together what the renders tell; without `prompted` the last marked answer stays open."""
+    filled = renders.covered
+    for mark, message in marked.items():
+        filled = filled.replace(mark, shadows.cover(message.content))
+    origin = renders.plain
+    if shadows.uncover(filled) == shadows.uncover(origin) or (
+        control.spelled(filled) != control.spelled(origin)
+    ):
+        origin = filled
+    text = shadows.uncover(origin)
+    places = find_answers(text, renders.covered, marked, shadows)
+    if not prompted:
+        end = open_end(text, *list(marked.items())[-1], places)
+        text, origin = text[:end], origin[:end]
+    sampled = [
+        (place, marked[mark].tokens or ())
+        for mark, place in places.items()
+        if marked[mark].tokens and follows_prompt(text[: place.start], renders)
+    ]
+    return Layout(text, spelled_by_messages(origin, shadows, control), sampled)
+
+
+def follows_prompt(before: str, renders: Renders) -> bool:
+    """Whether an answer stands where a prompt would have ended when it was sampled.
+
+    A template may write answers of the past behind other words than those it asks with (harmony,
+    or an empty <think>); then ids would come to stand where the model did not put them.
+    """
+    asks_with = renders.prompted.removeprefix(renders.unprompted)
+    return before.endswith(asks_with) if asks_with else before == renders.prompted
+
+
+def find_answers(
+    text: str, covered: str, marked: Mapping[str, Message], shadows: Shadows
+) -> dict[str, Span]:
+    """Where in a text the marked answers stand, word for word; one that doesn't is left out.
+
+    What the covered render has between two marks leads from one place to the next.
+    """
+    places: dict[str, Span] = {}
+    at = [covered.find(mark) for mark in marked]
+    if not at or at != sorted(at) or any(covered.count(mark) != 1 for mark in marked):
+        return places
+    ends = [*at[1:], len(covered)]
+    position = at[0]
+    if not text.startswith(shadows.uncover(covered[:position])):
+        return places
+    for (mark, message), start, end in zip(marked.items(), at, ends, strict=True):
+        after = shadows.uncover(covered[start + 1 : end])
+        if text.startswith(message.content + after, position):
+            places[mark] = Span(position, position + len(message.content))
+            position += len(message.content + after)
+        elif text.startswith(message.content.strip() + after, position):
+            position += len(message.content.strip() + after)
+        else:
+            break
+    return places
+
+
+def open_end(text: str, mark: str, last: Message, places: Mapping[str, Span]) -> int:
+    """Where the prompt of an answer that is to be continued ends. Raises PromptError."""
+    if mark in places:
+        return places[mark].end
+    content = last.content.strip()
+    start = text.rfind(content)
+    if not content or start < 0:
+        raise PromptError(
+            "The model's prompt template changes the last answer, so it can't be continued.",
+            "End the conversation with a message of the user.",
+        )
+    return start + len(content)
+
+
+def refusal(error: RenderError) -> PromptError:
+    """A template that gave no text, as a sentence."""
+    says = error.message.rstrip(".")
+    sentences = {
+        "raised": f"The model's prompt template refuses this conversation: {says}.",
+        "unsafe": f"The model's prompt template tried what is not allowed: {says}.",
+        "syntax": f"The model's prompt template has an error in {says}.",
+        "limit": f"The model's prompt template was stopped: {says}.",
+        "failed": f"The model's prompt template failed: {says}.",
+    }
+    hint = "Let user and assistant take turns." if error.kind == "raised" else OTHER_FILE
+    return PromptError(sentences[error.kind], hint)

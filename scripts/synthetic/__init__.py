@@ -1,0 +1,1 @@
+"""Model files made of random weights: any shape, any quant, in seconds."""

@@ -1,0 +1,108 @@
+"""The Python front door, on the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import localmoe
+from localmoe import LocalMoE, LocalMoeError, Reply
+from localmoe.errors import PromptError, UsageError
+
+HI = [{"role": "user", "content": "Hi!"}]
+
+
+@pytest.fixture(scope="module")
+def moe() -> Iterator[LocalMoE]:
+    with LocalMoE("demo") as moe:
+        yield moe
+
+
+def test_the_public_names() -> None:
+    assert localmoe.__all__ == ["Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
+    assert all(getattr(localmoe, name) for name in localmoe.__all__)
+    with pytest.raises(AttributeError):
+        localmoe.nothing_of_that_name  # noqa: B018
+
+
+def test_a_reply_is_a_message_that_knows_its_figures(moe: LocalMoE) -> None:
+    reply = moe.chat(HI, max_tokens=40, seed=1)
+    assert set(reply) == {"role", "content"}
+    assert reply["role"] == "assistant"
+    assert reply["content"] == reply.text != ""
+    assert reply.finish_reason in ("stop", "length")
+    assert 0 < reply.usage.completion_tokens <= 40
+    assert reply.timings.generation_tps > 0
+
+
+def test_a_stream_is_the_same_answer_in_pieces(moe: LocalMoE) -> None:
+    reply = moe.chat(HI, temperature=0.0)
+    chunks = list(moe.stream(HI, temperature=0.0))
+    assert "".join(chunk.text for chunk in chunks) == reply.text
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
+
+
+def test_a_reply_given_back_is_not_computed_again(moe: LocalMoE) -> None:
+    """Its tokens are the sampled ones, even where its text would be encoded otherwise."""
+    messages: list[object] = [*HI]
+    for text in ("What do you like?", "Why?", "Really?"):
+        reply = moe.chat(messages, temperature=1.3, seed=5)
+        messages += [reply, {"role": "user", "content": text}]
+    last = moe.chat(messages, max_tokens=1)
+    held = last.usage.prompt_tokens - last.usage.cached_tokens
+    assert held < 20  # the last message alone
+
+
+def test_messages_in_and_out_have_one_form(moe: LocalMoE) -> None:
+    reply = moe.chat(HI, temperature=0.0)
+    plain = {"role": "assistant", "content": reply["content"]}
+    question = {"role": "user", "content": "And you?"}
+    with_reply = moe.chat([*HI, reply, question], temperature=0.0)
+    with_plain = moe.chat([*HI, plain, question], temperature=0.0)
+    assert with_reply.text == with_plain.text
+
+
+def test_an_edited_reply_counts_by_its_text(moe: LocalMoE) -> None:
+    reply = moe.chat(HI, temperature=0.0)
+    reply["content"] = "I am a teapot."
+    question = {"role": "user", "content": "What are you?"}
+    edited = moe.chat([*HI, reply, question], max_tokens=1)
+    plain = [*HI, {"role": "assistant", "content": "I am a teapot."}, question]
+    assert edited.usage.prompt_tokens == moe.chat(plain, max_tokens=1).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("stop", ["e", ["e", "zzz"]])
+def test_stop_is_a_string_or_several(moe: LocalMoE, stop: object) -> None:
+    assert "e" not in moe.chat(HI, stop=stop).text  # type: ignore[arg-type]
+
+
+def test_unknown_options_are_refused_with_the_near_name(moe: LocalMoE) -> None:
+    with pytest.raises(UsageError, match="Did you mean temperature"):
+        moe.chat(HI, temprature=0.7)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="no option n_gpu_layers"):
+        moe.chat(HI, n_gpu_layers=3)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="temperature"):
+        moe.chat(HI, temperature=-1.0)
+    with pytest.raises(UsageError, match="no_such_setting"):
+        LocalMoE("demo", no_such_setting=1)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [{"role": "user"}], [{"role": "king", "content": "x"}], [{"content": "x"}]]
+)
+def test_bad_messages_are_refused(moe: LocalMoE, messages: list[object]) -> None:
+    with pytest.raises(PromptError):
+        moe.chat(messages)
+
+
+def test_every_error_is_a_localmoe_error() -> None:
+    with pytest.raises(LocalMoeError):
+        LocalMoE("no-such-model")
+
+
+def test_a_stream_left_early_leaves_the_model_usable(moe: LocalMoE) -> None:
+    for chunk in moe.stream(HI):
+        if chunk.text:
+            break
+    assert isinstance(moe.chat(HI), Reply)
