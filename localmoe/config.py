@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import platformdirs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .engine.protocol import KvType
@@ -102,3 +104,8 @@ def load_settings(given: Mapping[str, Any], env: Mapping[str, str] | None = None
 def engine_environment() -> dict[str, str]:
     """The environment of an engine process: this one's, without anything secret."""
     return {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+
+
+def state_folder() -> Path:
+    """Where measurements lie; what is there can be deleted at any time."""
+    return Path(os.environ.get(PREFIX + "STATE") or platformdirs.user_state_path("localmoe"))

@@ -12,10 +12,8 @@ from .engine.client import Engine
 from .engine.protocol import Placement, Sampling
 from .models.catalog import resolve
 from .models.meta import ModelMeta, read_meta
-from .placement.hardware import GPU_KINDS, Gpu, this_machine
-from .placement.measured import NOTHING_MEASURED
-from .placement.plan import Plan, make_plan
-from .placement.request import PlanRequest
+from .placement.plan import Plan
+from .planning import plan_to_load
 from .serving.chat import AnswerOptions, Model
 from .serving.prompt import PromptFormat, TemplateFacts, prompt_format
 
@@ -68,22 +66,15 @@ def open_model(
     format = format_of(meta)
     engine = Engine(engine_environment(), on_log)
     try:
-        plan = plan_here(meta, settings, engine)
+        plan = plan_to_load(path, meta, settings, engine)
+        if plan.placement.n_gpu_layers:
+            engine.close()
+            engine = Engine(engine_environment(), on_log)
         loaded = engine.load(str(path), plan.placement, on_progress=on_progress)
     except BaseException:
         engine.kill()
         raise
     return LoadedModel(meta, plan, Model(engine, format, loaded.n_ctx), engine, loaded.load_s)
-
-
-def plan_here(meta: ModelMeta, settings: Settings, engine: Engine) -> Plan:
-    """A plan for this machine, with the devices that the engine sees."""
-    gpus = [
-        Gpu(device.name, device.description, device.total_bytes, device.free_bytes)
-        for device in engine.devices().devices
-        if device.kind in GPU_KINDS
-    ]
-    return make_plan(this_machine(gpus), meta, NOTHING_MEASURED, plan_request(settings))
 
 
 def open_vocabulary(path: Path) -> Engine:
@@ -128,20 +119,6 @@ def format_of(meta: ModelMeta) -> PromptFormat:
 def title(meta: ModelMeta) -> str:
     """What to call a model: its own name, or that of its file."""
     return meta.name or (meta.paths[0].stem if meta.paths else "the model")
-
-
-def plan_request(settings: Settings) -> PlanRequest:
-    return PlanRequest(
-        n_ctx=settings.ctx_size,
-        n_gpu_layers=settings.n_gpu_layers,
-        n_cpu_moe=settings.n_cpu_moe,
-        kv_type=settings.kv_type,
-        n_ubatch=settings.ubatch_size,
-        n_threads=settings.threads,
-        load_mode=settings.load_mode,
-        vram_bytes=settings.vram,
-        ram_bytes=settings.ram,
-    )
 
 
 def answer_options(meta: ModelMeta, settings: Settings) -> AnswerOptions:

@@ -16,11 +16,14 @@ from localmoe.engine.protocol import Placement
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on what is set where it runs."""
+def clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No test depends on what is set or was measured where it runs."""
     for name in list(os.environ):
         if name.startswith(("LOCALMOE_", "HF_", "HUGGING_FACE_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 @pytest.fixture(scope="session")

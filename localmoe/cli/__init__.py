@@ -11,7 +11,9 @@ import click
 from .. import __version__
 from ..errors import LocalMoeError
 from . import render
+from .doctor import doctor
 from .look import prompt, show
+from .plan import plan
 from .talk import chat, run
 
 EXIT_INTERRUPTED = 130
@@ -27,7 +29,7 @@ def cli(context: click.Context, debug: bool) -> None:
         render.greeting()
 
 
-for command in (run, chat, prompt, show):
+for command in (run, chat, plan, show, prompt, doctor):
     cli.add_command(command)
 
 

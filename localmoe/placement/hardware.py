@@ -1,98 +1,87 @@
-"""The machine: memory that may be used here (within cgroup limits), cores, and devices."""
+"""The machine: memory that may be used here (within cgroup limits), cores, devices, what is wrong.
+
+`detect` is the whole of it. Its order is its point: drivers are asked what is free first, and
+llama.cpp, whose child takes a context on each GPU by being asked, second.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-import psutil
+from ..engine.protocol import DeviceList
+from .findings import Finding, findings_of
+from .gpus import GPU_KINDS, Gpu, Matched, match_gpus, visible_first
+from .host import Host, host_of, ram_of
+from .processor import Build, build_of, processor
+from .sources import Sources
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-GPU_KINDS = ("gpu", "igpu")
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A device that layers can be placed on. `free_bytes` is what can still be allocated."""
-
-    name: str
-    description: str
-    total_bytes: int
-    free_bytes: int
+__all__ = ["GPU_KINDS", "Finding", "Gpu", "Machine", "Sources", "detect", "machine_of", "n_cores",
+           "this_machine"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is to place a model on. Memory is in bytes, `n_cores` are physical ones."""
+    """What there is to place a model on. Memory is in bytes, `n_cores` are physical ones.
+
+    RAM and cores are those that this process may use, within control groups, affinity and quota;
+    `gpus` those that llama.cpp can use, in its own order. `cpu_features` (the processor's) and
+    `build` (llama.cpp's) are empty where unknown. `findings` are what a person should know.
+    """
 
     ram_total_bytes: int
     ram_available_bytes: int
     n_cores: int
     gpus: tuple[Gpu, ...] = ()
+    cpu_features: frozenset[str] = frozenset()
+    build: Build = Build()
+    findings: tuple[Finding, ...] = ()
 
 
-def this_machine(gpus: Iterable[Gpu] = (), cgroup_root: Path = CGROUP_ROOT) -> Machine:
-    """The machine that this process runs on, as far as this process may use it."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    for limit, used in cgroup_limits(cgroup_root):
-        total = min(total, limit)
-        available = min(available, max(0, limit - used))
-    return Machine(total, available, n_cores(), tuple(gpus))
+def detect(ask_devices: Callable[[], DeviceList], sources: Sources) -> Machine:
+    """The machine that this process runs on. `ask_devices` is an engine's `devices`.
 
-
-def n_cores() -> int:
-    """Physical cores that this process may run on; logical ones add nothing to matrix products."""
-    logical = psutil.cpu_count(logical=True) or 1
-    physical = psutil.cpu_count(logical=False) or logical
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-        physical = min(physical, max(1, allowed * physical // logical))
-    return max(1, physical)
-
-
-def cgroup_limits(root: Path = CGROUP_ROOT) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of every memory cgroup that this process is in, both versions.
-
-    Pages of files that are mapped or cached can be dropped, so they don't count as used.
+    The engine may be running already, if it was not yet asked for devices and has no model.
+    Raises what `ask_devices` raises.
     """
-    groups = [*_groups(root), *_groups(root / "memory")]
-    found = []
-    for group in groups:
-        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
-        used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
-        if limit is not None and limit < 1 << 60:
-            found.append((limit, max(0, (used or 0) - _droppable(group))))
-    return found
+    host = host_of(sources)
+    return machine_of(host, ask_devices())
 
 
-def _groups(root: Path) -> list[Path]:
-    """The cgroup of this process below a root, and all above it."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    paths = {line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
-    groups = {root}
-    for path in paths:
-        group = root / path.strip("/")
-        groups |= {group, *(parent for parent in group.parents if root in parent.parents)}
-    return [group for group in groups if group.is_dir()]
+def machine_of(host: Host, devices: DeviceList | None, broken: str = "") -> Machine:
+    """A machine from what was found out. Pure. Without devices, `broken` says why."""
+    listed = devices.devices if devices else ()
+    matched = match_gpus(
+        listed,
+        visible_first(host.cards.cards, host.visibility),
+        host.ram.machine_bytes,
+        host.ram.available_bytes,
+    )
+    info = devices.system_info if devices else ""
+    build = build_of(info, [device.name for device in listed], host.llama_version)
+    build = replace(build, backends=build.backends | host.llama_backends)
+    return _machine(host, build, matched, broken)
 
 
-def _droppable(group: Path) -> int:
-    try:
-        rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        stat = {row[0]: int(row[1]) for row in rows if len(row) == 2}
-    except (OSError, ValueError):
-        return 0
-    return stat.get("inactive_file", 0) + stat.get("active_file", 0)
+def _machine(host: Host, build: Build, matched: Matched, broken: str) -> Machine:
+    return Machine(
+        ram_total_bytes=host.ram.total_bytes,
+        ram_available_bytes=host.ram.available_bytes,
+        n_cores=host.processor.n_usable,
+        gpus=matched.gpus,
+        cpu_features=host.processor.features,
+        build=build,
+        findings=findings_of(host, build, matched, broken),
+    )
 
 
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+def this_machine(gpus: Iterable[Gpu] = (), sources: Sources | None = None) -> Machine:
+    """The machine's RAM and cores, with the GPUs that are given; nothing is started or asked."""
+    sources = sources or Sources()
+    ram = ram_of(sources)
+    return Machine(ram.total_bytes, ram.available_bytes, n_cores(sources), tuple(gpus))
+
+
+def n_cores(sources: Sources | None = None) -> int:
+    """Physical cores that this process may run on, within its affinity and its quota."""
+    return processor(sources or Sources()).n_usable

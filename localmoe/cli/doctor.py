@@ -1,0 +1,260 @@
+"""`doctor`: what this machine has, what is wrong with it, and how to mend it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+from . import render
+from .options import json_option
+
+if TYPE_CHECKING:
+    from ..engine.protocol import DeviceList
+    from ..placement.gpus import Gpu
+    from ..placement.hardware import Finding, Machine
+    from ..placement.host import Host
+
+WIDTH = 80
+ENGINE_TIMEOUT_S = 60.0
+"""Eight cards whose driver isn't kept loaded take some 15 s."""
+
+MIN_FREE_BYTES = 10 << 30
+"""Less than this on the disk of the models has no room for a small Mixture-of-Experts model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """All that `doctor` tells: the machine, how llama.cpp sees it, folders and their room."""
+
+    host: Host
+    machine: Machine
+    devices: DeviceList | None
+    folders: Mapping[str, Path]
+    models_free_bytes: int
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong, the worst first."""
+        return (*self.machine.findings, *disk_findings(self.folders, self.models_free_bytes))
+
+    @property
+    def can_run(self) -> bool:
+        return all(finding.severity != "error" for finding in self.findings)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> int:
+    """What this machine has, what is wrong, how to mend it.
+
+    Exits with 0 where a model can run, warnings or not, and with 1 where nothing can.
+    """
+    checkup = examine()
+    if as_json:
+        render.document(report(checkup))
+    else:
+        render.lines([*facts(checkup), "", *advice(checkup.findings)])
+    return 0 if checkup.can_run else 1
+
+
+def examine() -> Checkup:
+    """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
+    from ..config import engine_environment
+    from ..placement.hardware import Sources, machine_of
+    from ..placement.host import host_of
+
+    env = engine_environment()
+    host = host_of(Sources(env=env))
+    devices, broken = ask_llama(env)
+    folders = folders_of(env)
+    room = free_bytes(folders["models"])
+    return Checkup(host, machine_of(host, devices, broken), devices, folders, room)
+
+
+def ask_llama(
+    env: Mapping[str, str], timeout_s: float = ENGINE_TIMEOUT_S
+) -> tuple[DeviceList | None, str]:
+    """The devices that llama.cpp sees, or why it doesn't say. With a bad driver it may hang."""
+    from ..engine.client import Engine
+    from ..errors import EngineError
+
+    with Engine(env) as engine:
+        late = threading.Timer(timeout_s, engine.kill)
+        late.daemon = True
+        late.start()
+        try:
+            return engine.devices(), ""
+        except EngineError as error:
+            ran_out = not late.is_alive()
+            return None, f"no answer in {timeout_s:g} s." if ran_out else error.message
+        finally:
+            late.cancel()
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def folders_of(env: Mapping[str, str]) -> dict[str, Path]:
+    """Where things lie: models in the Hugging Face cache, the rest in the platform's folders."""
+    import platformdirs
+
+    from ..config import state_folder
+
+    cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    hub = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or cache) / "hub"
+    return {
+        "models": Path(hub).expanduser(),
+        "settings": platformdirs.user_config_path("localmoe"),
+        "state": state_folder(),
+    }
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder that may not be there yet."""
+    for place in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return 0
+
+
+def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:
+    """A disk without room for models. Raises nothing, and writes nothing to find out."""
+    from ..placement.hardware import Finding
+
+    if free < MIN_FREE_BYTES:
+        what = f"The disk of {folders['models']} has only {render.size(free)} free."
+        yield Finding("note", what, "Make room, or keep models elsewhere: set HF_HUB_CACHE.")
+
+
+# ---- one document --------------------------------------------------------------------------------
+
+
+def report(checkup: Checkup) -> dict[str, Any]:
+    """What --json says: sizes in bytes, features in llama.cpp's names."""
+    host, machine = checkup.host, checkup.machine
+    return {
+        "localmoe": __version__,
+        "can_run": checkup.can_run,
+        "findings": [asdict(finding) for finding in checkup.findings],
+        "system": {"name": host.system, "arch": platform.machine(), "release": platform.release()},
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "ram": asdict(host.ram),
+        "cpu": {
+            "name": host.processor.name,
+            "n_cores": machine.n_cores,
+            "n_physical_cores": host.processor.n_physical,
+            "quota": host.processor.quota,
+            "features": sorted(machine.cpu_features),
+        },
+        "gpus": [asdict(gpu) for gpu in machine.gpus],
+        "cards": [asdict(card) for card in host.cards.cards],
+        "llama_cpp": {
+            "version": machine.build.version,
+            "backends": sorted(machine.build.backends),
+            "features": sorted(machine.build.features),
+            "devices": [asdict(device) for device in checkup.devices.devices]
+            if checkup.devices
+            else [],
+        },
+        "folders": {name: str(path) for name, path in checkup.folders.items()},
+        "models_free_bytes": checkup.models_free_bytes,
+    }
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+
+
+def facts(checkup: Checkup) -> Iterator[str]:
+    """What the machine has, a name and its value a line."""
+    rows = [
+        ("System", f"{checkup.host.system} {platform.release()}, {platform.machine()}"),
+        ("RAM", ram_line(checkup)),
+        ("CPU", cpu_line(checkup)),
+        ("", feature_line(checkup.machine)),
+        *(("GPU", gpu_line(gpu)) for gpu in checkup.machine.gpus),
+        *([] if checkup.machine.gpus else [("GPU", "none that llama.cpp can use")]),
+        ("llama.cpp", llama_line(checkup.machine)),
+        ("localmoe", f"{__version__}, Python {platform.python_version()} ({sys.executable})"),
+        ("Models", f"{checkup.folders['models']}, {render.size(checkup.models_free_bytes)} free"),
+        ("Settings", str(checkup.folders["settings"])),
+        ("State", str(checkup.folders["state"])),
+    ]
+    for name, value in rows:
+        if value:
+            yield from row(name, value)
+
+
+def ram_line(checkup: Checkup) -> str:
+    ram = checkup.host.ram
+    size = render.size
+    line = f"{size(ram.total_bytes)}, {size(ram.available_bytes)} available"
+    if ram.total_bytes < ram.machine_bytes:
+        line += f" (a control group's limit; the machine has {size(ram.machine_bytes)})"
+    return line
+
+
+def cpu_line(checkup: Checkup) -> str:
+    cpu = checkup.host.processor
+    cores = "1 core" if cpu.n_physical == 1 else f"{cpu.n_physical} cores"
+    used = f", {cpu.n_usable} to be used" if cpu.n_usable != cpu.n_physical else ""
+    return f"{cpu.name}, {cores}{used}"
+
+
+def feature_line(machine: Machine) -> str:
+    """Features that llama.cpp uses here, and those of the processor that it doesn't."""
+    used = sorted(machine.cpu_features & machine.build.features)
+    idle = sorted(machine.cpu_features - machine.build.features)
+    parts = [f"used by llama.cpp: {' '.join(used)}"] if used else []
+    if machine.build.features and idle:
+        parts.append(f"not used: {' '.join(idle)}")
+    return "; ".join(parts)
+
+
+def gpu_line(gpu: Gpu) -> str:
+    free = f"{render.size(gpu.free_bytes)} of {render.size(gpu.total_bytes)} free"
+    if gpu.free_from == "llama.cpp":
+        free += " by llama.cpp's own count"
+    driver = f", driver {gpu.driver_version}" if gpu.driver_version else ""
+    shared = ", shares the machine's RAM" if gpu.unified else ""
+    return f"{gpu.name}: {gpu.description}, {free}{shared}{driver}"
+
+
+def llama_line(machine: Machine) -> str:
+    backends = ", ".join(sorted(machine.build.backends)) or "unknown"
+    return f"llama-cpp-python {machine.build.version or 'is missing'}, backends: {backends}"
+
+
+def row(name: str, value: str) -> list[str]:
+    """A name and a value, which goes on in further lines under itself."""
+    return textwrap.wrap(
+        value,
+        WIDTH,
+        initial_indent=f"{name:<11}",
+        subsequent_indent=" " * 11,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def advice(findings: tuple[Finding, ...]) -> Iterator[str]:
+    """What is wrong and how to mend it. A command has a line of its own, whole, to be copied."""
+    if not findings:
+        yield "Nothing is wrong."
+    for finding in findings:
+        yield from row(finding.severity.upper(), finding.what)
+        yield from row("", finding.how_to_mend)
+        if finding.command:
+            yield from ("", f"  {finding.command}")
+        yield ""
