@@ -56,17 +56,19 @@ def open_model(
     settings: Settings,
     on_progress: Callable[[float], None] | None = None,
     on_log: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Start an engine and load a model by its plan. Raises LocalMoeError.
 
-    `on_progress` is given 0 to 1 while the model loads, `on_log` llama.cpp's log lines.
+    `on_progress` is given 0 to 1 while the model loads, `on_log` llama.cpp's log lines,
+    `on_warning` sentences about this machine.
     """
     path = resolve(name)
     meta = readable_meta(path)
     format = format_of(meta)
     engine = Engine(engine_environment(), on_log)
     try:
-        plan = plan_to_load(path, meta, settings, engine)
+        plan = plan_to_load(path, meta, settings, engine, on_warning)
         if plan.placement.n_gpu_layers:
             engine.close()
             engine = Engine(engine_environment(), on_log)

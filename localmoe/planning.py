@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,14 +35,25 @@ def plan_request(settings: Settings) -> PlanRequest:
     )
 
 
-def plan_to_load(path: Path, meta: ModelMeta, settings: Settings, engine: Engine) -> Plan:
+def plan_to_load(
+    path: Path,
+    meta: ModelMeta,
+    settings: Settings,
+    engine: Engine,
+    on_warning: Callable[[str], None] | None = None,
+) -> Plan:
     """The plan to load a model by. Raises DoesNotFit.
 
+    `on_warning` is told what is wrong with this machine, such as a GPU that lies idle.
     `engine` must not have been asked for anything yet. Where there is a GPU, the placement is
     measured in it; then it holds memory of the device, and another one has to load the model.
     """
     env = engine_environment()
     machine = detect(engine.devices, Sources(env=env))
+    for finding in machine.findings:
+        if on_warning and finding.severity == "warning":
+            command = "" if finding.command in finding.how_to_mend else f" {finding.command}"
+            on_warning(f"{finding.what} {finding.how_to_mend}{command}")
     request = plan_request(settings)
     if not machine.gpus or request.n_gpu_layers == 0:
         return make_plan(machine, meta, NOTHING_MEASURED, request)

@@ -46,6 +46,11 @@ def error(message: str, hint: str = "") -> None:
     print(f"localmoe: {line}", file=sys.stderr)
 
 
+def warning(text: str) -> None:
+    """A line about something that works, but not as it should."""
+    print(f"localmoe: warning: {' '.join(safe(text).split())}", file=sys.stderr)
+
+
 def note(text: str) -> None:
     """A remark beside the answer, dim where that shows."""
     print(dim(safe(text)), file=sys.stderr)

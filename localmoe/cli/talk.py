@@ -109,7 +109,13 @@ def load(model: str, settings: Settings, verbose: bool, quiet: bool) -> LoadedMo
 
     progress = render.LoadProgress(model, quiet)
     try:
-        return open_model(model, settings, progress, render.log_line if verbose else None)
+        return open_model(
+            model,
+            settings,
+            on_progress=progress,
+            on_log=render.log_line if verbose else None,
+            on_warning=None if quiet else render.warning,
+        )
     finally:
         progress.done()
 
