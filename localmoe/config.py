@@ -20,6 +20,10 @@ from .errors import UsageError
 PREFIX = "LOCALMOE_"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+ENGINE_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
+"""Compute threads that wait by spinning lose most of their speed to any other busy program
+(docs/notes/busy-machine.md)."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -102,8 +106,10 @@ def load_settings(given: Mapping[str, Any], env: Mapping[str, str] | None = None
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of an engine process: this one's, without anything secret."""
-    return {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+    """The environment of an engine process: this one's without anything secret, and what suits
+    llama.cpp where nothing else was said."""
+    env = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+    return {**ENGINE_DEFAULTS, **env}
 
 
 def state_folder() -> Path:

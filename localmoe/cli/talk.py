@@ -49,8 +49,10 @@ def run(
 
     MODEL is `demo`, or the path of a GGUF file.
     """
+    from ..models.catalog import resolve
     from ..serving.chat import Answer
 
+    resolve(model)  # a wrong name is the first thing to say, before a prompt is waited for
     settings = settings_of(options)
     conversation = conversation_of(prompt, messages, settings.system)
     with load(model, settings, verbose, quiet or as_json) as loaded:
