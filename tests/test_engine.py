@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from jsonschema import validate
+from make_model import SHAPES, make_model
 
 from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
@@ -229,6 +231,14 @@ def test_ctrl_c_gives_up_a_prompt_under_way(tiny_model: Path) -> None:
         given_up, following = map(float, process.stdout.readline().split())
     assert given_up < whole
     assert following < whole / 2
+
+
+def test_k_quants_answer(tmp_path: Path, engine: Engine) -> None:
+    """Dense Q4_K matrices, many tokens: repacked for AMX, llama.cpp can crash on them."""
+    path = tmp_path / "k-quants.gguf"
+    make_model(path, replace(SHAPES["tiny"], n_embd=256, n_ff=256, n_vocab=32000), "Q4_K")
+    engine.load(str(path), Placement(n_threads=2, n_ctx=512))
+    assert len(tokens_of(answer(engine, Request(LONG_PROMPT, GREEDY, max_tokens=3)))) == 3
 
 
 def test_the_vocabulary_alone_tokenizes(tiny_model: Path, engine: Engine) -> None:

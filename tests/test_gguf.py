@@ -336,7 +336,7 @@ def test_any_truncation(n_bytes: int) -> None:
     with pytest.raises(ModelFileError) as caught:
         parse(GOOD[:n_bytes])
     check_error(caught.value)
-    if n_bytes < HEAD:
+    if n_bytes < HEAD - 32:  # what is missing may be no more than the padding before the data
         with pytest.raises(HeaderIncomplete if n_bytes > 4 else ModelFileError):
             parse(GOOD[:n_bytes], len(GOOD))
 

@@ -93,7 +93,7 @@ def report(name: str, plan: Plan, meta: ModelMeta, measured: int, load_s: float)
         f"{name}  {place.n_gpu_layers:>3}/{meta.n_layers + 1} {n_experts - in_ram:>3}/{n_experts}"
         f" {planned / MIB:>8.0f} {measured / MIB:>8.0f} {difference / MIB:>+7.0f}"
         f" {measured / budget:>9.1%} {load_s:>8.1f}  {'ok' if fine else 'OUT'}"
-        f"  overhead {gpus[0].overhead.n_bytes / MIB:.0f} compute {gpus[0].compute.n_bytes / MIB:.0f}",
+        f"  overhead {gpus[0].overhead.n_bytes / MIB:.0f}",
         flush=True,
     )
     return fine

@@ -56,10 +56,30 @@ DEV_OPENERS = (
     "Tea or coffee?",
 )
 
-NEAR_DUPLICATE_OVERLAP = 0.8  # share of words in common (Jaccard) from which two openers count as one
-_GREETINGS = {"hi", "hello", "hey", "good", "morning", "evening", "afternoon", "there", "so", "well"}
-_SPELLINGS = {"favorite": "favourite", "film": "movie", "films": "movies", "whats": "what is",
-              "hows": "how is", "im": "i am", "theres": "there is"}
+NEAR_DUPLICATE_OVERLAP = (
+    0.8  # share of words in common (Jaccard) from which two openers count as one
+)
+_GREETINGS = {
+    "hi",
+    "hello",
+    "hey",
+    "good",
+    "morning",
+    "evening",
+    "afternoon",
+    "there",
+    "so",
+    "well",
+}
+_SPELLINGS = {
+    "favorite": "favourite",
+    "film": "movie",
+    "films": "movies",
+    "whats": "what is",
+    "hows": "how is",
+    "im": "i am",
+    "theres": "there is",
+}
 
 
 def normalise_words(text: str) -> tuple[str, ...]:
