@@ -20,9 +20,9 @@ from .errors import UsageError
 PREFIX = "LOCALMOE_"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-ENGINE_DEFAULTS = {"OMP_WAIT_POLICY": "passive"}
-"""Compute threads that wait by spinning lose most of their speed to any other busy program
-(docs/notes/busy-machine.md)."""
+ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "1000"}
+"""Compute threads that spin for long while they wait for each other lose most of their speed to
+any other busy program (docs/notes/busy-machine.md)."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
