@@ -20,7 +20,7 @@ from .errors import UsageError
 PREFIX = "LOCALMOE_"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "1000"}
+ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000"}
 """Compute threads that spin for long while they wait for each other lose most of their speed to
 any other busy program (docs/notes/busy-machine.md)."""
 

@@ -82,6 +82,6 @@ def test_the_engine_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_do_not_spin_unless_the_person_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    assert engine_environment()["GOMP_SPINCOUNT"] == "1000"
+    assert engine_environment()["GOMP_SPINCOUNT"] == "3000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "infinite")
     assert engine_environment()["GOMP_SPINCOUNT"] == "infinite"

@@ -1,19 +1,23 @@
-"""Bytes of the buffers that a micro-batch is computed in: measured, interpolated or by formula. Pure.
+"""Bytes of the buffers to compute a micro-batch in: measured, interpolated or by formula. Pure.
 
-On one kind of placement the size is n_ubatch x (a + b x n_ctx) + c to within a few bytes: every
-token has its hidden states (a) and its row of the attention mask (b x n_ctx); c doesn't depend on
-either (docs/notes/compute-buffers.md).
+On the CPU, and on GPUs that hold everything, the size is n_ubatch x (a + b x n_ctx) + c to the
+byte: every token has its hidden states (a) and its row of the attention mask (b x n_ctx); c doesn't
+depend on either. With experts in RAM it isn't (docs/notes/compute-buffers.md): measure those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..models.meta import ModelMeta
-from .measured import Basis, ComputePoint, Figure
+from .measured import ComputePoint, Figure
 
 FLOAT = 4
-MASK = 2  # bytes of an entry of the attention mask: f16
+MASK = 2
+"""Bytes of an entry of the attention mask: f16, with flash attention."""
+PIPELINE_COPIES = 4
+"""Copies of a graph's inputs where several GPUs hold everything (GGML_SCHED_MAX_COPIES)."""
 
 
 def compute_bytes(points: Sequence[ComputePoint], n_ctx: int, n_ubatch: int) -> Figure | None:
@@ -24,22 +28,22 @@ def compute_bytes(points: Sequence[ComputePoint], n_ctx: int, n_ubatch: int) -> 
     sizes = {(p.n_ctx, p.n_ubatch): p.n_bytes for p in points}
     if (n_ctx, n_ubatch) in sizes:
         return Figure(sizes[n_ctx, n_ubatch], "measured")
-    square = widest_square(sizes, n_ctx, n_ubatch)
+    square = widest_square(sizes)
     if square is None:
         return None
     (c0, c1), (u0, u1) = square
     along = (n_ctx - c0) / (c1 - c0)
     at_u0 = sizes[c0, u0] + along * (sizes[c1, u0] - sizes[c0, u0])
     at_u1 = sizes[c0, u1] + along * (sizes[c1, u1] - sizes[c0, u1])
-    basis: Basis = "interpolated"
-    return Figure(round(at_u0 + (n_ubatch - u0) / (u1 - u0) * (at_u1 - at_u0)), basis)
+    n_bytes = round(at_u0 + (n_ubatch - u0) / (u1 - u0) * (at_u1 - at_u0))
+    return Figure(max(0, n_bytes), "interpolated")
 
 
 def widest_square(
-    sizes: dict[tuple[int, int], int], n_ctx: int, n_ubatch: int
+    sizes: dict[tuple[int, int], int],
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Two contexts and two micro-batches that were measured crosswise; the widest of each."""
-    contexts, micro_batches = ({key[i] for key in sizes} for i in (0, 1))
+    contexts, micro_batches = (sorted({key[i] for key in sizes}) for i in (0, 1))
     squares = [
         ((c0, c1), (u0, u1))
         for c0 in contexts
@@ -51,14 +55,88 @@ def widest_square(
     return max(squares, key=lambda s: (s[0][1] - s[0][0]) * (s[1][1] - s[1][0]), default=None)
 
 
-def estimated_bytes(meta: ModelMeta, n_ctx: int, n_ubatch: int, n_seq: int) -> int:
-    """By formula: for each token the experts' inner states and some hidden states, its row of
-    the mask; the logits of a token a sequence. Right to 1 % for Mixtral, a guess for others."""
-    inner = 3 * max(1, meta.n_experts_used) * meta.n_ff_expert
-    per_token = FLOAT * (inner + 4 * meta.n_embd) + MASK * n_ctx * n_seq
-    return n_ubatch * per_token + FLOAT * meta.tokenizer.n_vocab * n_seq
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a micro-batch is: `n_ctx` tokens of context for each of `n_seq` sequences."""
+
+    n_ctx: int
+    n_ubatch: int
+    n_seq: int
 
 
-def copied_experts_bytes(meta: ModelMeta) -> int:
-    """What a GPU keeps free to copy experts from RAM into: the largest expert tensor."""
-    return max((t.n_bytes for t in meta.tensors if t.role == "experts"), default=0)
+def estimated_bytes(meta: ModelMeta, work: Work, on_gpu: bool = False) -> int:
+    """The buffer of a device that computes whole layers, by formula.
+
+    At least llama.cpp's own figure less 3 %, and at most half as much again: exact for Mixtral, too
+    much where a layer's parts fit into each other's room (OLMoE, Granite).
+    """
+    n_values = values_per_token(meta)
+    if on_gpu and has_ffn_beside_experts(meta):
+        n_values = max(n_values, (3 * meta.n_experts_used + 2) * meta.n_embd)
+    return work.n_ubatch * (FLOAT * n_values + mask_bytes(meta, work))
+
+
+def values_per_token(meta: ModelMeta) -> int:
+    """Values alive at once for a token, in the part of a layer where they are most.
+
+    Sizes of the tensors of build_moe_ffn, build_ffn and build_attn (src/llama-graph.cpp), with as
+    many of them as ggml's allocator keeps: gate, up and product of the experts; their outputs twice
+    (weighted and not) beside one product; queries, their output and its projection.
+    """
+    n_used, n_embd = max(1, meta.n_experts_used), meta.n_embd
+    inner = n_used * meta.n_ff_expert
+    outputs = n_used * n_embd if meta.is_moe else 0
+    queries = max(meta.n_heads, default=0) * meta.head_dim_k
+    return max(
+        3 * inner + 4 * n_embd,
+        2 * outputs + inner + 3 * n_embd,
+        3 * meta.n_ff + 4 * n_embd,
+        3 * queries + 4 * n_embd,
+    )
+
+
+def has_ffn_beside_experts(meta: ModelMeta) -> bool:
+    """Whether layers have a shared expert or a plain FFN as well. With CUDA the experts' outputs
+    were seen to stay a third time beside it (Gemma 4, Qwen 3.5), with the CPU backend not."""
+    beside = {"shared_experts", "dense_ffn"}
+    return any("experts" in roles and beside & set(roles) for roles in meta.layer_bytes)
+
+
+def mask_bytes(meta: ModelMeta, work: Work) -> int:
+    """A token's row of the attention mask; windowed layers have a mask of their own.
+
+    A row is as long as one sequence's context: sequences don't see each other.
+    """
+    return MASK * work.n_ctx * (2 if meta.sliding_window else 1)
+
+
+def input_bytes(meta: ModelMeta, work: Work) -> int:
+    """What RAM holds for GPUs that do the computing: embeddings and masks on their way there."""
+    return work.n_ubatch * (2 * FLOAT * meta.n_embd + mask_bytes(meta, work))
+
+
+def pipeline_bytes(meta: ModelMeta, work: Work, is_first: bool) -> int:
+    """What several GPUs that hold everything take more, each: further copies of their inputs.
+
+    llama.cpp lets them work on several micro-batches at once (pipeline_parallel).
+    """
+    hidden = work.n_ubatch * FLOAT * meta.n_embd
+    masks = work.n_ubatch * mask_bytes(meta, work)
+    handed_on = 0 if is_first else PIPELINE_COPIES * hidden
+    return (PIPELINE_COPIES - 1) * (masks + hidden) + handed_on
+
+
+def logits_bytes(meta: ModelMeta, n_seq: int) -> int:
+    """The output buffer in RAM: logits of one token a sequence."""
+    return FLOAT * meta.tokenizer.n_vocab * n_seq
+
+
+def copied_experts_bytes(meta: ModelMeta, n_gpus: int) -> int:
+    """What the first GPU keeps free to copy experts from RAM into, where the batch is computed.
+
+    The largest tensor. The next smaller one too where its room can't be used again: with many
+    small experts, whose outputs are wider than they are, and where other GPUs wait for the result.
+    """
+    sizes = sorted({t.n_bytes for t in meta.tensors if t.role == "experts"}, reverse=True)
+    wide = meta.n_embd > meta.n_ff_expert
+    return sum(sizes[: 2 if wide or n_gpus > 1 else 1])

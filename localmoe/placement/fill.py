@@ -7,12 +7,15 @@ matrix as one layer more (src/llama-model.cpp); layers go to devices in order, i
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
 
-MAX_SUMS = 20_000
+MAX_SUMS = 500
 """Sums looked at when sizes differ wildly; beyond that the best ones so far go on."""
+MAX_WAYS = 4096
+"""Ways remembered to come to all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Rooms:
     """Bytes that each GPU has for weights and cache: with all experts on GPUs, and with some in
-    RAM, when llama.cpp also keeps room to copy them over (a larger compute buffer)."""
+    RAM, when llama.cpp also keeps room to copy them over. `mixed` is never more than `whole`."""
 
     whole: tuple[int, ...]
     mixed: tuple[int, ...]
@@ -51,56 +54,6 @@ class Layout:
     cpu_experts: frozenset[str]
 
 
-def lay_out(
-    layers: Sequence[Layer], output_bytes: int, rooms: Rooms, n_gpu_layers: int | None = None
-) -> Layout:
-    """The layout with most on the GPUs, dense parts before experts.
-
-    With `n_gpu_layers` that many layers are there, whether they fit or not; only experts move.
-    """
-    everything = len(layers) + 1
-    all_experts = frozenset(name for layer in layers for name, _ in layer.experts)
-    wanted = [n_gpu_layers] if n_gpu_layers is not None else range(everything, 0, -1)
-    for n in wanted:
-        if n == 0 or not rooms.mixed:
-            break
-        if n == everything and (split := whole_split(layers, output_bytes, rooms.whole)):
-            return Layout(n, split, frozenset())
-        on_gpu = layers[everything - n :]
-        best = best_split(on_gpu, output_bytes, rooms.mixed, forced=n_gpu_layers is not None)
-        if best:
-            split, on_gpus = best
-            return Layout(n, split, all_experts - on_gpus)
-    return Layout(0, (), all_experts)
-
-
-def whole_split(
-    layers: Sequence[Layer], output_bytes: int, rooms: Sequence[int]
-) -> tuple[int, ...] | None:
-    """A split with every byte on the GPUs; None where they don't hold it."""
-    sizes = [layer.fixed_bytes + layer.expert_bytes for layer in layers] + [output_bytes]
-    fitting = [s for s in splits(len(sizes), rooms, sizes) if fits(s, sizes, rooms)]
-    return min(fitting, key=lambda s: unevenness(s, sizes, rooms), default=None)
-
-
-def best_split(
-    on_gpu: Sequence[Layer], output_bytes: int, rooms: Sequence[int], forced: bool
-) -> tuple[tuple[int, ...], frozenset[str]] | None:
-    """The split that leaves room for most experts, and their names; None where none fits."""
-    sizes = [layer.fixed_bytes for layer in on_gpu] + [output_bytes]
-    best: tuple[tuple[int, int], tuple[int, ...], frozenset[str]] | None = None
-    for split in splits(len(sizes), rooms, sizes):
-        if not (fits(split, sizes, rooms) or forced):
-            continue
-        whole, total, names = 0, 0, set[str]()
-        for (start, end), room in zip(runs(split), rooms, strict=True):
-            mine = fill(on_gpu[start:end], room - sum(sizes[start:end]))
-            whole, total, names = whole + mine.whole_bytes, total + mine.n_bytes, names | mine.names
-        if best is None or (whole, total) > best[0]:
-            best = ((whole, total), split, frozenset(names))
-    return (best[1], best[2]) if best else None
-
-
 @dataclass(frozen=True, slots=True)
 class Filling:
     """Expert tensors that fit: bytes in whole layers, bytes in all, names."""
@@ -110,80 +63,180 @@ class Filling:
     names: frozenset[str]
 
 
+Filler: TypeAlias = Callable[[Sequence[Layer], int], Filling]
+NOTHING = Filling(0, 0, frozenset())
+
+
+def lay_out(
+    layers: Sequence[Layer], output_bytes: int, rooms: Rooms, n_gpu_layers: int | None = None
+) -> Layout:
+    """The layout with most on the GPUs, dense parts before experts.
+
+    With `n_gpu_layers` that many layers are there, whether they fit or not; only experts move.
+    """
+    wanted = [n_gpu_layers] if n_gpu_layers is not None else range(len(layers) + 1, 0, -1)
+    for n in wanted:
+        layout = layout_of(layers, output_bytes, rooms, n, fill)
+        if layout:
+            return layout
+    if n_gpu_layers and rooms.mixed:
+        return Layout(n_gpu_layers, even_split(n_gpu_layers, rooms.mixed), expert_names(layers))
+    return Layout(0, (), expert_names(layers))
+
+
+def layout_of(
+    layers: Sequence[Layer], output_bytes: int, rooms: Rooms, n_gpu_layers: int, filler: Filler
+) -> Layout | None:
+    """The best layout with so many layers on GPUs; None where their dense parts don't fit."""
+    if n_gpu_layers == 0 or not rooms.mixed:
+        return None
+    everything = len(layers) + 1
+    if n_gpu_layers == everything:
+        as_blocks = [Layer(n.index, n.dense_bytes + n.expert_bytes, n.kv_bytes) for n in layers]
+        if found := best_split(as_blocks, output_bytes, rooms.whole, filler):
+            return Layout(everything, found[0], frozenset())
+    on_gpu = layers[everything - n_gpu_layers :]
+    found = best_split(on_gpu, output_bytes, rooms.mixed, filler)
+    return Layout(n_gpu_layers, found[0], expert_names(layers) - found[1]) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What GPUs so far hold at best, the first layers in order. `evenness` breaks ties: GPUs
+    that hold the same share of their room."""
+
+    whole_bytes: int
+    n_bytes: int
+    evenness: float
+    split: tuple[int, ...]
+    names: frozenset[str]
+
+    @property
+    def merit(self) -> tuple[int, int, float]:
+        return self.whole_bytes, self.n_bytes, self.evenness
+
+
+def best_split(
+    on_gpu: Sequence[Layer], output_bytes: int, rooms: Sequence[int], filler: Filler
+) -> tuple[tuple[int, ...], frozenset[str]] | None:
+    """The split that leaves room for most experts, and their names; None where none fits.
+
+    GPU by GPU, with the best that comes before every boundary: exact, since merits add up.
+    """
+    ends = [0, *accumulate([layer.fixed_bytes for layer in on_gpu] + [output_bytes])]
+    n, best = len(ends) - 1, {0: Run(0, 0, 0.0, (), frozenset())}
+    for place, room in enumerate(rooms):
+        longer: dict[int, Run] = {}
+        for start, before in best.items():
+            is_last = place == len(rooms) - 1
+            for end in [n] if is_last else range(start, n + 1):
+                fixed = ends[end] - ends[start]
+                if end > start and fixed > room:
+                    break
+                run = extended(before, end - start, fixed, room, on_gpu[start:end], filler)
+                if end not in longer or run.merit > longer[end].merit:
+                    longer[end] = run
+        best = longer
+    return (best[n].split, best[n].names) if n in best else None
+
+
+def extended(
+    before: Run, n: int, fixed_bytes: int, room: int, layers: Sequence[Layer], filler: Filler
+) -> Run:
+    """One GPU more, with `n` layers (perhaps the output among them) and what experts fit."""
+    mine = filler(layers, room - fixed_bytes) if n else NOTHING
+    held = fixed_bytes + mine.n_bytes
+    return Run(
+        before.whole_bytes + mine.whole_bytes,
+        before.n_bytes + mine.n_bytes,
+        before.evenness - held * held / max(1, room),
+        (*before.split, n),
+        before.names | mine.names,
+    )
+
+
+# ---- experts of one GPU ----
+
+
 def fill(layers: Sequence[Layer], room: int) -> Filling:
     """The experts that fill a room best: most bytes in whole layers, then most in single tensors.
 
     Of layers of one size the last ones are taken, so that the first ones' experts stay in RAM.
     """
     with_experts = [layer for layer in layers if layer.experts]
-    whole = pick([layer.expert_bytes for layer in with_experts], room)
-    chosen = [with_experts[i] for i in whole]
-    rest = [layer for i, layer in enumerate(with_experts) if i not in whole]
-    whole_bytes = sum(layer.expert_bytes for layer in chosen)
-    singles = [tensor for layer in rest for tensor in layer.experts]
-    single = [singles[i] for i in pick([size for _, size in singles], room - whole_bytes)]
-    names = {name for layer in chosen for name, _ in layer.experts} | {name for name, _ in single}
-    return Filling(whole_bytes, whole_bytes + sum(size for _, size in single), frozenset(names))
+    if sum(layer.expert_bytes for layer in with_experts) <= room:
+        return filling(with_experts, ())
+    kinds: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in reversed(with_experts):
+        kinds.setdefault(tuple(sorted(size for _, size in layer.experts)), []).append(layer)
+    ways = best_counts([sum(sizes) for sizes in kinds], [len(k) for k in kinds.values()], room)
+    fillings = []
+    for counts in ways:
+        pairs = list(zip(kinds.values(), counts, strict=True))
+        whole = [layer for kind, count in pairs for layer in kind[:count]]
+        rest = [layer for kind, count in pairs for layer in kind[count:]]
+        left = room - sum(layer.expert_bytes for layer in whole)
+        fillings.append(filling(whole, pick(rest, left)))
+    return max(fillings, key=lambda f: f.n_bytes, default=NOTHING)
 
 
-def pick(sizes: Sequence[int], room: int) -> set[int]:
-    """Indices of the sizes whose sum comes closest to a room from below; of equals, the last.
+def fill_most(layers: Sequence[Layer], room: int) -> Filling:
+    """The experts that leave least of a room empty, whether whole layers or not."""
+    found = filling((), pick(layers, room))
+    return Filling(0, found.n_bytes, found.names)
 
-    Exact where there are few different sizes, as in every model: sums are counted by size.
+
+def filling(whole: Sequence[Layer], single: Sequence[tuple[str, int]]) -> Filling:
+    tensors = [tensor for layer in whole for tensor in layer.experts]
+    whole_bytes = sum(size for _, size in tensors)
+    names = frozenset(name for name, _ in (*tensors, *single))
+    return Filling(whole_bytes, whole_bytes + sum(size for _, size in single), names)
+
+
+def pick(layers: Sequence[Layer], room: int) -> list[tuple[str, int]]:
+    """Expert tensors that come closest to a room from below; of equals, the last layers'."""
+    sizes: dict[int, list[tuple[str, int]]] = {}
+    for layer in sorted(layers, key=lambda layer: -layer.index):
+        for tensor in layer.experts:
+            sizes.setdefault(tensor[1], []).append(tensor)
+    ways = best_counts(list(sizes), [len(tensors) for tensors in sizes.values()], room)
+    pairs = zip(sizes.values(), ways[0], strict=True) if ways else ()
+    return [tensor for tensors, count in pairs for tensor in tensors[:count]]
+
+
+def best_counts(sizes: Sequence[int], limits: Sequence[int], room: int) -> list[tuple[int, ...]]:
+    """How many to take of each size, at most its limit, to come closest to a room from below.
+
+    All ways to come to that sum, as far as they are remembered; none where there is less room than
+    nothing. Exact where there are few different sizes, as in every model.
     """
-    counts = Counter(sizes)
-    sums: dict[int, tuple[int, ...]] = {0: ()} if room >= 0 else {}
-    for size, count in sorted(counts.items(), reverse=True):
-        longer: dict[int, tuple[int, ...]] = {}
-        for total, used in sums.items():
-            for k in range(count + 1):
-                if total + k * size > room:
-                    break
-                longer.setdefault(total + k * size, (*used, k))
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    sums: dict[int, list[tuple[int, ...]]] = {0: [()]} if room >= 0 else {}
+    for i in order:
+        longer: dict[int, list[tuple[int, ...]]] = {}
+        n_ways = max(1, MAX_WAYS // len(sums)) if sums else 0
+        for total, ways in sums.items():
+            most = min(limits[i], (room - total) // max(1, sizes[i]))
+            for k in range(most + 1):
+                known = longer.setdefault(total + k * sizes[i], [])
+                known += [(*way, k) for way in ways[: n_ways - len(known)]]
         sums = dict(sorted(longer.items(), reverse=True)[:MAX_SUMS])
-    if not sums:
-        return set()
-    taken = dict(zip(sorted(counts, reverse=True), sums[max(sums)], strict=True))
-    picked = set()
-    for i in range(len(sizes) - 1, -1, -1):
-        if taken[sizes[i]]:
-            taken[sizes[i]] -= 1
-            picked.add(i)
-    return picked
+    found = sums[max(sums)] if sums else []
+    return [tuple(way[order.index(i)] for i in range(len(sizes))) for way in found]
 
 
-def splits(n: int, rooms: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Ways to give n layers to the GPUs in order; of more than two GPUs, those near an even one."""
-    if len(rooms) == 1:
-        yield (n,)
-    elif len(rooms) == 2:
-        yield from ((k, n - k) for k in range(n + 1))
-    else:
-        yield from near_even_splits(n, rooms, sizes)
+# ---- splits ----
 
 
-def near_even_splits(
-    n: int, rooms: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[int, ...]]:
-    """Splits by share of room, each boundary moved by up to two layers."""
-    total_room, total = sum(max(0, room) for room in rooms) or 1, sum(sizes) or 1
-    edges, at, done = [], 0, 0.0
-    for room in rooms[:-1]:
-        done += max(0, room) / total_room
-        while at < n and sum(sizes[: at + 1]) / total <= done:
-            at += 1
-        edges.append(at)
-    moved: list[list[int]] = [[]]
-    for edge in edges:
-        moved = [
-            [*before, e]
-            for before in moved
-            for e in range(max(0, edge - 2), min(n, edge + 2) + 1)
-            if not before or e >= before[-1]
-        ]
-    for bounds in moved:
-        ends = [*bounds, n]
-        yield tuple(end - start for start, end in zip([0, *bounds], ends, strict=True))
+def expert_names(layers: Sequence[Layer]) -> frozenset[str]:
+    return frozenset(name for layer in layers for name, _ in layer.experts)
+
+
+def even_split(n: int, rooms: Sequence[int]) -> tuple[int, ...]:
+    """Layers by share of room, for a layout that doesn't fit however it is split."""
+    shares = [max(1, room) for room in rooms]
+    edges = [round(n * done / sum(shares)) for done in accumulate(shares)]
+    return tuple(end - start for start, end in zip([0, *edges], edges, strict=False))
 
 
 def runs(split: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -192,20 +245,3 @@ def runs(split: Sequence[int]) -> Iterator[tuple[int, int]]:
     for n in split:
         yield start, start + n
         start += n
-
-
-def fits(split: Sequence[int], sizes: Sequence[int], rooms: Sequence[int]) -> bool:
-    return all(
-        sum(sizes[start:end]) <= room
-        for (start, end), room in zip(runs(split), rooms, strict=True)
-        if end > start
-    )
-
-
-def unevenness(split: Sequence[int], sizes: Sequence[int], rooms: Sequence[int]) -> float:
-    """How full the fullest GPU is, as a share of its room."""
-    shares = (
-        sum(sizes[start:end]) / max(1, room)
-        for (start, end), room in zip(runs(split), rooms, strict=True)
-    )
-    return max(shares)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Basis = Literal["measured", "interpolated", "formula"]
 
@@ -44,7 +44,7 @@ class MeasurementKey:
 class ComputePoint:
     """The compute buffer of a device at one context (of all sequences) and micro-batch.
 
-    `kind` names what else it depends on: placement.plan.compute_kind.
+    `kind` names what else it depends on: placement.sizes.compute_kind.
     """
 
     kind: str
@@ -83,10 +83,11 @@ class MeasuredStore:
         self._folder = folder
 
     def read(self, key: MeasurementKey) -> Measured:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        """What is known under a key."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             raw = json.loads((self._folder / key.file_name).read_text("utf-8"))
-            points = tuple(ComputePoint(**point) for point in raw["compute"])
-            overhead = {str(k): int(v) for k, v in raw["overhead_bytes"].items()}
+            points = tuple(_point(point) for point in raw["compute"])
+            overhead = {name: _size(n) for name, n in raw["overhead_bytes"].items()}
             return Measured(overhead, points)
         return NOTHING_MEASURED
 
@@ -99,4 +100,18 @@ class MeasuredStore:
                 "w", encoding="utf-8", dir=self._folder, delete=False
             ) as file:
                 file.write(text)
-            os.replace(file.name, self._folder / key.file_name)
+            try:
+                os.replace(file.name, self._folder / key.file_name)
+            except OSError:
+                os.unlink(file.name)
+
+
+def _point(raw: Mapping[str, Any]) -> ComputePoint:
+    n_ctx, n_ubatch, n_bytes = (_size(raw[name]) for name in ("n_ctx", "n_ubatch", "n_bytes"))
+    return ComputePoint(str(raw["kind"]), str(raw["device"]), n_ctx, n_ubatch, n_bytes)
+
+
+def _size(raw: object) -> int:
+    if not isinstance(raw, int) or raw < 0:
+        raise ValueError(f"not a size: {raw!r}")
+    return raw

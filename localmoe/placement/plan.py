@@ -13,13 +13,23 @@ from dataclasses import dataclass, replace
 from ..engine.protocol import Placement
 from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
-from .fill import Layout, Rooms, lay_out, runs
+from .fill import Layout, Rooms, fill_most, lay_out, layout_of, runs
 from .hardware import Gpu, Machine
 from .measured import Basis, Figure, Measured
+from .placing import placement_of
+from .reasons import context_size, layout_reasons, rejections
 from .request import PlanRequest
-from .sizes import ALL_ON_GPU, CPU_ONLY, EXPERTS_IN_RAM, RAM, Sizes, overhead, sizes_of
+from .sizes import (
+    ALL_ON_GPU,
+    CPU_ONLY,
+    EXPERTS_IN_RAM,
+    LAYERS_IN_RAM,
+    RAM,
+    Sizes,
+    overhead,
+    sizes_of,
+)
 
-DEFAULT_N_CTX = 4096
 SMALLEST_N_CTX = 512
 NOTHING = Figure(0, "formula")
 
@@ -28,7 +38,8 @@ NOTHING = Figure(0, "formula")
 class Memory:
     """What a plan takes of one device, or of RAM, and what it may take.
 
-    Of RAM's weights, `mapped_bytes` are pages of the file, `pinned_bytes` are locked for a GPU.
+    Of RAM's weights, `mapped_bytes` are pages of the file, `pinned_bytes` are locked for a GPU,
+    `repacked_bytes` copies in another order (never made now: they slow prompts down).
     """
 
     device: str
@@ -39,6 +50,7 @@ class Memory:
     overhead: Figure = NOTHING
     mapped_bytes: int = 0
     pinned_bytes: int = 0
+    repacked_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -62,7 +74,7 @@ class Forecast:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A placement, what it takes, and why; `rejected` says what would have been better and why it
-    wasn't had. `forecast` is None where nothing was measured yet."""
+    wasn't had, `alternatives` what fits as well. `forecast` is None where nothing was measured."""
 
     fits: bool
     kind: str
@@ -74,81 +86,46 @@ class Plan:
     forecast: Forecast | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a plan is made from. `gpus` are those to use, each with its budget in bytes."""
+
+    machine: Machine
+    measured: Measured
+    sizes: Sizes
+    gpus: list[tuple[Gpu, int]]
+
+    @property
+    def is_mapped_anyway(self) -> bool:
+        """Whether a file larger than RAM is wanted: then RAM refuses nothing."""
+        return self.sizes.request.load_mode == "mmap"
+
+
 def make_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
     """Plan a model on a machine. Raises DoesNotFit with the numbers and the nearest that fits."""
     plan = best_plan(machine, meta, measured, request)
     if plan.fits:
-        return plan
-    short = max(plan.memory, key=lambda memory: memory.missing_bytes)
-    nearest = list(nearest_fits(machine, meta, measured, request))
-    hint = "Take a smaller quant, or close other programs."
-    if nearest:
-        hint = f"It would fit with {' or '.join(nearest)}."
-    elif short.device == RAM and request.load_mode != "mmap":
-        hint += " Slowly, from the disk: --load-mode mmap."
-    raise DoesNotFit(
-        f"{meta.name or meta.architecture} needs {gib(short.total_bytes)} of {short.device} "
-        f"and may take {gib(short.budget_bytes)}.",
-        hint,
-    )
+        return replace(plan, alternatives=tuple(alternatives(machine, meta, measured, request)))
+    raise refusal(plan, machine, meta, measured, request)
 
 
 def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
     """The plan with most of the model on the GPUs, whether it fits or not."""
     n_ctx, why_ctx = context_size(meta, request)
-    sizes = sizes_of(meta, n_ctx, request)
-    gpus = gpu_budgets(machine, request)
-    rooms = Rooms(
-        whole=tuple(sizes.room(gpu, budget, ALL_ON_GPU, measured) for gpu, budget in gpus),
-        mixed=tuple(sizes.room(gpu, budget, EXPERTS_IN_RAM, measured) for gpu, budget in gpus),
-    )
-    layout = lay_out(sizes.layers, sizes.output_bytes, rooms, fixed_layers(meta, request, gpus))
-    kind = kind_of(layout, sizes)
-    on_gpus = [
-        gpu_memory(gpu, budget, kind, run, sizes, layout, measured)
-        for (gpu, budget), run in zip(gpus, runs(layout.split), strict=False)
-    ]
-    memory = (*on_gpus, ram_memory(machine, kind, sizes, layout, measured))
-    checked = memory[:-1] if request.load_mode == "mmap" else memory
+    at = Situation(machine, measured, sizes_of(meta, n_ctx, request), gpu_budgets(machine, request))
+    rooms = rooms_of(at)
+    layout = choose(at, rooms, fixed_layers(meta, request, at.gpus))
     return Plan(
-        fits=not any(m.missing_bytes for m in checked),
-        kind=kind,
-        placement=placement_of(machine, sizes, layout),
-        memory=memory,
-        reasons=(why_ctx, *layout_reasons(meta, layout, gpus)),
-        rejected=tuple(rejections(sizes, layout, rooms, gpus)),
+        fits=fits(at, layout),
+        kind=kind_of(layout, at.sizes),
+        placement=placement_of(machine, at.sizes, layout),
+        memory=memory_of(at, layout),
+        reasons=(why_ctx, *layout_reasons(at.sizes, layout, at.gpus)),
+        rejected=tuple(rejections(at.sizes, layout, rooms, at.gpus)),
     )
-
-
-def nearest_fits(
-    machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
-) -> Iterator[str]:
-    """What a person could change a little so that the model fits, in options of the command."""
-    if request.kv_type in ("f16", "bf16", "f32"):
-        smaller = replace(request, kv_type="q8_0")
-        if best_plan(machine, meta, measured, smaller).fits:
-            yield "-ctk q8_0"
-    n_ctx = context_size(meta, request)[0] // 2
-    while n_ctx >= SMALLEST_N_CTX:
-        if best_plan(machine, meta, measured, replace(request, n_ctx=n_ctx)).fits:
-            yield f"-c {n_ctx}"
-            return
-        n_ctx //= 2
 
 
 # ---- what was asked ----
-
-
-def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
-    """The context of one sequence in tokens, and why."""
-    trained = meta.context_length
-    if request.n_ctx is None:
-        n_ctx = min(trained or DEFAULT_N_CTX, DEFAULT_N_CTX)
-        return n_ctx, f"context of {n_ctx} tokens: the default; the model was trained for {trained}"
-    if trained and request.n_ctx > trained:
-        why = f"as asked, but the model was trained for {trained} and loses the thread beyond"
-        return request.n_ctx, f"context of {request.n_ctx} tokens: {why}"
-    return request.n_ctx, f"context of {request.n_ctx} tokens: as asked"
 
 
 def gpu_budgets(machine: Machine, request: PlanRequest) -> list[tuple[Gpu, int]]:
@@ -160,27 +137,80 @@ def gpu_budgets(machine: Machine, request: PlanRequest) -> list[tuple[Gpu, int]]
     return [(gpu, min(budget, gpu.free_bytes)) for gpu, budget in pairs]
 
 
+def ram_budget(machine: Machine, request: PlanRequest) -> int:
+    available = machine.ram_available_bytes
+    return available if request.ram_bytes is None else min(available, request.ram_bytes)
+
+
 def fixed_layers(meta: ModelMeta, request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> int | None:
-    """The number of layers that a person wants on GPUs; None where the plan is to say."""
+    """The number of layers that a person wants on GPUs; None where the plan is to say.
+
+    llama.cpp counts a model's layers for drafting too, behind the others, and loads nothing for
+    them: of -ngl N so many don't matter.
+    """
     if request.n_gpu_layers == "auto":
         return None
-    n = meta.n_layers + 1 if request.n_gpu_layers == "all" else request.n_gpu_layers
+    everything = meta.n_layers + 1
+    n = everything if request.n_gpu_layers == "all" else request.n_gpu_layers
     if n and not gpus:
         raise DoesNotFit(
             f"{n} layers are wanted on a GPU, and llama.cpp sees none here.",
             "Leave -ngl out, or install a build for your GPU (README, Install).",
         )
-    return min(n, meta.n_layers + 1)
+    if request.n_gpu_layers != "all" and n:
+        n = max(1, n - meta.n_nextn_layers)
+    return min(n, everything)
 
 
-# ---- what it comes to ----
+# ---- the choice ----
+
+
+def rooms_of(at: Situation) -> Rooms:
+    """What each GPU has for weights and cache; experts that a person keeps in RAM need copying."""
+
+    def rooms(kind: str) -> tuple[int, ...]:
+        return tuple(
+            at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus))
+            for place, (gpu, budget) in enumerate(at.gpus)
+        )
+
+    mixed = tuple(map(min, rooms(EXPERTS_IN_RAM), rooms(LAYERS_IN_RAM)))
+    whole = mixed if at.sizes.moved_bytes else rooms(ALL_ON_GPU)
+    return Rooms(whole, tuple(map(min, mixed, whole)))
+
+
+def choose(at: Situation, rooms: Rooms, n_gpu_layers: int | None) -> Layout:
+    """The layout with dense parts first; where RAM lacks room then, one that leaves it less.
+
+    The second search is what makes a machine with more memory never worse than one with less.
+    """
+    sizes = at.sizes
+    layout = lay_out(sizes.layers, sizes.output_bytes, rooms, n_gpu_layers)
+    if fits(at, layout):
+        return layout
+    wanted = [n_gpu_layers] if n_gpu_layers is not None else range(len(sizes.layers) + 1, -1, -1)
+    for n in wanted:
+        other = layout_of(sizes.layers, sizes.output_bytes, rooms, n, fill_most)
+        if n == 0:
+            other = lay_out(sizes.layers, sizes.output_bytes, rooms, 0)
+        if other and fits(at, other):
+            return other
+    return layout
+
+
+def fits(at: Situation, layout: Layout) -> bool:
+    memory = memory_of(at, layout)
+    checked = memory[:-1] if at.is_mapped_anyway else memory
+    return not any(m.missing_bytes for m in checked)
 
 
 def kind_of(layout: Layout, sizes: Sizes) -> str:
+    """What a placement's compute buffers depend on."""
     if layout.n_gpu_layers == 0:
         return CPU_ONLY
-    everything = layout.n_gpu_layers == len(sizes.layers) + 1
-    return ALL_ON_GPU if everything and not ram_experts(layout, sizes) else EXPERTS_IN_RAM
+    if layout.n_gpu_layers <= len(sizes.layers):
+        return LAYERS_IN_RAM
+    return EXPERTS_IN_RAM if ram_experts(layout, sizes) else ALL_ON_GPU
 
 
 def ram_experts(layout: Layout, sizes: Sizes) -> int:
@@ -191,114 +221,133 @@ def ram_experts(layout: Layout, sizes: Sizes) -> int:
     return in_ram + sizes.moved_bytes
 
 
-def gpu_memory(
-    gpu: Gpu,
-    budget_bytes: int,
-    kind: str,
-    run: tuple[int, int],
-    sizes: Sizes,
-    layout: Layout,
-    measured: Measured,
-) -> Memory:
-    """What one GPU holds: its run of layers, their cache, perhaps the output."""
-    first = len(sizes.layers) + 1 - layout.n_gpu_layers
-    start, end = run
-    mine = sizes.layers[first + start : first + end]
-    weights = sum(layer.dense_bytes for layer in mine)
-    weights += sum(
-        n for layer in mine for name, n in layer.experts if name not in layout.cpu_experts
+# ---- what it comes to ----
+
+
+def memory_of(at: Situation, layout: Layout) -> tuple[Memory, ...]:
+    """Every GPU's memory, and RAM's at the end. A unified GPU's share is gone from RAM's budget."""
+    on_gpus = tuple(
+        gpu_memory(at, layout, place, run)
+        for place, run in zip(range(len(at.gpus)), runs(layout.split), strict=False)
     )
+    pairs = zip(on_gpus, at.gpus, strict=False)
+    shared = sum(memory.total_bytes for memory, (gpu, _) in pairs if gpu.unified)
+    return (*on_gpus, ram_memory(at, layout, shared))
+
+
+def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) -> Memory:
+    """What one GPU holds: its run of layers, their cache, perhaps the output."""
+    sizes, (gpu, budget), (start, end) = at.sizes, at.gpus[place], run
+    first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    mine = sizes.layers[first + start : first + end]
+    experts = [tensor for layer in mine for tensor in layer.experts]
+    weights = sum(layer.dense_bytes for layer in mine)
+    weights += sum(n for name, n in experts if name not in layout.cpu_experts)
     if end == layout.n_gpu_layers and end > start:
         weights += sizes.output_bytes
+    if end == start:
+        return Memory(gpu.name, budget, NOTHING, NOTHING, NOTHING)
+    kind = kind_of(layout, sizes)
     return Memory(
         device=gpu.name,
-        budget_bytes=budget_bytes,
+        budget_bytes=budget,
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(kind, gpu.name, measured) if end > start else NOTHING,
-        overhead=overhead(gpu, measured) if end > start else NOTHING,
+        compute=sizes.compute(kind, gpu.name, at.measured, place, len(at.gpus)),
+        overhead=overhead(gpu, at.measured),
     )
 
 
-def ram_memory(
-    machine: Machine, kind: str, sizes: Sizes, layout: Layout, measured: Measured
-) -> Memory:
+def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
     """What stays in RAM: the embeddings, the first layers, experts."""
+    sizes, request = at.sizes, at.sizes.request
     n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
     mine = sizes.layers[:n_first]
     weights = sizes.embedding_bytes + ram_experts(layout, sizes)
     weights += sum(layer.dense_bytes + layer.expert_bytes for layer in mine)
     if layout.n_gpu_layers == 0:
         weights += sizes.output_in_ram_bytes
-    pinned = sizes.request.load_mode == "pinned" and bool(machine.gpus)
-    budget = machine.ram_available_bytes
+    is_read = request.load_mode == "pinned"
     return Memory(
         device=RAM,
-        budget_bytes=min(budget, sizes.request.ram_bytes or budget),
+        budget_bytes=max(0, ram_budget(at.machine, request) - shared_bytes),
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(kind, RAM, measured),
-        mapped_bytes=0 if sizes.request.load_mode == "pinned" else weights,
-        pinned_bytes=weights if pinned else 0,
+        compute=sizes.compute(kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus)),
+        mapped_bytes=0 if is_read else weights,
+        pinned_bytes=weights if is_read and at.machine.gpus else 0,
     )
 
 
-def placement_of(machine: Machine, sizes: Sizes, layout: Layout) -> Placement:
-    """The explicit values that an engine loads by."""
-    request = sizes.request
-    first = len(sizes.layers) + 1 - layout.n_gpu_layers
-    on_gpu = sizes.layers[first:] if layout.n_gpu_layers else ()
-    in_ram = layout.cpu_experts
-    whole = [n.index for n in on_gpu if n.experts and all(name in in_ram for name, _ in n.experts)]
-    single = [
-        name for n in on_gpu if n.index not in whole for name, _ in n.experts if name in in_ram
-    ]
-    if request.n_cpu_moe is not None and on_gpu:
-        whole = list(range(min(request.n_cpu_moe, len(sizes.layers))))
-    return Placement(
-        n_threads=request.n_threads or machine.n_cores,
-        n_gpu_layers=layout.n_gpu_layers,
-        cpu_expert_layers=tuple(whole),
-        cpu_expert_tensors=tuple(single),
-        tensor_split=tuple(map(float, layout.split)) if len(machine.gpus) > 1 else (),
-        n_ctx=sizes.n_ctx,
-        n_seq=request.n_seq,
-        kv_type=request.kv_type,
-        n_batch=request.n_ubatch,
-        n_ubatch=request.n_ubatch,
-        load_mode="pinned" if request.load_mode == "pinned" else "mmap",
-        flash_attention="auto" if request.kv_type in ("f32", "f16", "bf16") else "on",
-    )
+# ---- what else fits ----
 
 
-# ---- why ----
-
-
-def layout_reasons(meta: ModelMeta, layout: Layout, gpus: list[tuple[Gpu, int]]) -> Iterator[str]:
-    """Why the layers and experts are where they are."""
-    if layout.n_gpu_layers == 0:
-        yield "everything on the CPU: " + (
-            "the GPUs have too little room" if gpus else "there is no GPU to use"
-        )
-    elif layout.n_gpu_layers == meta.n_layers + 1:
-        yield "all layers on the GPU: it holds every layer's dense part"
+def refusal(
+    plan: Plan, machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
+) -> DoesNotFit:
+    """What is missing where, and the nearest plans that fit."""
+    short = max(plan.memory, key=lambda memory: memory.missing_bytes)
+    weights = sum(memory.weights.n_bytes for memory in plan.memory)
+    nearest = list(nearest_fits(machine, meta, measured, request))
+    if nearest:
+        hint = f"It fits with {' or '.join(nearest)}."
+    elif weights > short.missing_bytes:
+        hint = f"Take a quant of at most {gib(weights - short.missing_bytes)}, or free some memory."
     else:
-        yield f"the last {layout.n_gpu_layers - 1} of {meta.n_layers} layers and the output on the GPU"
-    n_experts = sum(t.role == "experts" for t in meta.tensors)
-    if layout.n_gpu_layers and n_experts:
-        kept = n_experts - len(layout.cpu_experts)
-        yield f"{kept} of {n_experts} expert tensors on the GPU: as many as fit beside that"
+        hint = "Take a smaller model, or free some memory."
+    if not nearest and short.device == RAM and request.load_mode != "mmap":
+        hint += " Slowly, from the disk: --load-mode mmap."
+    return DoesNotFit(f"{meta.name or meta.architecture} needs {too_much(plan, machine)}.", hint)
 
 
-def rejections(
-    sizes: Sizes, layout: Layout, rooms: Rooms, gpus: list[tuple[Gpu, int]]
+def too_much(plan: Plan, machine: Machine) -> str:
+    """Which memory is short, what it would take and what it may take."""
+    short = max(plan.memory, key=lambda memory: memory.missing_bytes)
+    unified = {gpu.name for gpu in machine.gpus if gpu.unified}
+    sharing = [memory for memory in plan.memory if memory.device in unified]
+    where, needed, budget = short.device, short.total_bytes, short.budget_bytes
+    if short.device == RAM and sharing:
+        shared = sum(memory.total_bytes for memory in sharing)
+        where = f"the memory that {' and '.join(m.device for m in sharing)} and RAM share"
+        # its budget here is what the GPUs leave of it
+        needed, budget = needed + shared, plan.memory[-1].budget_bytes + shared
+    return f"{gib(needed)} of {where} and may take {gib(budget)}"
+
+
+def nearest_fits(
+    machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
 ) -> Iterator[str]:
-    """What would have been faster, and what it would have needed."""
-    if not gpus:
-        return
-    dense = sum(layer.fixed_bytes for layer in sizes.layers) + sizes.output_bytes
-    whole = dense + sum(layer.expert_bytes for layer in sizes.layers)
-    if layout.cpu_experts or layout.n_gpu_layers <= len(sizes.layers):
-        yield f"everything on the GPU: {gib(whole)} of {gib(max(0, sum(rooms.whole)))} room"
-    if layout.n_gpu_layers <= len(sizes.layers):
-        yield f"every dense part on the GPU: {gib(dense)} of {gib(max(0, sum(rooms.mixed)))} room"
+    """What a person could change a little so that the model fits, in options of the command."""
+    if request.n_gpu_layers != "auto" or request.n_cpu_moe is not None:
+        free = replace(request, n_gpu_layers="auto", n_cpu_moe=None)
+        found = best_plan(machine, meta, measured, free)
+        if found.fits:
+            without = "" if request.n_cpu_moe is None else " and no -ncmoe"
+            yield f"-ngl auto{without} (that is {found.placement.n_gpu_layers} layers)"
+    batch = replace(request, n_ubatch=512)
+    if request.n_ubatch > 512 and best_plan(machine, meta, measured, batch).fits:
+        yield "-ub 512"
+    smaller = replace(request, kv_type="q8_0")
+    wide = request.kv_type in ("f16", "bf16", "f32")
+    if wide and best_plan(machine, meta, measured, smaller).fits:
+        yield "-ctk q8_0"
+    n_ctx = context_size(meta, request)[0] // 2
+    while n_ctx >= SMALLEST_N_CTX:
+        if best_plan(machine, meta, measured, replace(request, n_ctx=n_ctx)).fits:
+            yield f"-c {n_ctx}"
+            return
+        n_ctx //= 2
+
+
+def alternatives(
+    machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
+) -> Iterator[str]:
+    """What fits as well: a longer context, as long as the model was trained for."""
+    n_ctx = context_size(meta, request)[0] * 2
+    longest = 0
+    while n_ctx <= meta.context_length:
+        if not best_plan(machine, meta, measured, replace(request, n_ctx=n_ctx)).fits:
+            break
+        longest, n_ctx = n_ctx, n_ctx * 2
+    if longest:
+        yield f"-c {longest} fits too; the longer the context, the less of the model on the GPU"

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from ..models.meta import ModelMeta
+from ..models.tensors import TensorInfo
 from .cache import cache_bytes_by_layer
-from .compute import compute_bytes, copied_experts_bytes, estimated_bytes
+from .compute import (
+    Work,
+    compute_bytes,
+    copied_experts_bytes,
+    estimated_bytes,
+    input_bytes,
+    logits_bytes,
+    pipeline_bytes,
+)
 from .fill import Layer
 from .hardware import Gpu
 from .measured import Figure, Measured
@@ -15,9 +25,17 @@ from .request import PlanRequest
 OVERHEAD_BYTES = 512 << 20
 """A GPU's context and library pools where nobody measured: consumer cards take 110 to 550 MiB."""
 
+ALIGNMENT = 32
+"""Tensors start at multiples of it (TENSOR_ALIGNMENT, ggml-impl.h); CUDA's is 128, which makes a
+difference of a few KiB."""
+
+# llama.cpp makes these architectures' output before the embeddings that it copies (src/models),
+# and then doesn't see that both could be one: they take the embeddings twice, in RAM too
+EMBEDDINGS_TWICE = ("gemma3n", "gemma4")
+
 RAM = "RAM"
-# what compute buffers depend on: no GPU, all on GPUs, experts in RAM, layers in RAM
-CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM = "cpu", "gpu", "experts"
+# what compute buffers depend on: no GPU, all on GPUs, some experts in RAM, some layers in RAM
+CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM, LAYERS_IN_RAM = "cpu", "gpu", "experts", "layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,56 +54,101 @@ class Sizes:
     embedding_bytes: int
     moved_bytes: int
 
-    def compute(self, kind: str, device: str, measured: Measured) -> Figure:
-        """The compute buffer of a device: measured, interpolated or by formula."""
+    def compute(
+        self, kind: str, device: str, measured: Measured, place: int = 0, n_gpus: int = 1
+    ) -> Figure:
+        """The compute buffer of a device: measured, interpolated or by formula.
+
+        `place` is a GPU's among the `n_gpus` that are used.
+        """
         wanted = (compute_kind(kind, self.request), device)
         points = [p for p in measured.compute if (p.kind, p.device) == wanted]
-        n_ubatch, n_seq = self.request.n_ubatch, self.request.n_seq
-        found = compute_bytes(points, self.n_ctx * n_seq, n_ubatch)
+        found = compute_bytes(points, self.n_ctx * self.request.n_seq, self.request.n_ubatch)
         if found:
             return found
-        if device == RAM and kind == ALL_ON_GPU:
-            return Figure(4 * n_ubatch * self.meta.n_embd, "formula")
-        n_bytes = estimated_bytes(self.meta, self.n_ctx, n_ubatch, n_seq)
-        if device != RAM and kind == EXPERTS_IN_RAM:
-            n_bytes += copied_experts_bytes(self.meta)
-        return Figure(n_bytes, "formula")
+        work = Work(self.n_ctx, self.request.n_ubatch, self.request.n_seq)
+        if device == RAM:
+            return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
+        return Figure(gpu_compute_bytes(self.meta, work, kind, place, n_gpus), "formula")
 
-    def room(self, gpu: Gpu, budget_bytes: int, kind: str, measured: Measured) -> int:
+    def room(
+        self, gpu: Gpu, budget_bytes: int, kind: str, measured: Measured, place: int, n_gpus: int
+    ) -> int:
         """What a GPU has left for weights and cache; less than 0 where not even that."""
-        used = self.compute(kind, gpu.name, measured).n_bytes + overhead(gpu, measured).n_bytes
-        return budget_bytes - used
+        compute = self.compute(kind, gpu.name, measured, place, n_gpus).n_bytes
+        return budget_bytes - compute - overhead(gpu, measured).n_bytes
+
+
+def gpu_compute_bytes(meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int) -> int:
+    """A GPU's compute buffer by formula. What is in RAM is computed on the first GPU."""
+    n_bytes = estimated_bytes(meta, work, on_gpu=True)
+    if kind == ALL_ON_GPU and n_gpus > 1:
+        return n_bytes + pipeline_bytes(meta, work, is_first=place == 0)
+    if kind != ALL_ON_GPU and place == 0:
+        return n_bytes + copied_experts_bytes(meta, n_gpus)
+    return n_bytes
+
+
+def ram_compute_bytes(meta: ModelMeta, work: Work, kind: str, n_gpus: int) -> int:
+    """RAM's compute buffer and logits by formula.
+
+    Layers in RAM count as computed there: not every backend takes large batches of them over.
+    """
+    logits = logits_bytes(meta, work.n_seq)
+    if kind in (CPU_ONLY, LAYERS_IN_RAM):
+        return estimated_bytes(meta, work) + logits
+    if kind == ALL_ON_GPU and n_gpus > 1:
+        logits += pipeline_bytes(meta, work, is_first=True)
+    return input_bytes(meta, work) + logits
 
 
 def sizes_of(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> Sizes:
     """A model's bytes for sequences of `n_ctx` tokens. Layers for drafting aren't loaded."""
     caches = cache_bytes_by_layer(meta, n_ctx, request.n_seq, request.kv_type)
     outside = [t for t in meta.tensors if t.layer is None]
-    embedding = sum(t.n_bytes for t in outside if t.role == "embedding")
-    output = sum(t.n_bytes for t in outside if t.role != "embedding")
+    embedding = sum(aligned(t) for t in outside if t.role == "embedding")
+    output = sum(aligned(t) for t in outside if t.role != "embedding")
     tied = not any(t.role == "output" for t in outside)
-    n_moved = request.n_cpu_moe or 0
+    copied = sum(aligned(t) for t in outside if tied and t.name == "token_embd.weight")
+    in_layers = tensors_by_layer(meta)
+    n_moved = min(request.n_cpu_moe or 0, meta.n_layers)
     return Sizes(
         meta=meta,
         request=request,
         n_ctx=n_ctx,
-        layers=tuple(layer_of(meta, n, caches[n], request.n_cpu_moe) for n in range(meta.n_layers)),
-        output_bytes=output + embedding if tied else output,
-        output_in_ram_bytes=output,
+        layers=tuple(
+            layer_of(n, in_layers[n], caches[n], request.n_cpu_moe) for n in range(meta.n_layers)
+        ),
+        output_bytes=output + copied,
+        output_in_ram_bytes=output + (copied if meta.architecture in EMBEDDINGS_TWICE else 0),
         embedding_bytes=embedding,
-        moved_bytes=sum(roles.get("experts", 0) for roles in meta.layer_bytes[:n_moved]),
+        moved_bytes=sum(
+            aligned(t) for n in range(n_moved) for t in in_layers[n] if t.role == "experts"
+        ),
     )
 
 
-def layer_of(meta: ModelMeta, n: int, kv_bytes: int, n_cpu_moe: int | None) -> Layer:
+def aligned(tensor: TensorInfo) -> int:
+    """A tensor's bytes with what keeps the next one aligned."""
+    return -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def tensors_by_layer(meta: ModelMeta) -> dict[int, list[TensorInfo]]:
+    layers: dict[int, list[TensorInfo]] = defaultdict(list)
+    for tensor in meta.tensors:
+        if tensor.layer is not None:
+            layers[tensor.layer].append(tensor)
+    return layers
+
+
+def layer_of(n: int, tensors: list[TensorInfo], kv_bytes: int, n_cpu_moe: int | None) -> Layer:
     """A layer with the experts that the plan may move; none where the person said which stay."""
-    roles = meta.layer_bytes[n]
-    experts = roles.get("experts", 0)
-    dense = sum(roles.values()) - experts
-    if n_cpu_moe is not None:
-        return Layer(n, dense if n < n_cpu_moe else dense + experts, kv_bytes)
-    tensors = (t for t in meta.tensors if t.layer == n and t.role == "experts")
-    return Layer(n, dense, kv_bytes, tuple((t.name, t.n_bytes) for t in tensors))
+    experts = tuple((t.name, aligned(t)) for t in tensors if t.role == "experts")
+    dense = sum(aligned(t) for t in tensors if t.role != "experts")
+    if n_cpu_moe is None:
+        return Layer(n, dense, kv_bytes, experts)
+    on_gpu = 0 if n < n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
+    return Layer(n, dense + on_gpu, kv_bytes)
 
 
 def compute_kind(kind: str, request: PlanRequest) -> str:

@@ -86,7 +86,7 @@ def compare_ends(job: dict[str, Any], prompt: str) -> None:
     """Speed of both over each 500 tokens of a long answer."""
     for number in range(2):
         ours, peer = streamed_times(job, prompt), bare(job, prompt)["times"]
-        print(f"round {number + 1}: tokens from, localmoe tok/s, bare tok/s, ratio")
+        print(f"round {number + 1}: tokens from, localmoe tok/s, bare tok/s, ratio", flush=True)
         for start in range(0, job["n_tokens"] - 1, 500):
             end = min(start + 500, job["n_tokens"] - 1)
             a, b = ((end - start) / (times[end] - times[start]) for times in (ours, peer))
