@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .render import safe, size
@@ -84,7 +84,7 @@ def layer_lines(plan: Plan, meta: ModelMeta) -> Iterator[str]:
 def layer_places(plan: Plan, meta: ModelMeta) -> list[str]:
     """For each layer: gpu, part, experts or ram (keys of LAYER_LETTERS)."""
     place = plan.placement
-    first = meta.n_layers + 1 - place.n_gpu_layers
+    first = meta.n_layers + meta.n_nextn_layers + 1 - place.n_gpu_layers
     partly = {t.layer for t in meta.tensors if t.name in set(place.cpu_expert_tensors)}
 
     def where(n: int) -> str:
@@ -95,14 +95,3 @@ def layer_places(plan: Plan, meta: ModelMeta) -> list[str]:
         return "part" if n in partly else "gpu"
 
     return [where(n) for n in range(meta.n_layers)]
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Numbers as people write them: 0-5,8."""
-    parts: list[list[int]] = []
-    for n in sorted(numbers):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -254,7 +254,7 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
         compute=sizes.compute(kind, gpu.name, at.measured, place, len(at.gpus)),
-        overhead=overhead(gpu, at.measured),
+        overhead=overhead(gpu, at.sizes, at.measured),
     )
 
 

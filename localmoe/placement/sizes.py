@@ -76,7 +76,7 @@ class Sizes:
     ) -> int:
         """What a GPU has left for weights and cache; less than 0 where not even that."""
         compute = self.compute(kind, gpu.name, measured, place, n_gpus).n_bytes
-        return budget_bytes - compute - overhead(gpu, measured).n_bytes
+        return budget_bytes - compute - overhead(gpu, self, measured).n_bytes
 
 
 def gpu_compute_bytes(meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int) -> int:
@@ -156,8 +156,20 @@ def compute_kind(kind: str, request: PlanRequest) -> str:
     return f"{kind}/{request.kv_type}/{request.n_seq}"
 
 
-def overhead(gpu: Gpu, measured: Measured) -> Figure:
-    """What a GPU loses to its context and its libraries."""
+def overhead(gpu: Gpu, sizes: Sizes, measured: Measured) -> Figure:
+    """What a GPU loses to its context and its libraries.
+
+    It was measured on a model without size; this one's own micro-batch comes on top.
+    """
     if gpu.name in measured.overhead_bytes:
-        return Figure(measured.overhead_bytes[gpu.name], "measured")
+        pool = pool_bytes(sizes.meta, sizes.request.n_ubatch)
+        return Figure(measured.overhead_bytes[gpu.name] + pool, "interpolated")
     return Figure(OVERHEAD_BYTES, "formula")
+
+
+def pool_bytes(meta: ModelMeta, n_ubatch: int) -> int:
+    """What a CUDA product takes beside the compute buffer: its input, quantized to blocks of 32
+    values in 36 bytes (block_q8_1, ggml/src/ggml-cuda/mmq.cu). The widest is that of the experts'
+    last matrix."""
+    width = max(meta.n_embd, meta.n_ff, meta.n_experts_used * meta.n_ff_expert)
+    return n_ubatch * width * 36 // 32

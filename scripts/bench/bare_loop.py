@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -75,6 +76,7 @@ def main() -> None:
         "generation_tps": (len(times) - 1) / (times[-1] - times[0]),
         "times": [at - times[0] for at in times],
     }
+    os.close(2)  # the parent reads all text first; it would never come to a long result
     json.dump(result, sys.stdout)
 
 
