@@ -50,17 +50,27 @@ def plan_to_load(
     """
     env = engine_environment()
     machine = detect(engine.devices, Sources(env=env))
-    for finding in machine.findings:
-        if on_warning and finding.severity == "warning":
-            command = "" if finding.command in finding.how_to_mend else f" {finding.command}"
-            on_warning(f"{finding.what} {finding.how_to_mend}{command}")
+    warn(machine, on_warning)
     request = plan_request(settings)
     if not machine.gpus or request.n_gpu_layers == 0:
         return make_plan(machine, meta, NOTHING_MEASURED, request)
     return fit_here(path, meta, machine, request, engine)
 
 
-def plan_model(path: Path, meta: ModelMeta, settings: Settings) -> Plan:
+def warn(machine: Machine, on_warning: Callable[[str], None] | None) -> None:
+    """Tell what is wrong with a machine, in sentences with the command that mends it."""
+    for finding in machine.findings:
+        if on_warning and finding.severity in ("warning", "error"):
+            command = "" if finding.command in finding.how_to_mend else f" {finding.command}"
+            on_warning(f"{finding.what} {finding.how_to_mend}{command}")
+
+
+def plan_model(
+    path: Path,
+    meta: ModelMeta,
+    settings: Settings,
+    on_warning: Callable[[str], None] | None = None,
+) -> Plan:
     """A plan without loading, for this machine or one with the memory that was asked for.
 
     Raises DoesNotFit.
@@ -69,6 +79,7 @@ def plan_model(path: Path, meta: ModelMeta, settings: Settings) -> Plan:
     request = plan_request(settings)
     with Engine(env) as engine:
         machine = detect(engine.devices, Sources(env=env))
+        warn(machine, on_warning)
         wanted = machine_like(machine, request)
         if wanted != machine:
             return make_plan(wanted, meta, NOTHING_MEASURED, request)

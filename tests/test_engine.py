@@ -309,6 +309,17 @@ def test_each_way_to_die_is_a_sentence(
         engine.tokenize([Piece("still there?")])
 
 
+def test_a_file_that_makes_llama_cpp_abort_is_a_sentence(
+    tiny_model: Path, tmp_path: Path, engine: Engine
+) -> None:
+    """A token that comes twice: our parser refuses it, but an engine may be handed it."""
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(tiny_model.read_bytes().replace("▁the".encode(), "▁and".encode(), 1))
+    with pytest.raises(EngineError, match=r"gave up: GGML_ASSERT\(.*\) failed") as raised:
+        engine.load(str(path), Placement(n_threads=1, n_ctx=512))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_file_cut_while_it_is_mapped_is_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_model.read_bytes())
