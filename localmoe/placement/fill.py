@@ -38,11 +38,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Rooms:
-    """Bytes that each GPU has for weights and cache: with all experts on GPUs, and with some in
-    RAM, when llama.cpp also keeps room to copy them over. `mixed` is never more than `whole`."""
+    """Bytes that each GPU has for weights and cache: with all experts on GPUs, with some in RAM
+    (`mixed`), when llama.cpp also keeps room to copy them over, and with whole layers in RAM
+    (`split`; as `mixed` where nothing else is given). Each is at most the one before."""
 
     whole: tuple[int, ...]
     mixed: tuple[int, ...]
+    split: tuple[int, ...] = ()
+
+    def with_layers_in_ram(self) -> tuple[int, ...]:
+        return self.split or self.mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,8 @@ def layout_of(
         if found := best_split(as_blocks, output_bytes, rooms.whole, filler):
             return Layout(everything, found[0], frozenset())
     on_gpu = layers[everything - n_gpu_layers :]
-    found = best_split(on_gpu, output_bytes, rooms.mixed, filler)
+    room = rooms.mixed if n_gpu_layers == everything else rooms.with_layers_in_ram()
+    found = best_split(on_gpu, output_bytes, room, filler)
     return Layout(n_gpu_layers, found[0], expert_names(layers) - found[1]) if found else None
 
 

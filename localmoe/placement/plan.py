@@ -174,9 +174,10 @@ def rooms_of(at: Situation) -> Rooms:
             for place, (gpu, budget) in enumerate(at.gpus)
         )
 
-    mixed = tuple(map(min, rooms(EXPERTS_IN_RAM), rooms(LAYERS_IN_RAM)))
-    whole = mixed if at.sizes.moved_bytes else rooms(ALL_ON_GPU)
-    return Rooms(whole, tuple(map(min, mixed, whole)))
+    experts = rooms(EXPERTS_IN_RAM)
+    whole = experts if at.sizes.moved_bytes else rooms(ALL_ON_GPU)
+    mixed = tuple(map(min, experts, whole))
+    return Rooms(whole, mixed, tuple(map(min, rooms(LAYERS_IN_RAM), mixed)))
 
 
 def choose(at: Situation, rooms: Rooms, n_gpu_layers: int | None) -> Layout:
