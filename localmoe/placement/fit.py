@@ -18,6 +18,9 @@ from .request import PlanRequest
 from .sizes import RAM, compute_kind
 
 MAX_PROBES = 3
+CACHE_ROUNDING_BYTES = 64 << 10
+"""llama.cpp's log rounds each of its caches to 0.01 MiB."""
+
 Probe = Callable[[Placement], BufferSizes]
 
 
@@ -59,12 +62,28 @@ def points_of(plan: Plan, request: PlanRequest, sizes: BufferSizes) -> tuple[Com
     for found in (sizes.compute_bytes, sizes.output_bytes):
         for name, n_bytes in found.items():
             by_device[name if name in gpus else RAM] += n_bytes
+    for device, n_bytes in cache_excess(plan, sizes.cache_bytes).items():
+        by_device[device] += n_bytes
     place = plan.placement
     kind = compute_kind(plan.kind, request)
     return tuple(
         ComputePoint(kind, device, place.n_ctx_total, place.n_ubatch, n_bytes)
         for device, n_bytes in by_device.items()
     )
+
+
+def cache_excess(plan: Plan, cache_bytes: int) -> dict[str, int]:
+    """What llama.cpp's caches take beyond the formula, by device: nothing, for what is known.
+
+    For an architecture with a cache of its own kind the difference is counted with the compute
+    buffers, where each device has its share of the cache, so that the totals are right.
+    """
+    planned = sum(memory.kv.n_bytes for memory in plan.memory)
+    excess = cache_bytes - planned
+    if excess <= CACHE_ROUNDING_BYTES:
+        return {}
+    shares = {memory.device: memory.kv.n_bytes / planned for memory in plan.memory if planned}
+    return {device: round(excess * share) for device, share in (shares or {RAM: 1.0}).items()}
 
 
 def overhead_bytes(before: Machine, during: Machine, plan: Plan) -> dict[str, int]:

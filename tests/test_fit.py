@@ -1,0 +1,98 @@
+"""The loop of plan and probe: with the real engine, and with probes that say what is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from localmoe.config import engine_environment, load_settings
+from localmoe.engine.client import Engine
+from localmoe.engine.protocol import BufferSizes, Placement
+from localmoe.errors import DoesNotFit
+from localmoe.models.catalog import resolve
+from localmoe.models.meta import read_meta
+from localmoe.placement.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
+from localmoe.placement.hardware import Gpu, Machine
+from localmoe.placement.measured import NOTHING_MEASURED
+from localmoe.placement.plan import make_plan
+from localmoe.placement.request import PlanRequest
+from localmoe.planning import plan_model
+
+GIB, MIB = 1 << 30, 1 << 20
+DEMO = read_meta(resolve("demo"))
+LAPTOP = Machine(16 * GIB, 12 * GIB, 4)
+CARD = Gpu("CUDA0", "a card", 8 * GIB, 8 * GIB, free_from="driver")
+DESKTOP = Machine(32 * GIB, 24 * GIB, 8, (CARD,))
+
+
+def test_one_probe_of_the_real_engine_measures_every_buffer(engine: Engine) -> None:
+    path = str(resolve("demo"))
+    fitted = fit(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest(), lambda p: engine.probe(path, p))
+    assert fitted.n_probes == 1
+    assert fitted.plan.memory[0].compute.basis == "measured"
+    again = fit(LAPTOP, DEMO, fitted.measured, PlanRequest(), pytest.fail)
+    assert again.n_probes == 0
+    assert again.plan == fitted.plan
+
+
+def test_a_probe_that_needs_more_moves_experts_off_the_card() -> None:
+    """The first plan has all on the card by formula; measured, its buffers leave no room."""
+
+    def probe(place: Placement) -> BufferSizes:
+        return BufferSizes({"CUDA0": 90 * MIB, "CPU": MIB}, {}, 0)
+
+    small = Machine(32 * GIB, 24 * GIB, 8, (Gpu("CUDA0", "", GIB, 607 * MIB, free_from="driver"),))
+    first = make_plan(small, DEMO, NOTHING_MEASURED, PlanRequest())
+    assert not first.placement.cpu_expert_layers
+    fitted = fit(small, DEMO, NOTHING_MEASURED, PlanRequest(), probe)
+    assert 1 < fitted.n_probes <= MAX_PROBES
+    assert fitted.plan.placement.cpu_expert_layers
+    assert all(m.total_bytes <= m.budget_bytes for m in fitted.plan.memory)
+
+
+def test_what_can_t_fit_is_refused_after_the_probes() -> None:
+    with pytest.raises(DoesNotFit):
+        fit(
+            Machine(GIB, 8 * MIB, 1),
+            DEMO,
+            NOTHING_MEASURED,
+            PlanRequest(),
+            lambda place: BufferSizes({"CPU": MIB}, {}, 0),
+        )
+
+
+def test_a_cache_of_an_unknown_kind_counts_where_the_cache_is() -> None:
+    plan = make_plan(DESKTOP, DEMO, NOTHING_MEASURED, PlanRequest())
+    planned = sum(memory.kv.n_bytes for memory in plan.memory)
+    assert cache_excess(plan, planned) == {}
+    assert cache_excess(plan, planned + 1000) == {}  # rounding
+    assert cache_excess(plan, planned + 10 * MIB) == {"CUDA0": 10 * MIB, "RAM": 0}
+
+
+def test_llama_cpps_cache_is_the_formulas(engine: Engine) -> None:
+    plan = make_plan(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest())
+    sizes = engine.probe(str(resolve("demo")), plan.placement)
+    assert sizes.cache_bytes == sum(memory.kv.n_bytes for memory in plan.memory)
+
+
+def test_overhead_is_what_is_gone_beside_what_is_known() -> None:
+    plan = make_plan(DESKTOP, DEMO, NOTHING_MEASURED, PlanRequest(n_gpu_layers="all"))
+    card = plan.memory[0]
+    known = card.total_bytes - card.overhead.n_bytes
+    during = Gpu("CUDA0", "", 8 * GIB, 8 * GIB - known - 333 * MIB, free_from="driver")
+    assert overhead_bytes(DESKTOP, Machine(1, 1, 1, (during,)), plan) == {"CUDA0": 333 * MIB}
+    unknown = Machine(1, 1, 1, (Gpu("CUDA0", "", GIB, GIB, free_from="llama.cpp"),))
+    assert overhead_bytes(unknown, unknown, plan) == {}
+
+
+def test_a_plan_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path))
+    first = plan_model(resolve("demo"), DEMO, load_settings({}))
+    kept = list((tmp_path / "measured").glob("*.json"))
+    assert len(kept) == 1
+    before = kept[0].stat().st_mtime_ns
+    second = plan_model(resolve("demo"), DEMO, load_settings({}))
+    assert kept[0].stat().st_mtime_ns == before
+    assert second.memory[0].compute == first.memory[0].compute
+    assert engine_environment()["LOCALMOE_STATE"] == str(tmp_path)
