@@ -215,6 +215,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert errors == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_stream_that_is_closed_from_the_start_is_no_trouble(closed: str) -> None:
+    shell = f'{sys.executable} -m localmoe run demo "Hi!" -n 2 {closed}'
+    result = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+
+
 # ---- show and prompt ----
 
 

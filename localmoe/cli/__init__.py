@@ -34,7 +34,10 @@ for command in (run, chat, plan, show, prompt, doctor):
 
 
 def main() -> None:
-    """The entry point. Exits with a code of design: 0 done, 1 failed, 2 usage, 3 does not fit..."""
+    """The entry point. Exits with 0 done, 1 failed, 2 usage, 3 does not fit, 130 interrupted."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this; what is written goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.exit(run_command(sys.argv[1:]))
 
 

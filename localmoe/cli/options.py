@@ -101,7 +101,7 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text.") from None
+        raise UsageError(f"{'stdin' if path == '-' else path} is not UTF-8 text.") from None
 
 
 def read_messages(path: str) -> Any:
@@ -109,4 +109,4 @@ def read_messages(path: str) -> Any:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}.") from None
+        raise UsageError(f"{'stdin' if path == '-' else path} is not JSON: {error}.") from None
