@@ -148,6 +148,7 @@ def test_a_json_schema_holds(tiny_engine: Engine) -> None:
         (Request((1, -1)), "outside the vocabulary"),
         (Request((1,), max_tokens=0), "max_tokens is 0"),
         (Request((1,), Sampling(grammar="root := nonsense")), "not valid GBNF"),
+        (Request((1,), Sampling(grammar=" \n")), "grammar is empty"),
         (Request((1,), Sampling(json_schema='{"not": {}}')), "JSON schema"),
         (Request((1,), Sampling(grammar='root ::= "a"', json_schema="{}")), "both"),
     ],

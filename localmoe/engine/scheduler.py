@@ -136,6 +136,8 @@ class Scheduler:
             raise RequestRefused(f"max_tokens is {request.max_tokens}; it must be 1 or more.")
         if request.sampling.grammar is not None and request.sampling.json_schema is not None:
             raise RequestRefused("A grammar and a JSON schema can't both be asked for.")
+        if request.sampling.grammar is not None and not request.sampling.grammar.strip():
+            raise RequestRefused("The grammar is empty.", "It needs a rule named root.")
 
     def _admit(self) -> list[Failed]:
         refused = []
