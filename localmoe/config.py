@@ -61,18 +61,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ctx_size: Annotated[int, Field(ge=16)] | None = None
+    ctx_size: Annotated[int, Field(ge=16, le=2**31 - 1)] | None = None
     vram: Sizes | None = None
     ram: Size | None = None
     n_gpu_layers: Layers = "auto"
     n_cpu_moe: Annotated[int, Field(ge=0)] | None = None
     kv_type: KvType = "f16"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
     ubatch_size: Annotated[int, Field(ge=1, le=65536)] = 512
     load_mode: Literal["auto", "mmap", "pinned"] = "auto"
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -65,6 +65,7 @@ def open_model(
     """
     path = resolve(name)
     meta = readable_meta(path)
+    path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
     format = format_of(meta)
     engine = Engine(engine_environment(), on_log)
     try:

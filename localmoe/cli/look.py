@@ -113,8 +113,9 @@ def prompt(
 
     conversation = conversation_of(text, messages, system)
     path = resolve(model)
-    format = format_of(readable_meta(path))
-    with open_vocabulary(path) as engine:
+    meta = readable_meta(path)
+    format = format_of(meta)
+    with open_vocabulary(meta.paths[0]) as engine:
         encoded = format.encode(conversation, engine)
     if as_json:
         render.document({"text": encoded.text, "tokens": list(encoded.tokens)})

@@ -36,7 +36,7 @@ def plan(model: str, explain: bool, print_flags: bool, as_json: bool, **options:
 
     path = resolve(model)
     meta = readable_meta(path)
-    found = plan_model(path, meta, settings_of(options), render.warning)
+    found = plan_model(meta.paths[0], meta, settings_of(options), render.warning)
     if as_json:
         render.document(document(found))
     elif print_flags:

@@ -73,7 +73,9 @@ def answer_text(text: str) -> None:
 
 def document(value: Any) -> None:
     """The one JSON document that --json promises."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    print(text)
 
 
 def lines(texts: Iterable[str]) -> None:

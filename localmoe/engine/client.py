@@ -236,7 +236,10 @@ class Engine:
             line = raw.decode("utf-8", "replace").rstrip("\n")
             self._log.append(line)
             if self._on_log:
-                self._on_log(line)
+                try:
+                    self._on_log(line)
+                except Exception:  # who listened is gone; the pipe must be drained all the same
+                    self._on_log = None
 
 
 def expect(kind: type[Answer], answer: FromEngine, error: type[EngineError]) -> Answer:

@@ -10,6 +10,9 @@ import numpy as np
 from . import bindings
 from .protocol import Sampling
 
+RANDOM_SEED = 0xFFFFFFFF
+"""The one seed that means "draw one" to llama.cpp (LLAMA_DEFAULT_SEED, include/llama.h)."""
+
 
 class GrammarDeadEnd(Exception):
     """No token of the vocabulary goes on as the grammar demands."""
@@ -28,7 +31,9 @@ class Sampler:
         if sampling.json_schema is not None:
             grammar = bindings.grammar_of_schema(sampling.json_schema)
         self._grammar = bindings.grammar_sampler(vocab, grammar) if grammar else None
-        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
+        seed = (
+            secrets.randbelow(RANDOM_SEED) if sampling.seed is None else sampling.seed % RANDOM_SEED
+        )
         self._chain = bindings.sampler_chain(vocab, sampling, seed)
         if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n > 0:
             for token in prompt[-sampling.repeat_last_n :]:

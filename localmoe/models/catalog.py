@@ -72,7 +72,7 @@ def resolve(name: str) -> Path:
         return PACKAGE / spec.path
     path = Path(name).expanduser()
     if path.is_file():
-        return path.resolve()
+        return path.absolute()  # not resolved: links of the Hub's cache have the names of shards
     if path.is_dir():
         raise UsageError(f"{name} is a folder.", "Give the GGUF file in it; of shards, the first.")
     if spec:
