@@ -32,6 +32,7 @@ GGML_TYPES: dict[KvType, int] = {
 # enum ggml_backend_dev_type (ggml-backend.h)
 DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
+MAX_GROUPS = 4000  # llama.cpp's parser recurses on groups, and its stack ends at some 20,000
 DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED = 0, 1, 2
 
 
@@ -351,6 +352,8 @@ def sampler_chain(vocab: Vocab, sampling: Sampling, seed: int) -> Any:
 
 def grammar_sampler(vocab: Vocab, grammar: str) -> Any:
     """A sampler that allows only what a GBNF grammar does. Raises NativeError on a bad one."""
+    if grammar.count("(") > MAX_GROUPS or "\0" in grammar:
+        raise NativeError(f"the grammar has more than {MAX_GROUPS} groups, or a NUL character")
     sampler = C.llama_sampler_init_grammar(vocab.handle, grammar.encode(), b"root")
     if not sampler:
         raise NativeError("the grammar is not valid GBNF, or has no rule named root")

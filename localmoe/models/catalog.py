@@ -70,7 +70,11 @@ def resolve(name: str) -> Path:
     spec = catalog.get(name.split(":")[0].lower())
     if spec and spec.path:
         return PACKAGE / spec.path
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.is_file()
+    except (RuntimeError, OSError):
+        raise UsageError(f"There is no file {name[:80]}.", "Check the path.") from None
     if path.is_file():
         return path.absolute()  # not resolved: links of the Hub's cache have the names of shards
     if path.is_dir():
