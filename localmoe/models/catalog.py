@@ -57,10 +57,6 @@ def read_catalog(path: Path | None = None) -> dict[str, ModelSpec]:
         raise LocalMoeError(f"{path}: {where}: {error.errors()[0]['msg']}.") from None
 
 
-def model_names() -> list[str]:
-    return list(read_catalog())
-
-
 def resolve(name: str) -> Path:
     """The file that a name means: `demo`, or a path. Raises UsageError on any other name.
 
