@@ -40,6 +40,12 @@ class ModelFileError(LocalMoeError):
     """A model file that can't be used: not GGUF, damaged, cut short, of an early layout."""
 
 
+class DownloadError(LocalMoeError):
+    """The Hub or a transfer: unknown, gated, broken off, or not what its hash says."""
+
+    exit_code = 4
+
+
 class EngineError(LocalMoeError):
     """llama.cpp refused, or its process died."""
 

@@ -66,8 +66,9 @@ def refusal(file: str, reason: str, hint: str = "") -> ModelFileError:
     # of a long name the end says more: quant and shard
     shown = printable(file) if len(file) <= NAME_CHARS else "…" + printable(file[1 - NAME_CHARS :])
     message = printable(f"{shown}: {reason}" if shown else reason)
-    room = MESSAGE_CHARS - (len(hint) + 1 if hint else 0)
-    return ModelFileError(message if len(message) <= room else message[: room - 1] + "…", hint)
+    room = MESSAGE_CHARS - (len(hint) + 2 if hint else 1)
+    message = message if len(message) <= room else message[: room - 1] + "…"
+    return ModelFileError(message if message.endswith((".", "?", "…")) else message + ".", hint)
 
 
 def printable(text: str) -> str:

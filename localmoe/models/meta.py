@@ -158,8 +158,8 @@ class ModelMeta:
             return None
         return refusal(
             self.paths[0].name if self.paths else self.name,
-            "of the early layout (a tensor for each expert), which llama.cpp no longer loads",
-            "Download a version made after April 2024.",
+            "of the early layout, which llama.cpp no longer loads",
+            "Make it run: localmoe convert FILE, or take a newer one: localmoe list",
         )
 
 

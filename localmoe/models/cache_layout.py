@@ -1,0 +1,122 @@
+"""The Hugging Face cache as it lies on disk: repositories, snapshots, the blobs they link to.
+
+Its layout is that of huggingface_hub (docs/source/en/guides/manage-cache.md):
+models--org--name/{blobs,refs,snapshots/<commit>/<name>}, where a name links to a blob, whose own
+name is the sha256 of large files. Without symbolic links (Windows) a snapshot holds the files
+themselves. Newer versions may have a blob link on, to one store for all repositories, where names
+are hashes of another kind.
+
+Looking never raises and opens no file: what can't be read isn't there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .meta import SHARD_NAME
+
+REPO_FOLDER = re.compile(r"models--[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_LINKS = 40  # on a path, as in Linux (path_resolution(7))
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """A name in a snapshot. `path` is that name, `blob` what it links to, or itself.
+
+    `last_read` is in seconds since 1970, None where the file system keeps no such time.
+    """
+
+    repo: str
+    commit: str
+    name: str
+    path: Path
+    blob: Path
+    n_bytes: int
+    last_read: float | None
+
+
+def cached_files(cache: Path) -> Iterator[CachedFile]:
+    """Every file of every snapshot whose bytes are here, models or not."""
+    for folder in repo_folders(cache):
+        for snapshot in entries(folder / "snapshots"):
+            for path in walk(snapshot):
+                with contextlib.suppress(OSError):
+                    yield _cached_file(folder, snapshot, path)
+
+
+def _cached_file(folder: Path, snapshot: Path, path: Path) -> CachedFile:
+    found = path.stat()
+    return CachedFile(
+        repo_of(folder), snapshot.name, path.relative_to(snapshot).as_posix(), path,
+        blob=link_target(path) if path.is_symlink() else path,
+        n_bytes=found.st_size,
+        # a file that was never read since it was written, or a disk that doesn't note it
+        last_read=found.st_atime if found.st_atime > found.st_mtime else None,
+    )  # fmt: skip
+
+
+def repo_folders(cache: Path) -> Iterator[Path]:
+    """The folders of model repositories, by name."""
+    return (path for path in entries(cache) if REPO_FOLDER.fullmatch(path.name))
+
+
+def repo_of(folder: Path) -> str:
+    """org/name of a repository's folder."""
+    return folder.name.removeprefix("models--").replace("--", "/")
+
+
+def folder_of(cache: Path, repo: str) -> Path | None:
+    """The folder of org/name; None for what can't be the name of a repository."""
+    name = f"models--{repo.replace('/', '--')}"
+    return cache / name if REPO_FOLDER.fullmatch(name) else None
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder. No link is followed, not even `folder`."""
+    for path in [] if folder.is_symlink() else entries(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from walk(path)
+        else:
+            yield path
+
+
+def link_target(link: Path) -> Path:
+    """What a link names: one step, in the folder where that really lies. Raises OSError."""
+    named = link.parent / os.readlink(link)
+    return Path(os.path.realpath(named.parent), named.name)
+
+
+def expected_sha256(path: Path) -> str | None:
+    """The sha256 that a file in a cache should have, by the name of the blob that it links to."""
+    with contextlib.suppress(OSError):
+        for _ in range(MAX_LINKS):
+            if path.parent.name == "blobs" and REPO_FOLDER.fullmatch(path.parent.parent.name):
+                return path.name if SHA256.fullmatch(path.name) else None
+            if not path.is_symlink():
+                return None
+            path = link_target(path)
+    return None
+
+
+def shard_names(name: str) -> tuple[str, ...]:
+    """The names of all shards of a model, any of which may be given; of one file its own."""
+    match = SHARD_NAME.search(name)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        return (name,)
+    stem, count = name[: match.start()], int(match[2])
+    return tuple(f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))

@@ -1,0 +1,359 @@
+"""The Hugging Face Hub: what a repository holds, bytes of its files, their place in the cache.
+
+The only import of huggingface_hub, inside functions because it takes half a second. It does
+names, authentication, the layout of the cache and its locks; bytes come by transport.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote, urlsplit
+
+from localmoe.errors import DownloadError, LocalMoeError, UsageError
+
+from .cursor import printable
+from .refusals import no_hub, reason_for_silence, refusal_of
+from .remote import HubAccess, RemoteFile, RemoteRepo
+from .transport import (
+    OFFLINE_HINT,
+    STALL_S,
+    HttpRefusal,
+    RemoteBytes,
+    TransferFault,
+    Transport,
+    unreachable,
+    untrusted,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+__all__ = ["Hub", "RemoteBytes", "TransferFault", "file_of"]
+
+API_S = 20.0  # for an answer of the API
+NEAR_S = 5.0  # for one that is only an extra
+PAUSES_S = (0.5, 2.0, 6.0)  # before each further try of a short request
+# stricter than the Hub's own rule (huggingface_hub/utils/_validators.py): always org/name
+REPO = re.compile(r"(?=.{3,96}\Z)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+TOKEN = re.compile(r"[!-~]+")  # what an HTTP header can hold
+MAX_NAME_BYTES = 255  # of a part of a path, on every file system in use
+N_NEAR = 3
+LFS_POINTER = b"version https://git-lfs"
+PAGES = (b"<!doctype", b"<html", b"<?xml")
+
+T = TypeVar("T")
+
+
+class Hub:
+    """The Hub as `access` says. Can be used by several threads at once.
+
+    `stall_s`: for how long nothing may come; `pauses_s`: the waits before further tries.
+    """
+
+    def __init__(
+        self, access: HubAccess, *, stall_s: float = STALL_S, pauses_s: tuple[float, ...] = PAUSES_S
+    ) -> None:
+        self.access = access
+        self.pauses_s = pauses_s
+        self._transport = Transport(access.endpoint, access.token, stall_s, _tls_context)
+        self._revisions: dict[tuple[str, str], str] = {}  # (repo, commit) -> as it was asked for
+
+    def repository(self, repo: str, revision: str | None = None) -> RemoteRepo:
+        """The files of `repo` at a branch, tag or commit (None: its main branch).
+
+        Takes one request; offline, what the cache holds of it. Raises UsageError for names that
+        don't exist, DownloadError for everything else.
+        """
+        check_repo(repo)
+        if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+            raise UsageError(f"{printable(revision)[:60]!r} is not the name of a revision.")
+        if self.access.offline:
+            return self._cached_repository(repo, revision)
+        self._need_network(repo)
+        found = self._asked(repo, revision, lambda api: _model_info(api, repo, revision))
+        remote = _remote_repo(repo, found)
+        self._revisions[repo, remote.commit] = revision or "main"
+        return remote
+
+    def open(
+        self, file: RemoteFile, start: int, end: int | None, *, etag: str | None = None
+    ) -> RemoteBytes:
+        """Bytes `start` to `end` (not included; None: to the end) of a file, still to be read.
+
+        With `etag`, from an earlier answer, only as long as the file has it: else, and where the
+        server knows no ranges, the answer is the whole file (`status` 200). Raises TransferFault
+        where another try may help, DownloadError where none will.
+        """
+        self._need_network(file.repo)
+        url = f"{self.access.endpoint}/{_resolve(file)}"
+        try:
+            remote = self._transport.get(url, start, end, etag)
+        except HttpRefusal as refusal:
+            raise self._refused(refusal.status, refusal.headers, file) from None
+        try:
+            _check_beginning(remote, file)
+        except BaseException:
+            remote.close()
+            raise
+        return remote
+
+    def link(self, file: RemoteFile) -> Path:
+        """Make the verified blob of `file` known in the cache, so that every tool finds it.
+
+        Fetches no bytes of it. Gives its path in the folder of snapshots.
+        """
+        if path := self.cached_path(file):
+            self._note_revision(file)
+            return path
+        if not self.blob_path(file).is_file():
+            raise DownloadError(f"{file.base_name} of {file.repo} is not here yet.", "Pull it.")
+        self._need_network(file.repo)
+        path = self._snapshots(file.repo) / file.commit / file.name
+        if path.is_symlink():  # to other content, or to nothing
+            path.unlink()
+        self._asked(file.repo, file.commit, lambda api: _link(api, self.access, file))
+        self._note_revision(file)
+        return path
+
+    def blob_path(self, file: RemoteFile) -> Path:
+        """Where the cache keeps its content. Raises DownloadError for a file without a sha256."""
+        if file.sha256 is None:
+            what = f"{file.base_name} of {file.repo} has no sha256 on the Hub"
+            raise DownloadError(f"{what}, so it can't be verified.", "Choose another file.")
+        return self._folder(file.repo) / "blobs" / file.sha256
+
+    def cached_path(self, file: RemoteFile) -> Path | None:
+        """Its path in the folder of snapshots, where it is here at its full length."""
+        path = self._snapshots(file.repo) / file.commit / file.name
+        if not path.is_file() or path.stat().st_size != file.n_bytes:
+            return None
+        return path if _linked_sha256(path) in (None, file.sha256) else None
+
+    def retried(self, attempt: Callable[[], T]) -> T:
+        """`attempt`, tried again after short waits as long as it raises TransferFault."""
+        for pause_s in self.pauses_s:
+            try:
+                return attempt()
+            except TransferFault as fault:
+                if fault.retry_after_s and fault.retry_after_s > self.pauses_s[-1]:
+                    raise  # the caller's person decides whether to wait for so long
+                time.sleep(max(pause_s, fault.retry_after_s or 0.0))
+        return attempt()
+
+    # --- the API, and what it refuses
+
+    def _asked(self, repo: str, revision: str | None, question: Callable[[HfApi], T]) -> T:
+        """The answer of huggingface_hub, its errors turned into ours."""
+        from huggingface_hub import HfApi
+
+        # token False: none, and not the one that the library would find by itself
+        api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
+        return self.retried(lambda: self._once(repo, revision, lambda: question(api)))
+
+    def _once(self, repo: str, revision: str | None, question: Callable[[], T]) -> T:
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        host = urlsplit(self.access.endpoint).hostname or ""
+        try:
+            return question()
+        except HfHubHTTPError as error:
+            answer = error.response
+            file = RemoteFile(repo, revision or "main", "", 0, None)
+            raise self._refused(answer.status_code, answer.headers, file) from None
+        except LocalMoeError:
+            raise
+        except LocalEntryNotFoundError as error:  # for: no answer, and not in the cache
+            raise unreachable(host, reason_for_silence(error.__cause__ or error, API_S)) from None
+        except (ValueError, TypeError, KeyError, AttributeError):  # not the JSON it should be
+            raise no_hub(host) from None
+        except Exception as error:  # its transport is httpx or httpx2, by version
+            if not type(error).__module__.startswith("http") and not isinstance(error, OSError):
+                raise
+            if "certificate" in str(error).lower():
+                raise untrusted(host) from None
+            raise unreachable(host, reason_for_silence(error, API_S)) from None
+
+    def _refused(self, status: int, headers: Mapping[str, str], file: RemoteFile) -> LocalMoeError:
+        has_token = self.access.token is not None
+        return refusal_of(status, headers, file, has_token, lambda: self._near(file.repo))
+
+    def _near(self, repo: str) -> list[str]:
+        """Repositories with a name like it, as far as the Hub's search finds them."""
+        from huggingface_hub import get_session
+
+        org, name = repo.split("/")
+        found: set[str] = set()
+        # not HfApi.list_models, which would try for 20 s where the search is down
+        for query in ({"search": name}, {"author": org}):
+            with suppress(Exception):  # the names are an extra to an error that stands anyway
+                url = f"{self.access.endpoint}/api/models"
+                answer = get_session().get(url, params={**query, "limit": "50"}, timeout=NEAR_S)
+                found.update(model["id"] for model in answer.json())
+        usable = [name for name in sorted(found) if REPO.fullmatch(name)]
+        return get_close_matches(repo, usable, N_NEAR, cutoff=0.5)
+
+    def _need_network(self, repo: str) -> None:
+        if self.access.offline:
+            what = f"{repo} is not in the cache, at least not all of it, and offline was asked for."
+            raise DownloadError(what, OFFLINE_HINT)
+        if self.access.token and not TOKEN.fullmatch(self.access.token):
+            # before an error of a library shows it
+            what = "The token has characters that no token of the Hub has."
+            raise DownloadError(what, "Try: hf auth login, or unset HF_TOKEN")
+
+    # --- the cache
+
+    def _folder(self, repo: str) -> Path:
+        return self.access.cache / f"models--{repo.replace('/', '--')}"
+
+    def _snapshots(self, repo: str) -> Path:
+        return self._folder(repo) / "snapshots"
+
+    def _cached_repository(self, repo: str, revision: str | None) -> RemoteRepo:
+        commit = self._cached_commit(repo, revision)
+        files = tuple(_cached_files(repo, commit, self._snapshots(repo) / commit)) if commit else ()
+        if not files:
+            self._need_network(f"{repo} at {revision}" if revision else repo)
+        return RemoteRepo(repo, commit, files)
+
+    def _cached_commit(self, repo: str, revision: str | None) -> str:
+        """The commit that a revision stood for when it was pulled, "" where there is none."""
+        if revision and COMMIT.fullmatch(revision):
+            return revision
+        try:
+            commit = (self._folder(repo) / "refs" / (revision or "main")).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            commit = ""
+        if COMMIT.fullmatch(commit):
+            return commit
+        # pulled at a commit alone, as the catalog does: the newest that is here
+        snapshots = self._snapshots(repo)
+        here = [p for p in snapshots.glob("*") if COMMIT.fullmatch(p.name)] if not revision else []
+        return max(here, key=lambda path: path.stat().st_mtime).name if here else ""
+
+    def _note_revision(self, file: RemoteFile) -> None:
+        """Write refs/<branch>, by which other tools find the commit offline."""
+        revision = self._revisions.get((file.repo, file.commit), file.commit)
+        if revision == file.commit:
+            return
+        ref = self._folder(file.repo) / "refs" / revision
+        beside = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+        with suppress(OSError):  # a cache that can't be written to has the file all the same
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(file.commit, "utf-8")
+            os.replace(beside, ref)
+
+
+def check_repo(repo: str) -> None:
+    """Raises UsageError where `repo` is not of the form org/name."""
+    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith(".git"):
+        shown = printable(repo)[:100]
+        raise UsageError(f"{shown!r} is not the name of a repository.", "It looks like: org/name")
+
+
+def file_of(repo: RemoteRepo, name: str) -> RemoteFile:
+    """The file with that name. Raises UsageError with the names that are near."""
+    for file in repo.files:
+        if file.name == name:
+            return file
+    names = {file.name.lower(): file.name for file in repo.files}
+    near = [names[n] for n in get_close_matches(name.lower(), names, N_NEAR, cutoff=0.6)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"See: localmoe show {repo.repo}"
+    raise UsageError(f"{repo.repo} has no file {printable(name)[:100]}.", hint)
+
+
+def check_name(repo: str, name: str) -> None:
+    """Raises DownloadError for a file name that could lead out of its folder."""
+    parts = name.split("/")
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or re.match(r"[A-Za-z]:", name)
+        or any(part in ("", ".", "..") or len(part.encode()) > MAX_NAME_BYTES for part in parts)
+    ):
+        what = f"{repo} has a file with an unsafe name ({printable(name)[:60]!r})"
+        raise DownloadError(f"{what}: it is not used.", "Choose another repository.")
+
+
+def _model_info(api: HfApi, repo: str, revision: str | None) -> ModelInfo:
+    return api.model_info(repo, revision=revision, files_metadata=True, timeout=API_S)
+
+
+def _remote_repo(repo: str, found: ModelInfo) -> RemoteRepo:
+    """What the Hub says, believed only as far as it has the right form."""
+    commit = found.sha or ""
+    files = []
+    for sibling in found.siblings or []:
+        name, lfs = sibling.rfilename, sibling.lfs
+        check_name(repo, name)
+        n_bytes, sha256 = (lfs.size, lfs.sha256) if lfs else (sibling.size, None)
+        if not isinstance(n_bytes, int) or n_bytes < 0:
+            raise DownloadError(f"The Hub gives no size for {name} of {repo}.", "Try again later.")
+        if sha256 is not None and not SHA256.fullmatch(sha256):
+            raise DownloadError(f"The Hub gives no sha256 for {name} of {repo}.", "Try again.")
+        files.append(RemoteFile(repo, commit, name, n_bytes, sha256))
+    if not COMMIT.fullmatch(commit):
+        raise DownloadError(f"The Hub gives no commit for {repo}.", "Try again later.")
+    return RemoteRepo(repo, commit, tuple(files))
+
+
+def _cached_files(repo: str, commit: str, folder: Path) -> Iterator[RemoteFile]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            yield RemoteFile(repo, commit, name, path.stat().st_size, _linked_sha256(path))
+
+
+def _linked_sha256(path: Path) -> str | None:
+    """From a link to blobs/<sha256>. A file of git itself is called after its shorter sha1."""
+    etag = path.resolve().name if path.is_symlink() else ""
+    return etag if SHA256.fullmatch(etag) else None
+
+
+def _link(api: HfApi, access: HubAccess, file: RemoteFile) -> None:
+    """hf_hub_download finds the blob under its ETag and links it. Were the ETag another one, it
+    would fetch the whole file: so that is asked first."""
+    url = f"{access.endpoint}/{_resolve(file)}"
+    if api.get_hf_file_metadata(url=url, timeout=API_S).etag != file.sha256:
+        what = f"{file.base_name} of {file.repo} has changed on the Hub since it was pulled."
+        raise DownloadError(what, "Pull it again.")
+    api.hf_hub_download(file.repo, file.name, revision=file.commit, cache_dir=access.cache)
+
+
+def _resolve(file: RemoteFile) -> str:
+    return f"{file.repo}/resolve/{file.commit}/{quote(file.name)}"
+
+
+def _check_beginning(remote: RemoteBytes, file: RemoteFile) -> None:
+    """Pages and pointers that come with status 200 in place of a model."""
+    if not file.name.lower().endswith(".gguf"):
+        return
+    start = remote.peek().lstrip(b" \t\r\n\xef\xbb\xbf").lower() if remote.start == 0 else b""
+    if remote.content_type.lower().startswith("text/html") or start.startswith(PAGES):
+        what = f"A web page came in place of {file.base_name}: a sign-in page of the network?"
+        raise DownloadError(what, "Open a web page in the browser, then try again.")
+    if start.startswith(LFS_POINTER):
+        what = f"A Git LFS pointer came in place of {file.base_name}."
+        raise DownloadError(what, "The server lacks the file itself: try another, or HF_ENDPOINT.")
+
+
+def _tls_context() -> ssl.SSLContext:
+    """Trusts whom huggingface_hub trusts: the system's authorities, or those of SSL_CERT_FILE."""
+    from huggingface_hub import get_session
+
+    client = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx or httpx2
+    context: ssl.SSLContext = client.create_ssl_context()
+    return context

@@ -1,0 +1,208 @@
+"""What was found right about a model file, kept so that 28 GB are not hashed at each start.
+
+A stamp holds for one file as it lies: with another inode, size or time of change it is void. It is
+about the bytes behind all links, so every name of a blob shares it. Stamps can be deleted at any
+time; a damaged one counts as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import gib
+from .cache_layout import SHA256
+from .pieces import (
+    FileHashes,
+    as_ranges,
+    damaged_pieces,
+    hash_file,
+    pieces_path,
+    read_pieces,
+    write_pieces,
+)
+
+Outcome = Literal["ok", "wrong hash", "wrong length", "unreadable", "missing", "unknown hash"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What changes when a file does. The device's number is left out: it is another one after a
+    restart on many file systems, and the path says which disk is meant."""
+
+    inode: int
+    n_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The sha256 that a file had when its fingerprint was this one."""
+
+    sha256: str
+    seen: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a file should be; `n_bytes` where it is known apart from the file itself."""
+
+    sha256: str
+    n_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A file after all of it was read again, and `why` as a sentence.
+
+    `n_bytes` and `sha256` are as found, None where it could not be read. `damaged` are byte ranges
+    (start, end), empty where checksums of the right content aren't here to tell them.
+    """
+
+    path: Path
+    outcome: Outcome
+    why: str
+    n_bytes: int | None = None
+    sha256: str | None = None
+    expected: Expected | None = None
+    damaged: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_ok(self) -> bool:
+        return self.outcome == "ok"
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Of the file behind all links. Raises OSError."""
+    found = path.stat()
+    return Fingerprint(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Stamps:
+    """Stamps in a folder, a small JSON file for each model file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, path: Path) -> Stamp | None:
+        """The stamp kept for a file, void or not."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            raw = json.loads(self._place(path).read_text("utf-8"))
+            seen = Fingerprint(**{name: _whole(n) for name, n in raw["seen"].items()})
+            if SHA256.fullmatch(raw["sha256"]):
+                return Stamp(raw["sha256"], seen)
+        return None
+
+    def write(self, path: Path, sha256: str, seen: Fingerprint | None = None) -> None:
+        """Keep that a file has this hash; `seen` where it was looked at before it was read.
+
+        Where that isn't possible, the file is hashed again next time.
+        """
+        with contextlib.suppress(OSError):
+            place, stamp = self._place(path), Stamp(sha256, seen or fingerprint(path))
+            beside = place.with_name(f"{place.name}.{os.getpid()}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_text(json.dumps({"path": str(path), **asdict(stamp)}), "utf-8")
+                beside.replace(place)
+            finally:
+                beside.unlink(missing_ok=True)
+
+    def drop(self, path: Path) -> None:
+        """Forget a file."""
+        with contextlib.suppress(OSError):
+            self._place(path).unlink(missing_ok=True)
+
+    def forget_content(self, sha256: str) -> None:
+        """Leave no checksums of a content that is here no more."""
+        with contextlib.suppress(OSError):
+            pieces_path(self.folder, sha256).unlink(missing_ok=True)
+
+    def holds(self, path: Path, sha256: str | None) -> bool:
+        """Whether a file is as it was when it was verified, with this hash where one is given."""
+        stamp = self.read(path)
+        if not stamp or sha256 not in (None, stamp.sha256):
+            return False
+        try:
+            return stamp.seen == fingerprint(path)
+        except OSError:
+            return False
+
+    def _place(self, path: Path) -> Path:
+        whole = os.fsencode(os.path.realpath(path))
+        return self.folder / f"{hashlib.sha256(whole).hexdigest()[:32]}.json"
+
+
+def _whole(raw: object) -> int:
+    if not isinstance(raw, int):
+        raise ValueError(f"not a number: {raw!r}")
+    return raw
+
+
+# ---- verifying -----------------------------------------------------------------------------------
+
+
+def verify_file(
+    path: Path,
+    expected: Expected | None,
+    stamps: Stamps,
+    on_progress: Callable[[int], None] | None = None,
+) -> Verdict:
+    """Reads all of a file and holds it against what it should be; stamps it when it is right.
+
+    `on_progress` is given the bytes read so far. A file that is wrong loses its stamp.
+    """
+    if not path.exists():
+        stamps.drop(path)
+        return Verdict(path, "missing", "It is not here.", expected=expected)
+    if not path.is_file():  # reading a pipe might never end
+        return Verdict(path, "unreadable", "It is not a file.", expected=expected)
+    try:
+        before = fingerprint(path)
+        found = hash_file(path, on_progress)
+        after = fingerprint(path)
+    except OSError as error:
+        stamps.drop(path)
+        why = f"It can't be read: {(error.strerror or str(error)).lower()}."
+        return Verdict(path, "unreadable", why, expected=expected)
+    if before != after:
+        why = "It changed while it was read."
+        return Verdict(path, "unreadable", why, found.n_bytes, found.sha256, expected)
+    if not expected:
+        why = f"There is nothing to hold it against; its sha256 is {found.sha256}."
+        return Verdict(path, "unknown hash", why, found.n_bytes, found.sha256)
+    if found.sha256 != expected.sha256:
+        stamps.drop(path)
+        return _wrong(path, found, expected, stamps.folder)
+    stamps.write(path, found.sha256, before)
+    with contextlib.suppress(OSError):  # without them a repair fetches the whole file
+        write_pieces(stamps.folder, found)
+    why = f"All of its {found.n_bytes:,} bytes are right."
+    return Verdict(path, "ok", why, found.n_bytes, found.sha256, expected)
+
+
+def _wrong(path: Path, found: FileHashes, expected: Expected, folder: Path) -> Verdict:
+    right_bytes = found.n_bytes if expected.n_bytes is None else expected.n_bytes
+    known = read_pieces(folder, expected.sha256, right_bytes)
+    damaged = as_ranges(damaged_pieces(found, known), right_bytes) if known else ()
+    if found.n_bytes != right_bytes:
+        outcome: Outcome = "wrong length"
+        why = f"It has {found.n_bytes:,} bytes, not {right_bytes:,}."
+    else:
+        outcome = "wrong hash"
+        why = f"Its sha256 is {found.sha256[:12]}…, not {expected.sha256[:12]}…{_where(damaged)}."
+    return Verdict(path, outcome, why, found.n_bytes, found.sha256, expected, damaged)
+
+
+def _where(damaged: tuple[tuple[int, int], ...]) -> str:
+    if not damaged:
+        return ""
+    n_bytes = sum(end - start for start, end in damaged)
+    place = f"at byte {damaged[0][0]:,}" if len(damaged) == 1 else f"in {len(damaged)} places"
+    return f": {gib(n_bytes)} {place} {'is' if len(damaged) == 1 else 'are'} damaged"
