@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from .protocol import Device, KvType, Sampling, Vocabulary
+from .protocol import KvType, Sampling, Vocabulary
 
 # enum ggml_log_level (ggml.h)
 LOG_ERROR = 4
@@ -29,8 +29,6 @@ FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 GGML_TYPES: dict[KvType, int] = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30,
 }  # fmt: skip
-# enum ggml_backend_dev_type (ggml-backend.h)
-DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 MAX_GROUPS = 4000  # llama.cpp's parser recurses on groups, and its stack ends at some 20,000
 DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED = 0, 1, 2
@@ -70,39 +68,10 @@ def overheard(lines: list[str]) -> Iterator[None]:
         _listeners.remove(lines)
 
 
-# ---- devices -------------------------------------------------------------------------------------
-
-_lib = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
-_handle = ctypes.c_void_p
-for _name, _result, _arguments in (
-    ("ggml_backend_dev_count", ctypes.c_size_t, []),
-    ("ggml_backend_dev_get", _handle, [ctypes.c_size_t]),
-    ("ggml_backend_dev_name", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_dev_description", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_dev_type", ctypes.c_int, [_handle]),
-    ("ggml_backend_dev_memory", None, [_handle] + [ctypes.POINTER(ctypes.c_size_t)] * 2),
-    ("ggml_backend_cpu_buffer_type", _handle, []),
-):
-    getattr(_lib, _name).restype, getattr(_lib, _name).argtypes = _result, _arguments
-
-
-def devices() -> tuple[Device, ...]:
-    """Every device of this build, the CPU among them."""
-    return tuple(
-        _device(_lib.ggml_backend_dev_get(i)) for i in range(_lib.ggml_backend_dev_count())
-    )
-
-
-def _device(handle: int) -> Device:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _lib.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
-    return Device(
-        name=_lib.ggml_backend_dev_name(handle).decode("utf-8", "replace"),
-        description=_lib.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
-        kind=cast(Any, DEVICE_KINDS.get(_lib.ggml_backend_dev_type(handle), "other")),
-        total_bytes=total.value,
-        free_bytes=free.value,
-    )
+ggml = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
+ggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+ggml.ggml_backend_cpu_buffer_type.argtypes = []
+_lib = ggml
 
 
 def system_info() -> str:
@@ -164,7 +133,7 @@ class Model:
 
 
 def _tensor_overrides(patterns: Iterable[str]) -> Any:
-    cpu = _lib.ggml_backend_cpu_buffer_type()
+    cpu = ggml.ggml_backend_cpu_buffer_type()
     entries = [TensorOverride(pattern.encode(), cpu) for pattern in patterns]
     return (TensorOverride * (len(entries) + 1))(*entries, TensorOverride(None, None))
 

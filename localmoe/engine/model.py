@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from . import bindings
-from .protocol import Placement, Vocabulary
+from .devices import host_memory
+from .pinning import PinnedPages, can_pin
+from .protocol import FileSpan, Placement, Vocabulary
 
 # Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
 EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -20,6 +23,9 @@ class ModelError(Exception):
 class LoadedModel:
     """A model in memory, ready to compute for `placement.n_seq` sequences.
 
+    Load mode "pinned" maps the file and locks those pages of it that a GPU copies (`pinned`).
+    Where that can't be, llama.cpp reads the file into pinned memory of its own, which takes longer.
+
     `n_ctx` is the room of one sequence in tokens; a batch holds at most `n_ubatch` tokens, so that
     a request can be ended between two micro-batches.
     """
@@ -28,15 +34,27 @@ class LoadedModel:
         self,
         path: str,
         placement: Placement,
+        pinned: Sequence[FileSpan] = (),
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
+        memory = host_memory() if placement.load_mode == "pinned" and pinned else None
+        if memory and can_pin(memory, pinned[0].path):
+            placement = replace(placement, load_mode="mmap")
+            self._pages = PinnedPages(memory)
+        else:
+            self._pages = PinnedPages()
         self.placement = placement
         self._model = open_model(path, placement, on_progress)
+        self._pages.pin(pinned)
         self.vocab = self._model.vocab
         self.context = open_context(self._model, placement)
         # llama.cpp rounds its cells up; what was asked for is what a request may use
         self.n_ctx = min(self.context.n_ctx, placement.n_ctx)
         self.batch = bindings.Batch(placement.n_ubatch)
+
+    @property
+    def n_pinned_bytes(self) -> int:
+        return self._pages.n_bytes
 
     def facts(self) -> Vocabulary:
         return self.vocab.facts()
@@ -74,6 +92,7 @@ class LoadedModel:
     def free(self) -> None:
         with suppress(AttributeError):
             self.context.free()
+        self._pages.release()  # before the mapping goes
         self._model.free()
 
 

@@ -8,6 +8,9 @@ from typing import Literal
 from ..engine.protocol import KvType
 
 
+LoadMode = Literal["auto", "mmap", "pinned"]
+
+
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
@@ -22,6 +25,6 @@ class PlanRequest:
     kv_type: KvType = "f16"
     n_ubatch: int = 512
     n_threads: int | None = None
-    load_mode: Literal["auto", "mmap", "pinned"] = "auto"
+    load_mode: LoadMode = "auto"
     vram_bytes: tuple[int, ...] | None = None
     ram_bytes: int | None = None

@@ -1,0 +1,254 @@
+"""Measures how fast this machine is, in about a second: the child's side of a forecast.
+
+RAM is read by threads, everything else is timed through ggml itself: products in the shape of
+experts (one token, and a batch), attention, an empty operation, copies to a device. Nothing needs
+a model. Sizes are larger than caches, but small beside what a model takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .graphs import (
+    ACTIVATION_FILL,
+    F16,
+    F32,
+    I32,
+    WEIGHT_FILL,
+    Bench,
+    GraphError,
+    best_seconds,
+    declare,
+    devices_of,
+    weight_types,
+)
+from .rates import CPU, Bandwidths, DeviceRates, ProductRate
+
+CPU_KIND, GPU_KINDS = 0, (1, 2)  # enum ggml_backend_dev_type (ggml-backend.h)
+MIB = 1 << 20
+READ_BYTES = 256 * MIB
+COPY_BYTES = 128 * MIB
+WEIGHT_BYTES = {False: 128 * MIB, True: 256 * MIB}
+"""Weights that a token's products go over, on a CPU and on a GPU (an H100's cache has 50 MB)."""
+WIDTH, N_EXPERTS, N_USED = 2048, 8, 2
+BATCH = {False: 128, True: 2048}
+"""Tokens of a large product; every expert gets a quarter of them."""
+N_NODES = 256
+HEADS, KV_HEADS, HEAD_DIM, DEPTH = 32, 8, 128, 1024
+"""Attention as in Mixtral 8x7B, at a depth between a question and a document."""
+N_ATTENTION_BATCH = 64  # from so many on, a CPU's threads go over tiles (ggml-cpu/ops.cpp)
+SMALL_BYTES = 16 << 10
+TIME_S = 0.02
+"""How long each thing is repeated; the best of it counts."""
+
+
+def measure(
+    library: Any, n_threads: Sequence[int], types: Iterable[str], scale: float = 1.0
+) -> Bandwidths:
+    """The rates of every device, of the CPU with each number of threads, for tensors of `types`.
+
+    `library` is the handle that resolves ggml's symbols. What a device can't do, or has no room
+    for, is left out, and so are types that no matrix has. A `scale` below 1 takes that much less
+    memory and work.
+    """
+    declare(library)
+    numbers = weight_types(library)
+    wanted = [(name, numbers[name]) for name in types if name in numbers]
+    devices: list[DeviceRates] = []
+    products: list[ProductRate] = []
+    for device, name, kind in devices_of(library):
+        if kind == CPU_KIND:
+            place = Place(library, device, CPU, n_threads, scale)
+        elif kind in GPU_KINDS:
+            place = Place(library, device, name, (0,), scale)
+        else:
+            continue
+        with contextlib.suppress(GraphError):
+            devices += place.device_rates()
+        for type_name, number in wanted:
+            with contextlib.suppress(GraphError):
+                products += place.product_rates(type_name, number)
+    return Bandwidths(tuple(devices), tuple(products))
+
+
+class Place:
+    """A device and what can be timed there: the CPU with several numbers of threads, a GPU with
+    the number 0."""
+
+    def __init__(
+        self, library: Any, device: int, name: str, n_threads: Sequence[int], scale: float
+    ) -> None:
+        self._library = library
+        self._device = device
+        self._name = name
+        self._n_threads = tuple(n_threads)
+        self._scale = scale
+        self._is_gpu = name != CPU
+
+    def _bench(self) -> Bench:
+        return Bench(self._library, self._device)
+
+    def _size(self, n_bytes: int) -> int:
+        return max(MIB, int(n_bytes * self._scale))
+
+    def _seconds(self, bench: Bench, graph: int) -> list[float]:
+        """Of one computation of a graph, for each number of threads."""
+        found = []
+        for n in self._n_threads:
+            if n:
+                bench.set_threads(n)
+            found.append(best_seconds(lambda: bench.compute(graph), at_most_s=TIME_S))
+        return found
+
+    def device_rates(self) -> list[DeviceRates]:
+        """For each number of threads. Raises GraphError where there is no room for it."""
+        copies = self._copies() if self._is_gpu else (0.0, 0.0, 0.0)
+        columns = zip(
+            self._n_threads,
+            self._read_rates(),
+            self._node_seconds(),
+            self._attention_rates(1),
+            self._attention_rates(N_ATTENTION_BATCH),
+            strict=True,
+        )
+        return [DeviceRates(self._name, *column, *copies) for column in columns]
+
+    # ---- operations ----
+
+    def product_rates(self, type_name: str, type_number: int) -> list[ProductRate]:
+        """For each number of threads. Raises GraphError where such weights can't be multiplied.
+
+        One token's products each read other experts, until all weights have been read once; the
+        batch goes over the first experts alone, each with as many tokens.
+        """
+        n_tokens = max(N_EXPERTS, int(BATCH[self._is_gpu] * self._scale))
+        with self._bench() as bench:
+            weights = self._weights(bench, type_number)
+            token, tokens = bench.tensor(F32, WIDTH, 1, 1), bench.tensor(F32, WIDTH, 1, n_tokens)
+            pairs = [bench.tensor(I32, N_USED, 1) for _ in range(N_EXPERTS // N_USED)]
+            in_turn = bench.tensor(I32, N_USED, n_tokens)
+            one = bench.graph(*(bench.expert_product(w, token, p) for w in weights for p in pairs))
+            many = bench.graph(bench.expert_product(weights[0], tokens, in_turn))
+            bench.allocate()
+            for tensor in weights:
+                bench.fill(tensor, WEIGHT_FILL)
+            bench.fill(token, ACTIVATION_FILL)
+            bench.fill(tokens, ACTIVATION_FILL)
+            numbers = np.arange(n_tokens * N_USED, dtype=np.int32) % N_EXPERTS
+            write_array(bench, in_turn, numbers)
+            for i, pair in enumerate(pairs):
+                write_array(bench, pair, numbers[i * N_USED : (i + 1) * N_USED])
+            n_bytes = sum(map(bench.n_bytes, weights))
+            seconds = zip(self._seconds(bench, one), self._seconds(bench, many), strict=True)
+        operations = 2 * WIDTH * WIDTH * N_USED * n_tokens
+        return [
+            ProductRate(self._name, n, type_name, n_bytes / one_s, operations / many_s)
+            for n, (one_s, many_s) in zip(self._n_threads, seconds, strict=True)
+        ]
+
+    def _weights(self, bench: Bench, type_number: int) -> list[int]:
+        """Experts of several layers, in all more than a cache holds."""
+        weights = [bench.tensor(type_number, WIDTH, WIDTH, N_EXPERTS)]
+        n = self._size(WEIGHT_BYTES[self._is_gpu]) // bench.n_bytes(weights[0])
+        return weights + [bench.tensor(type_number, WIDTH, WIDTH, N_EXPERTS) for _ in range(1, n)]
+
+    def _attention_rates(self, n_tokens: int) -> list[float]:
+        """Values of K and V that heads meet in a second, all tokens together; 0 where the device
+        has no such operation."""
+        with contextlib.suppress(GraphError), self._bench() as bench:
+            queries = bench.tensor(F32, HEAD_DIM, n_tokens, HEADS)
+            keys, values = (bench.tensor(F16, HEAD_DIM, DEPTH, KV_HEADS) for _ in range(2))
+            mask = bench.tensor(F16, DEPTH, n_tokens)
+            graph = bench.graph(bench.attention(queries, keys, values, mask))
+            bench.allocate()
+            for tensor in (queries, keys, values, mask):
+                bench.fill(tensor, 0)
+            n_values = 2 * HEAD_DIM * DEPTH * HEADS * n_tokens
+            return [n_values / seconds for seconds in self._seconds(bench, graph)]
+        return [0.0] * len(self._n_threads)
+
+    def _node_seconds(self) -> list[float]:
+        with self._bench() as bench:
+            first = last = bench.tensor(F32, 1024)
+            for _ in range(N_NODES):
+                last = bench.sum(last, first)
+            graph = bench.graph(last)
+            bench.allocate()
+            bench.fill(first, ACTIVATION_FILL)
+            return [s / N_NODES for s in self._seconds(bench, graph)]
+
+    # ---- memory ----
+
+    def _read_rates(self) -> list[float]:
+        if not self._is_gpu:
+            return ram_rates(self._n_threads, self._size(READ_BYTES))
+        return [self._copy_rate()]
+
+    def _copy_rate(self) -> float:
+        """A copy within the device reads every byte and writes it."""
+        n_bytes = self._size(COPY_BYTES)
+        with self._bench() as bench:
+            source, target = (bench.tensor(F32, n_bytes // 4) for _ in range(2))
+            bench.allocate()
+            bench.fill(source, ACTIVATION_FILL)
+            seconds = best_seconds(lambda: bench.copy(source, target), at_most_s=TIME_S / 2)
+        return 2 * n_bytes / seconds
+
+    def _copies(self) -> tuple[float, float, float]:
+        """From pinned memory, from ordinary memory, and the seconds of a round trip."""
+        n_bytes = self._size(COPY_BYTES)
+        with self._bench() as bench:
+            target = bench.tensor(F32, n_bytes // 4)
+            bench.allocate()
+            ordinary = np.full(n_bytes, ACTIVATION_FILL, np.uint8)
+            address = ordinary.ctypes.data
+
+            def rate(source: int) -> float:
+                work = best_seconds(
+                    lambda: bench.write(target, source, n_bytes), at_most_s=TIME_S / 2
+                )
+                return n_bytes / work
+
+            def there_and_back() -> None:
+                bench.write(target, address, SMALL_BYTES)
+                bench.read(target, address, SMALL_BYTES)
+
+            pageable = rate(address)
+            pinned = bench.pinned_memory(n_bytes)
+            round_trip = best_seconds(there_and_back, at_most_s=TIME_S / 10)
+            return rate(pinned) if pinned else pageable, pageable, round_trip
+
+
+def write_array(bench: Bench, tensor: int, values: npt.NDArray[Any]) -> None:
+    bench.write(tensor, values.ctypes.data, values.nbytes)
+
+
+def ram_rates(n_threads: Iterable[int], n_bytes: int) -> list[float]:
+    """Bytes a second that so many threads read from memory that no cache holds.
+
+    An OR over whole words runs as fast as memory delivers, and without Python's lock.
+    """
+    words = np.ones(n_bytes // 8, np.uint64)
+    return [
+        words.nbytes / best_seconds(functools.partial(read_all, words, n), at_most_s=TIME_S)
+        for n in n_threads
+    ]
+
+
+def read_all(words: npt.NDArray[np.uint64], n_threads: int) -> None:
+    """Read an array, each thread a part."""
+    threads = [
+        threading.Thread(target=np.bitwise_or.reduce, args=(part,))
+        for part in np.array_split(words, n_threads)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

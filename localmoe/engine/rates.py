@@ -1,0 +1,63 @@
+"""How fast a machine is: what an engine measures and a forecast divides by. Data alone.
+
+Everything is measured through ggml's own operations where there is one for it, so that a rate
+already has in it what a kernel makes of the memory it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CPU = "CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRate:
+    """How fast a device multiplies with weights of one type, in the form that experts have.
+
+    `vector_bytes_per_s` are bytes of weights for one token; `matrix_flops` floating-point
+    operations a second (two for each weight and token) for a large batch.
+    """
+
+    device: str
+    n_threads: int
+    type: str
+    vector_bytes_per_s: float
+    matrix_flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """What holds for a device whatever it computes; `n_threads` is 0 but for the CPU.
+
+    `read_bytes_per_s`: its own memory. `node_s`: seconds that an operation takes with nothing to
+    do, so launching a kernel or meeting at a barrier. `attention_values_per_s`: values of K and V
+    that heads meet, for one token, and `attention_batch_values_per_s` for each of a batch.
+    From RAM to the device: `pinned_bytes_per_s`, `pageable_bytes_per_s`, and `round_trip_s` for a
+    few KiB there and back; 0 for the CPU.
+    """
+
+    device: str
+    n_threads: int
+    read_bytes_per_s: float
+    node_s: float
+    attention_values_per_s: float
+    attention_batch_values_per_s: float
+    pinned_bytes_per_s: float = 0.0
+    pageable_bytes_per_s: float = 0.0
+    round_trip_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """A machine's rates: its devices (the CPU once for each number of threads), and products."""
+
+    devices: tuple[DeviceRates, ...] = ()
+    products: tuple[ProductRate, ...] = ()
+
+    def with_newer(self, newer: Bandwidths) -> Bandwidths:
+        """These rates and newer ones, which count where both say something."""
+        devices = {(d.device, d.n_threads): d for d in (*self.devices, *newer.devices)}
+        pairs = (*self.products, *newer.products)
+        products = {(p.device, p.n_threads, p.type): p for p in pairs}
+        return Bandwidths(tuple(devices.values()), tuple(products.values()))

@@ -1,0 +1,316 @@
+"""Tokens per second that a placement will give, from bytes, operations and rates. Pure.
+
+The time of a step (one micro-batch of a prompt, or one token of every sequence) is the sum of
+
+* products: a matrix's first token costs its bytes over the rate at which a device multiplies one
+  token with weights from its memory, each further token its operations over the rate for batches;
+* copies: weights in RAM that a GPU multiplies with, because the batch is large (32 tokens or more);
+* attention: values of K and V that the heads meet;
+* operations that cost time whatever their size, and round trips between a GPU and RAM;
+* what the engine itself takes.
+
+Every rate is measured (engine/bandwidth.py) or, where it isn't, by formula (bandwidth.py). What
+runs really got corrects the rest (speeds.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..engine.protocol import Placement, Timings, Usage
+from ..models.meta import ModelMeta
+from .bandwidth import CPU, Bandwidths, Rates, rates_of
+from .parts import LayerWork, Part, layers_of, parts_of
+from .speeds import SpeedKind, SpeedRecord, correction
+
+OFFLOAD_MIN_BATCH = 32
+"""From so many tokens on a GPU multiplies with weights in RAM, copied over
+(GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu)."""
+MAX_VECTOR_ROWS = 8  # MMVQ_MAX_BATCH_SIZE (ggml/src/ggml-cuda/mmvq.cuh)
+MIN_ATTENTION_BATCH = 64  # GGML_FA_TILE_Q (ggml/src/ggml-cpu/ops.cpp)
+TILE_ROWS = 128
+"""A GPU multiplies an expert's tokens in tiles of so many, the last of them on average half empty
+(mmq_x, ggml/src/ggml-cuda/mmq.cuh)."""
+DENSE_NODES, EXPERT_NODES = 21, 7
+"""Operations of a layer that aren't views: norms, attention, router; the experts and their sum
+(src/models/llama.cpp, build_moe_ffn in src/llama-graph.cpp)."""
+USUAL_LAYERS, USUAL_TYPE = 32, "Q4_K"
+"""What a model is taken for whose header wasn't read."""
+ENGINE_STEP_S, SAMPLING_S = 0.45e-3, 55e-6
+"""A step of the scheduler with its messages, and a sampler's chain on 32,000 tokens
+(docs/notes/engine-speed.md)."""
+DISK_BYTES_PER_S = 1.5e9
+"""Pages of a mapped file that RAM doesn't hold, from an NVMe disk: formula, never measured."""
+MIN_PROMPT_TOKENS, MIN_GENERATED_TOKENS = 64, 16
+"""A shorter run's speed says more about its beginning than about the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a speed is asked for, in tokens: those held already, those of the prompt still to be
+    computed, those to be generated, and how many sequences generate at once."""
+
+    n_cached: int = 0
+    n_prompt: int = 512
+    n_generated: int = 128
+    n_at_once: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Tokens per second that may be expected, of all sequences together.
+
+    `basis` is "formula" until a run on this machine was recorded. Errors say how far forecasts
+    like these were off so far (0.1: by 10 %, the median); None where there were none.
+    """
+
+    prompt_tps: float
+    generation_tps: float
+    basis: Literal["formula", "measured"] = "formula"
+    prompt_error: float | None = None
+    generation_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A placement on a machine, ready to be asked for the time of a step."""
+
+    placement: Placement
+    meta: ModelMeta
+    gpus: tuple[str, ...]
+    parts: tuple[Part, ...]
+    layers: tuple[LayerWork, ...]
+    rates: Mapping[str, Rates]
+    offload_min_batch: int = OFFLOAD_MIN_BATCH
+    missing_share: float = 0.0
+
+    def is_offloaded(self, device: str, n_tokens: int) -> bool:
+        """Whether a GPU does the work with weights that lie in RAM."""
+        return device == CPU and bool(self.gpus) and n_tokens >= self.offload_min_batch
+
+    def worker(self, device: str, n_tokens: int) -> Rates:
+        """Who does the work with weights of a device."""
+        return self.rates[self.gpus[0] if self.is_offloaded(device, n_tokens) else device]
+
+
+def setting_of(
+    placement: Placement,
+    meta: ModelMeta,
+    bandwidths: Bandwidths,
+    gpus: Sequence[str] | None = None,
+    offload_min_batch: int = OFFLOAD_MIN_BATCH,
+    ram_bytes: int | None = None,
+) -> Setting:
+    """A placement on a machine. `gpus` are the names of those that the engine sees, by default
+    those that were measured; `ram_bytes` what may hold pages of a mapped file, by default enough.
+    """
+    names = tuple(gpus) if gpus is not None else measured_gpus(bandwidths)
+    if placement.n_gpu_layers and not names:
+        names = ("GPU",)
+    parts = parts_of(placement, meta, names)
+    in_ram = sum(part.n_bytes for part in parts if part.device == CPU)
+    missing = 0.0 if ram_bytes is None or not in_ram else max(0.0, 1 - ram_bytes / in_ram)
+    return Setting(
+        placement=placement,
+        meta=meta,
+        gpus=names,
+        parts=parts,
+        layers=layers_of(placement, meta, names),
+        rates={name: rates_of(bandwidths, name, placement.n_threads) for name in (CPU, *names)},
+        offload_min_batch=offload_min_batch,
+        missing_share=missing,
+    )
+
+
+def measured_gpus(bandwidths: Bandwidths) -> tuple[str, ...]:
+    return tuple(d.device for d in bandwidths.devices if d.device != CPU)
+
+
+# ---- forecasts ----
+
+
+def forecast(
+    setting: Setting, records: Sequence[SpeedRecord] = (), task: Task | None = None
+) -> Forecast:
+    """The speeds of a task, corrected by what runs on this machine got."""
+    task = task or Task()
+    model = model_label(setting.meta)
+    prompt = correction(records, "prompt", regime_of(setting, task, "prompt"), model)
+    generation = correction(records, "generation", regime_of(setting, task, "generation"), model)
+    return Forecast(
+        prompt_tps=prompt_tps(setting, task) * prompt.factor,
+        generation_tps=generation_tps(setting, task) * generation.factor,
+        basis="measured" if prompt.n_runs or generation.n_runs else "formula",
+        prompt_error=prompt.error,
+        generation_error=generation.error,
+    )
+
+
+def prompt_tps(setting: Setting, task: Task) -> float:
+    """By formula alone: the prompt's micro-batches, the last one with a token's logits."""
+    if task.n_prompt <= 0:
+        return 0.0
+    seconds, done = 0.0, 0
+    while done < task.n_prompt:
+        n = min(setting.placement.n_ubatch, task.n_prompt - done)
+        done += n
+        seen = task.n_cached + done - (n - 1) / 2
+        seconds += step_seconds(setting, n, seen, n_outputs=int(done == task.n_prompt))
+    return task.n_prompt / seconds
+
+
+def generation_tps(setting: Setting, task: Task) -> float:
+    """By formula alone, at the depth in the middle of what is generated."""
+    seen = task.n_cached + task.n_prompt + task.n_generated / 2
+    n = task.n_at_once
+    return n / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
+
+
+def likely_tps(
+    file_bytes: int, active_share: float, bandwidths: Bandwidths, n_threads: int, gpu_bytes: int = 0
+) -> float:
+    """A first idea of generation from a catalog's figures, before any header was read.
+
+    `active_share` are active over all parameters, `gpu_bytes` what a GPU has for the model; what is
+    left of it is read by the CPU. Fixed costs are those of a model of 32 layers.
+    """
+    gpus = measured_gpus(bandwidths)
+    on_gpu = min(1.0, gpu_bytes / file_bytes)
+    host = rates_of(bandwidths, CPU, n_threads)
+    gpu = rates_of(bandwidths, gpus[0] if gpus else "GPU", 0)
+    n_nodes = USUAL_LAYERS * (DENSE_NODES + EXPERT_NODES)
+    seconds = sum(
+        share * file_bytes * active_share / rates.product(USUAL_TYPE).vector_bytes_per_s
+        + share * n_nodes * rates.device.node_s
+        for share, rates in ((1 - on_gpu, host), (on_gpu, gpu))
+    )
+    return 1 / (seconds + ENGINE_STEP_S + SAMPLING_S)
+
+
+# ---- the time of a step ----
+
+
+def step_seconds(
+    setting: Setting, n_tokens: int, seen: float, n_outputs: int, one_each: bool = False
+) -> float:
+    """Seconds of one decode. Each token sees `seen` tokens on average; `one_each` says that every
+    token is of another sequence."""
+    products = sum(
+        product_seconds(setting, part, n_outputs if part.use == "output" else n_tokens)
+        for part in setting.parts
+    )
+    layers = sum(
+        attention_seconds(setting, layer, n_tokens, seen, one_each)
+        + fixed_seconds(setting, layer, n_tokens)
+        for layer in setting.layers
+    )
+    return products + layers + ENGINE_STEP_S + SAMPLING_S * n_outputs
+
+
+def product_seconds(setting: Setting, part: Part, n_tokens: int) -> float:
+    """All products of some tensors with a batch, and what has to be fetched for them."""
+    if not n_tokens:
+        return 0.0
+    touched = touched_share(setting.meta, n_tokens) if part.use == "experts" else 1.0
+    read = part.n_bytes * touched
+    worker = setting.worker(part.device, n_tokens)
+    rate = worker.product(part.type)
+    more_rows = max(0.0, rows(setting.meta, part, n_tokens, worker.is_gpu) - 1)
+    operations = 2 * part.n_values * touched * more_rows
+    seconds = read / rate.vector_bytes_per_s + operations / rate.matrix_flops
+    if setting.is_offloaded(part.device, n_tokens):
+        link = worker.device
+        pinned = setting.placement.load_mode == "pinned"
+        seconds += read / (link.pinned_bytes_per_s if pinned else link.pageable_bytes_per_s)
+    if part.device == CPU:
+        seconds += read * setting.missing_share / DISK_BYTES_PER_S
+    return seconds
+
+
+def touched_share(meta: ModelMeta, n_tokens: int) -> float:
+    """The share of a layer's experts that so many tokens are routed to, where routing is even."""
+    if not meta.n_experts:
+        return 1.0
+    return 1.0 - (1.0 - meta.n_experts_used / meta.n_experts) ** n_tokens
+
+
+def rows(meta: ModelMeta, part: Part, n_tokens: int, is_gpu: bool) -> float:
+    """Tokens that each touched matrix is multiplied with, counting what a GPU's tiles waste."""
+    if part.use != "experts" or not meta.n_experts:
+        return n_tokens
+    routed = n_tokens * meta.n_experts_used / meta.n_experts / touched_share(meta, n_tokens)
+    return routed + TILE_ROWS / 2 if is_gpu and n_tokens > MAX_VECTOR_ROWS else routed
+
+
+def attention_seconds(
+    setting: Setting, layer: LayerWork, n_tokens: int, seen: float, one_each: bool
+) -> float:
+    """The cache is where the layer's dense part is."""
+    device = setting.rates[layer.device].device
+    cells = seen if layer.window is None else min(seen, layer.window)
+    is_batch = n_tokens >= MIN_ATTENTION_BATCH and not one_each
+    rate = device.attention_batch_values_per_s if is_batch else device.attention_values_per_s
+    return layer.values_per_cell * cells * n_tokens / rate
+
+
+def fixed_seconds(setting: Setting, layer: LayerWork, n_tokens: int) -> float:
+    """What a layer's operations take with nothing to do, and its trips to RAM and back."""
+    dense = setting.worker(layer.device, n_tokens)
+    seconds = DENSE_NODES * dense.device.node_s
+    for device in layer.expert_devices:
+        experts = setting.worker(device, n_tokens)
+        seconds += EXPERT_NODES * experts.device.node_s / len(layer.expert_devices)
+        if dense.is_gpu and not experts.is_gpu:
+            seconds += dense.device.round_trip_s
+    return seconds
+
+
+# ---- what was learned ----
+
+
+def regime_of(setting: Setting, task: Task, kind: SpeedKind) -> str:
+    """What a speed depends on, so that runs of one regime teach about each other."""
+    devices = {part.device for part in setting.parts}
+    if devices == {CPU}:
+        where = "offloaded" if setting.gpus and kind == "prompt" else "cpu"
+    elif CPU not in devices:
+        where = "gpu"
+    else:
+        whole = any(layer.device == CPU for layer in setting.layers)
+        where = f"{'layers' if whole else 'experts'}/{setting.placement.load_mode}"
+    if kind == "prompt" or task.n_at_once == 1:
+        return where
+    copied = CPU in devices and setting.is_offloaded(CPU, task.n_at_once)
+    return f"{where}/{'copied' if copied else 'batch'}"
+
+
+def model_label(meta: ModelMeta) -> str:
+    """What makes models alike in speed: architecture, quant, and size of their experts."""
+    return f"{meta.architecture} {meta.quant_label} {meta.n_embd}x{meta.n_ff_expert}"
+
+
+def records_of(
+    setting: Setting, usage: Usage, timings: Timings, when: float
+) -> tuple[SpeedRecord, ...]:
+    """What a run of one sequence by itself teaches; nothing where it was too short."""
+    task = Task(
+        n_cached=usage.cached_tokens,
+        n_prompt=usage.prompt_tokens - usage.cached_tokens,
+        n_generated=usage.completion_tokens,
+    )
+    found = []
+    if task.n_prompt >= MIN_PROMPT_TOKENS and timings.prompt_tps > 0:
+        found.append(("prompt", prompt_tps(setting, task), timings.prompt_tps, task.n_prompt))
+    if task.n_generated >= MIN_GENERATED_TOKENS and timings.generation_tps > 0:
+        tps = generation_tps(setting, task)
+        found.append(("generation", tps, timings.generation_tps, task.n_generated))
+    model = model_label(setting.meta)
+    kinds: Mapping[str, SpeedKind] = {"prompt": "prompt", "generation": "generation"}
+    return tuple(
+        SpeedRecord(
+            kinds[kind], regime_of(setting, task, kinds[kind]), model, tps, real, n_tokens, when
+        )
+        for kind, tps, real, n_tokens in found
+    )

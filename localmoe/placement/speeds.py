@@ -1,0 +1,176 @@
+"""What runs really got beside what was forecast: kept on disk, and what the next forecast learns.
+
+A record holds the speed by formula, not the corrected one that was shown, so that corrections
+don't pile up. What was shown, and how wrong it was, follows from the records before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from .measured import MeasurementKey
+
+SpeedKind = Literal["prompt", "generation"]
+
+MAX_RECORDS = 200
+LAST_RECORDS = 9
+"""A correction is the median of so many: enough against outliers, few enough to follow a change."""
+TOO_FAST = 1.5
+"""On machines that were quiet, nothing was more than 1.25 times as fast as the formula."""
+LARGEST_RATIO = 20.0
+"""A run that was this far off was suspended, or shared its machine: it teaches nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRecord:
+    """One run's speed in tokens per second, by formula and in fact.
+
+    `regime` says what the speed depended on (forecast.regime_of), `model` which model; `when` is
+    in seconds since 1970.
+    """
+
+    kind: SpeedKind
+    regime: str
+    model: str
+    formula_tps: float
+    real_tps: float
+    n_tokens: int
+    when: float
+
+    @property
+    def ratio(self) -> float:
+        return self.real_tps / self.formula_tps
+
+
+_codec: TypeAdapter[SpeedRecord] = TypeAdapter(SpeedRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A factor on a formula's speed. `error` is how far forecasts of this kind were off so far
+    (0.1: by 10 %, the median), None where there was none; `n_runs` is what both rest on."""
+
+    factor: float = 1.0
+    error: float | None = None
+    n_runs: int = 0
+
+
+def correction(
+    records: Sequence[SpeedRecord], kind: SpeedKind, regime: str, model: str
+) -> Correction:
+    """What earlier runs teach about one to come: of the nearest ones, the median ratio."""
+    mine = [record for record in records if record.kind == kind]
+    near = nearest(mine, regime, model)
+    if not near:
+        return Correction()
+    return Correction(factor_of(near), median(past_errors(near)), len(near))
+
+
+def nearest(records: Sequence[SpeedRecord], regime: str, model: str) -> list[SpeedRecord]:
+    """The last records of the same regime and model; without any, of the regime; then of regimes
+    of the same kind (its first word), such as experts in RAM, mapped or pinned."""
+    kin = [record for record in records if kind_of(record.regime) == kind_of(regime)]
+    same = [record for record in kin if record.regime == regime]
+    for candidates in (same, kin):
+        own = [record for record in candidates if record.model == model]
+        if own or candidates:
+            return (own or candidates)[-LAST_RECORDS:]
+    return []
+
+
+def kind_of(regime: str) -> str:
+    return regime.split("/")[0]
+
+
+def factor_of(records: Sequence[SpeedRecord]) -> float:
+    return median(record.ratio for record in records)
+
+
+def measured_too_slow(records: Sequence[SpeedRecord]) -> bool:
+    """Whether runs are so much faster than the formula that the machine must have been busy while
+    its rates were measured: then measure again, and forget these records, which rest on them."""
+    return bool(records) and max(record.ratio for record in records[-LAST_RECORDS:]) > TOO_FAST
+
+
+def past_errors(records: Sequence[SpeedRecord]) -> list[float]:
+    """How far each run was from what those before it made of its formula; the first from that."""
+    factors = [1.0, *(factor_of(records[:n]) for n in range(1, len(records)))]
+    pairs = zip(records, factors, strict=True)
+    return [abs(factor / record.ratio - 1) for record, factor in pairs]
+
+
+class SpeedStore:
+    """Records in a folder, a file of lines for each machine and build. Damaged lines are none.
+
+    A line is appended whole, so runs that end at once don't harm each other's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, key: MeasurementKey) -> tuple[SpeedRecord, ...]:
+        """The last records of a machine, oldest first."""
+        lines: list[bytes] = []
+        with contextlib.suppress(OSError):
+            lines = self._path(key).read_bytes().splitlines()
+        found = (parsed(line) for line in lines)
+        return tuple(record for record in found if record)[-MAX_RECORDS:]
+
+    def add(self, key: MeasurementKey, records: Iterable[SpeedRecord]) -> None:
+        """Keep records; where that isn't possible, nothing was learned."""
+        text = "".join(json.dumps(asdict(record)) + "\n" for record in records if sound(record))
+        if not text:
+            return
+        path = self._path(key)
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(file, (b"\n" if torn else b"") + text.encode())
+            finally:
+                os.close(file)
+            self._shorten(path)
+
+    def forget(self, key: MeasurementKey) -> None:
+        """Of a machine that is measured anew, what rested on the old rates."""
+        with contextlib.suppress(OSError):
+            self._path(key).unlink(missing_ok=True)
+
+    def _shorten(self, path: Path) -> None:
+        """Twice as many lines as count are cut back, written beside and renamed."""
+        lines = path.read_bytes().splitlines(keepends=True)
+        if len(lines) <= 2 * MAX_RECORDS:
+            return
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_bytes(b"".join(lines[-MAX_RECORDS:]))
+        os.replace(beside, path)
+
+    def _path(self, key: MeasurementKey) -> Path:
+        machine = MeasurementKey(key.machine, key.build, "speeds")
+        return (self._folder / machine.file_name).with_suffix(".jsonl")
+
+
+def parsed(line: bytes) -> SpeedRecord | None:
+    """A line of the file; None where it is damaged or says something absurd."""
+    with contextlib.suppress(ValueError):
+        record = _codec.validate_json(line, strict=True)
+        return record if sound(record) else None
+    return None
+
+
+def sound(record: SpeedRecord) -> bool:
+    speeds = (record.formula_tps, record.real_tps)
+    if not all(math.isfinite(tps) and tps > 0 for tps in speeds):
+        return False
+    return 1 / LARGEST_RATIO <= record.ratio <= LARGEST_RATIO
