@@ -5,6 +5,7 @@ The only reader of os.environ; everything else is handed what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +17,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .engine.protocol import KvType
 from .errors import UsageError
+from .models.remote import HubAccess
 
 PREFIX = "LOCALMOE_"
+HUB = "https://huggingface.co"
+YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000"}
+ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000", "GGML_CUDA_REGISTER_HOST": "1"}
 """Compute threads that spin for long while they wait for each other lose most of their speed to
 any other busy program (docs/notes/busy-machine.md)."""
 
@@ -115,3 +119,45 @@ def engine_environment() -> dict[str, str]:
 def state_folder() -> Path:
     """Where measurements lie; what is there can be deleted at any time."""
     return Path(os.environ.get(PREFIX + "STATE") or platformdirs.user_state_path("localmoe"))
+
+
+def config_folder() -> Path:
+    """Where a person's own settings and models.yaml lie."""
+    return Path(os.environ.get(PREFIX + "CONFIG") or platformdirs.user_config_path("localmoe"))
+
+
+def hub_access(offline: bool = False) -> HubAccess:
+    """The Hub as the variables say that all its tools obey: HF_ENDPOINT, HF_HUB_OFFLINE and so on
+    (huggingface_hub, docs/source/en/package_reference/environment_variables.md)."""
+    env = os.environ
+    state = state_folder()
+    return HubAccess(
+        endpoint=(env.get("HF_ENDPOINT") or HUB).rstrip("/"),
+        cache=hub_cache(env),
+        headers=state / "headers",
+        stamps=state / "verified",
+        token=hub_token(env),
+        offline=offline or env.get("HF_HUB_OFFLINE", "").lower() in YES,
+    )
+
+
+def hub_home(env: Mapping[str, str]) -> Path:
+    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser()
+
+
+def hub_cache(env: Mapping[str, str]) -> Path:
+    """The folder of downloaded models, which other tools share."""
+    said = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
+    return Path(said).expanduser() if said else hub_home(env) / "hub"
+
+
+def hub_token(env: Mapping[str, str]) -> str | None:
+    """The token of this person, from a variable or from where `hf auth login` keeps it."""
+    said = env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")
+    if not said and env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() not in YES:
+        file = Path(env.get("HF_TOKEN_PATH") or hub_home(env) / "token").expanduser()
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            said = file.read_text("utf-8")
+    # a line break that was pasted along would end up in a header
+    return (said or "").replace("\r", "").replace("\n", "").strip() or None

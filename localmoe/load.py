@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from .config import Settings, engine_environment
 from .engine.client import Engine
 from .engine.protocol import Placement, Sampling
-from .models.catalog import resolve
-from .models.meta import ModelMeta, read_meta
+from .models.catalog import ModelSpec
+from .models.meta import ModelMeta
+from .obtain import Finder, Found, Watch, check_runs
 from .placement.plan import Plan
 from .planning import plan_to_load
 from .serving.chat import AnswerOptions, Model
@@ -37,9 +37,10 @@ class LoadedModel:
     model: Model
     engine: Engine
     load_s: float
+    spec: ModelSpec | None = None
 
     def options(self, settings: Settings) -> AnswerOptions:
-        return answer_options(self.meta, settings)
+        return answer_options(self.meta, settings, self.spec)
 
     def close(self) -> None:
         self.engine.close()
@@ -51,33 +52,32 @@ class LoadedModel:
         self.close()
 
 
-def open_model(
-    name: str,
-    settings: Settings,
-    on_progress: Callable[[float], None] | None = None,
-    on_log: Callable[[str], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
-) -> LoadedModel:
-    """Start an engine and load a model by its plan. Raises LocalMoeError.
+def open_model(name: str, settings: Settings, watch: Watch | None = None) -> LoadedModel:
+    """Find a model, fetch it where it isn't here, and load it by its plan. Raises LocalMoeError."""
+    watch = watch or Watch()
+    with Finder(settings, watch) as finder:
+        found = finder.fetch(finder.find(name))
+    return load_found(found, settings, watch)
 
-    `on_progress` is given 0 to 1 while the model loads, `on_log` llama.cpp's log lines,
-    `on_warning` sentences about this machine.
-    """
-    path = resolve(name)
-    meta = readable_meta(path)
+
+def load_found(found: Found, settings: Settings, watch: Watch) -> LoadedModel:
+    """Start an engine with a model that is here. Raises LocalMoeError."""
+    meta = found.meta
+    check_runs(meta)
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
     format = format_of(meta)
-    engine = Engine(engine_environment(), on_log)
+    engine = Engine(engine_environment(), watch.log)
     try:
-        plan = plan_to_load(path, meta, settings, engine, on_warning)
+        plan = plan_to_load(path, meta, settings, engine, watch.warning)
         if plan.placement.n_gpu_layers:
             engine.close()
-            engine = Engine(engine_environment(), on_log)
-        loaded = engine.load(str(path), plan.placement, on_progress=on_progress)
+            engine = Engine(engine_environment(), watch.log)
+        loaded = engine.load(str(path), plan.placement, on_progress=watch.loading)
     except BaseException:
         engine.kill()
         raise
-    return LoadedModel(meta, plan, Model(engine, format, loaded.n_ctx), engine, loaded.load_s)
+    model = Model(engine, format, loaded.n_ctx)
+    return LoadedModel(meta, plan, model, engine, loaded.load_s, found.spec)
 
 
 def open_vocabulary(path: Path) -> Engine:
@@ -89,14 +89,6 @@ def open_vocabulary(path: Path) -> Engine:
     except BaseException:
         engine.kill()
         raise
-
-
-def readable_meta(path: Path) -> ModelMeta:
-    """The metadata of a file that can be run. Raises ModelFileError on an early layout."""
-    meta = read_meta(path)
-    if meta.refusal:
-        raise meta.refusal
-    return meta
 
 
 def format_of(meta: ModelMeta) -> PromptFormat:
@@ -124,11 +116,15 @@ def title(meta: ModelMeta) -> str:
     return meta.name or (meta.paths[0].stem if meta.paths else "the model")
 
 
-def answer_options(meta: ModelMeta, settings: Settings) -> AnswerOptions:
-    """How to answer: what the person set, else what the model's header says, else our defaults."""
+def answer_options(
+    meta: ModelMeta, settings: Settings, spec: ModelSpec | None = None
+) -> AnswerOptions:
+    """How to answer: what the person set, else what the model's header says, else the catalog,
+    else our defaults."""
     fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
     said = {name: getattr(settings, name) for name in fields}
-    chosen: dict[str, Any] = {
+    chosen: dict[str, Any] = spec.sampling.model_dump(exclude_none=True) if spec else {}
+    chosen |= {
         name: meta.sampling[key] for key, name in HEADER_SAMPLING.items() if key in meta.sampling
     }
     chosen.update({name: value for name, value in said.items() if value is not None})

@@ -9,7 +9,7 @@ from pathlib import Path
 from .config import Settings, engine_environment, state_folder
 from .engine.client import Engine
 from .engine.protocol import Request, Sampling
-from .models.catalog import resolve
+from .models.catalog import DEMO
 from .models.meta import ModelMeta, read_meta
 from .placement.fit import fit, overhead_bytes
 from .placement.hardware import Machine, Sources, detect
@@ -65,25 +65,38 @@ def warn(machine: Machine, on_warning: Callable[[str], None] | None) -> None:
             on_warning(f"{finding.what} {finding.how_to_mend}{command}")
 
 
-def plan_model(
-    path: Path,
-    meta: ModelMeta,
-    settings: Settings,
-    on_warning: Callable[[str], None] | None = None,
-) -> Plan:
-    """A plan without loading, for this machine or one with the memory that was asked for.
+class Planner:
+    """Plans of models for this machine, or for one with the memory that was asked for.
 
-    Raises DoesNotFit.
+    Keeps an engine process to ask and measure with; close it, or use it as a context manager.
     """
-    env = engine_environment()
-    request = plan_request(settings)
-    with Engine(env) as engine:
-        machine = detect(engine.devices, Sources(env=env))
-        warn(machine, on_warning)
-        wanted = machine_like(machine, request)
-        if wanted != machine:
-            return make_plan(wanted, meta, NOTHING_MEASURED, request)
-        return fit_here(path, meta, machine, request, engine)
+
+    def __init__(self, settings: Settings, on_warning: Callable[[str], None] | None = None) -> None:
+        env = engine_environment()
+        self._request = plan_request(settings)
+        self._engine = Engine(env)
+        try:
+            self._here = detect(self._engine.devices, Sources(env=env))
+            warn(self._here, on_warning)
+            self.machine = machine_like(self._here, self._request)
+        except BaseException:
+            self._engine.kill()
+            raise
+
+    def plan(self, path: Path, meta: ModelMeta) -> Plan:
+        """The plan of a model, of which the header is enough. Raises DoesNotFit."""
+        if self.machine != self._here:
+            return make_plan(self.machine, meta, NOTHING_MEASURED, self._request)
+        return fit_here(path, meta, self.machine, self._request, self._engine)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def fit_here(
@@ -110,11 +123,10 @@ def measured_overhead(machine: Machine, store: MeasuredStore, prober: Engine) ->
     known = store.read(key)
     if all(gpu.name in known.overhead_bytes or gpu.free_from != "driver" for gpu in machine.gpus):
         return known
-    path = resolve("demo")
-    meta = read_meta(path)
+    meta = read_meta(DEMO)
     request = PlanRequest(n_gpu_layers="all", n_ctx=2 * CALIBRATION_TOKENS)
-    plan = fit(machine, meta, known, request, lambda place: prober.probe(str(path), place)).plan
-    during = machine_while_running(path, plan, prober)
+    plan = fit(machine, meta, known, request, lambda place: prober.probe(str(DEMO), place)).plan
+    during = machine_while_running(DEMO, plan, prober)
     for device, n_bytes in overhead_bytes(machine, during, plan).items():
         known = known.with_overhead(device, n_bytes)
     store.write(key, known)

@@ -23,7 +23,11 @@ def clean_environment(
     for name in list(os.environ):
         if name.startswith(("LOCALMOE_", "HF_", "HUGGING_FACE_")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path_factory.getbasetemp() / "state"))
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("LOCALMOE_STATE", str(folder / "state"))
+    monkeypatch.setenv("LOCALMOE_CONFIG", str(folder / "config"))
+    monkeypatch.setenv("HF_HOME", str(folder / "huggingface"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
 
 
 @pytest.fixture(scope="session")

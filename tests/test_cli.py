@@ -150,7 +150,7 @@ def test_a_variable_sets_an_option() -> None:
         (["run", "demo", ""], 2, "empty"),
         (["run", "demo", "Hi!", "--messages", "-"], 2, "Both"),
         (["run", "nobody"], 2, "No model is called nobody"),
-        (["run", "mixtral", "Hi!"], 2, "hf download"),
+        (["run", "mixtral", "Hi!"], 4, "can't be reached"),
         (["fly"], 2, "No such command"),
         (["run", "demo", "Hi!", "--fly"], 2, "No such option"),
         (["run"], 2, "MODEL"),

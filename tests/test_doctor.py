@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_hardware import CPU_DEVICE, CUDA_INFO, FULL_INFO, GIB, Invented, cuda, make_group, row
 
+from localmoe.config import hub_access, hub_cache
 from localmoe.engine.protocol import DeviceList
 from localmoe.placement.hardware import Finding, machine_of
 from localmoe.placement.host import host_of
@@ -123,17 +124,11 @@ def test_advice_on_nothing_is_a_sentence() -> None:
 
 
 def test_folders_follow_the_hubs_variables() -> None:
-    def models(**env: str) -> Path:
-        return doctor.folders_of(env)["models"]
-
-    assert models(HF_HUB_CACHE="/a", HF_HOME="/b") == Path("/a")
-    assert models(HF_HOME="/b", XDG_CACHE_HOME="/c") == Path("/b/hub")
-    assert models(XDG_CACHE_HOME="/c") == Path("/c/huggingface/hub")
-    assert models() == Path.home() / ".cache/huggingface/hub"
-
-
-def test_room_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
-    assert doctor.free_bytes(tmp_path / "not" / "there") > 0
+    assert hub_cache({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == Path("/a")
+    assert hub_cache({"HF_HOME": "/b", "XDG_CACHE_HOME": "/c"}) == Path("/b/hub")
+    assert hub_cache({"XDG_CACHE_HOME": "/c"}) == Path("/c/huggingface/hub")
+    assert hub_cache({}) == Path.home() / ".cache/huggingface/hub"
+    assert doctor.folders_of()["models"] == hub_access().cache
 
 
 def test_an_engine_that_hangs_is_given_up() -> None:

@@ -10,24 +10,24 @@ from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit
-from localmoe.models.catalog import resolve
+from localmoe.models.catalog import DEMO as DEMO_FILE
 from localmoe.models.meta import read_meta
 from localmoe.placement.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
 from localmoe.placement.hardware import Gpu, Machine
 from localmoe.placement.measured import NOTHING_MEASURED
 from localmoe.placement.plan import make_plan
 from localmoe.placement.request import PlanRequest
-from localmoe.planning import plan_model
+from localmoe.planning import Planner
 
 GIB, MIB = 1 << 30, 1 << 20
-DEMO = read_meta(resolve("demo"))
+DEMO = read_meta(DEMO_FILE)
 LAPTOP = Machine(16 * GIB, 12 * GIB, 4)
 CARD = Gpu("CUDA0", "a card", 8 * GIB, 8 * GIB, free_from="driver")
 DESKTOP = Machine(32 * GIB, 24 * GIB, 8, (CARD,))
 
 
 def test_one_probe_of_the_real_engine_measures_every_buffer(engine: Engine) -> None:
-    path = str(resolve("demo"))
+    path = str(DEMO_FILE)
     fitted = fit(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest(), lambda p: engine.probe(path, p))
     assert fitted.n_probes == 1
     assert fitted.plan.memory[0].compute.basis == "measured"
@@ -72,7 +72,7 @@ def test_a_cache_of_an_unknown_kind_counts_where_the_cache_is() -> None:
 
 def test_llama_cpps_cache_is_the_formulas(engine: Engine) -> None:
     plan = make_plan(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest())
-    sizes = engine.probe(str(resolve("demo")), plan.placement)
+    sizes = engine.probe(str(DEMO_FILE), plan.placement)
     assert sizes.cache_bytes == sum(memory.kv.n_bytes for memory in plan.memory)
 
 
@@ -88,11 +88,13 @@ def test_overhead_is_what_is_gone_beside_what_is_known() -> None:
 
 def test_a_plan_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path))
-    first = plan_model(resolve("demo"), DEMO, load_settings({}))
+    with Planner(load_settings({})) as planner:
+        first = planner.plan(DEMO_FILE, DEMO)
     kept = list((tmp_path / "measured").glob("*.json"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns
-    second = plan_model(resolve("demo"), DEMO, load_settings({}))
+    with Planner(load_settings({})) as planner:
+        second = planner.plan(DEMO_FILE, DEMO)
     assert kept[0].stat().st_mtime_ns == before
     assert second.memory[0].compute == first.memory[0].compute
     assert engine_environment()["LOCALMOE_STATE"] == str(tmp_path)

@@ -140,7 +140,7 @@ def test_the_early_layout_is_recognised(tmp_path: Path) -> None:
     assert other.refusal is None
     assert meta.refusal is not None
     assert "early layout" in meta.refusal.message
-    assert "April 2024" in meta.refusal.hint
+    assert "localmoe convert" in meta.refusal.hint
     assert len(str(meta.refusal)) <= 200
 
 

@@ -6,9 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from standin_hub import StandInHub
+
+from localmoe.models.catalog import PACKAGE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -25,9 +29,24 @@ def test_all_blocks_are_known() -> None:
     assert PYTHON
 
 
+@pytest.fixture
+def small_mixtral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub where `mixtral` is a model of 10 MB."""
+    with StandInHub() as hub:
+        hub.add_repo("maker/Small-GGUF", {"small.Q4_K_M.gguf": PACKAGE / "models/demo/demo.gguf"})
+        (tmp_path / "models.yaml").write_text("mixtral:\n  repo: maker/Small-GGUF\n")
+        monkeypatch.setenv("LOCALMOE_CONFIG", str(tmp_path))
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        yield
+
+
 @pytest.mark.parametrize("command", [c for c in CODE if "localmoe " in c])
-def test_each_localmoe_command_runs(command: str) -> None:
-    """As written, but that a chat has nobody to talk to and ends at once."""
+def test_each_localmoe_command_runs(command: str, small_mixtral: None) -> None:
+    """As written, but that a chat has nobody to talk to and ends at once, and Mixtral is small."""
+    if " rm " in command or " verify mixtral" in command:
+        pull = [sys.executable, "-m", "localmoe", "pull", "mixtral", "-q"]
+        subprocess.run(pull, cwd=ROOT, check=True, timeout=60)
     program = f"{shlex.quote(sys.executable)} -m localmoe "
     shell = re.sub(r"\blocalmoe ", lambda _: program, command, count=1)
     result = subprocess.run(

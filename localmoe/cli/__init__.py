@@ -11,7 +11,10 @@ import click
 from .. import __version__
 from ..errors import LocalMoeError
 from . import render
+from .convert import convert
 from .doctor import doctor
+from .house import pull, rm, verify
+from .listing import list_models
 from .look import prompt, show
 from .plan import plan
 from .talk import chat, run
@@ -29,12 +32,15 @@ def cli(context: click.Context, debug: bool) -> None:
         render.greeting()
 
 
-for command in (run, chat, plan, show, prompt, doctor):
+COMMANDS = (run, chat, list_models, pull, plan, show, verify, rm, convert, prompt, doctor)
+
+for command in COMMANDS:
     cli.add_command(command)
 
 
 def main() -> None:
-    """The entry point. Exits with 0 done, 1 failed, 2 usage, 3 does not fit, 130 interrupted."""
+    """The entry point. Exits with 0 done, 1 failed, 2 usage, 3 does not fit, 4 not fetched or
+    not verified, 130 interrupted."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this; what is written goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

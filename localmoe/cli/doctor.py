@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import textwrap
 import threading
@@ -69,15 +68,16 @@ def doctor(as_json: bool) -> int:
 
 def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
-    from ..config import engine_environment
+    from ..config import engine_environment, hub_access
+    from ..models.store import Store
     from ..placement.hardware import Sources, machine_of
     from ..placement.host import host_of
 
     env = engine_environment()
     host = host_of(Sources(env=env))
     devices, broken = ask_llama(env)
-    folders = folders_of(env)
-    room = free_bytes(folders["models"])
+    folders = folders_of()
+    room = Store(hub_access()).free_bytes()
     return Checkup(host, machine_of(host, devices, broken), devices, folders, room)
 
 
@@ -104,29 +104,11 @@ def ask_llama(
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def folders_of(env: Mapping[str, str]) -> dict[str, Path]:
+def folders_of() -> dict[str, Path]:
     """Where things lie: models in the Hugging Face cache, the rest in the platform's folders."""
-    import platformdirs
+    from ..config import config_folder, hub_access, state_folder
 
-    from ..config import state_folder
-
-    cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    hub = env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or cache) / "hub"
-    return {
-        "models": Path(hub).expanduser(),
-        "settings": platformdirs.user_config_path("localmoe"),
-        "state": state_folder(),
-    }
-
-
-def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder that may not be there yet."""
-    for place in (folder, *folder.parents):
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return 0
+    return {"models": hub_access().cache, "settings": config_folder(), "state": state_folder()}
 
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:

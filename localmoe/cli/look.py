@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import json_option, messages_option
+from .options import json_option, messages_option, offline_option, settings_of
+from .watching import finder
 
 if TYPE_CHECKING:
     from ..models.meta import ModelMeta
@@ -28,13 +29,15 @@ ROLES = {
 
 @click.command()
 @click.argument("model")
+@offline_option
 @json_option
-def show(model: str, as_json: bool) -> None:
-    """What is in a model file: its shape, its experts, what its bytes are spent on."""
-    from ..models.catalog import resolve
-    from ..models.meta import read_meta
+def show(model: str, offline: bool | None, as_json: bool) -> None:
+    """What is in a model file: its shape, its experts, what its bytes are spent on.
 
-    meta = read_meta(resolve(model))
+    Of a model that isn't here, the header alone is fetched.
+    """
+    with finder(settings_of({"offline": offline})) as search:
+        meta = search.find(model).meta
     parts = meta.bytes_by_role
     if as_json:
         render.document({**shape(meta), "bytes_by_role": dict(parts)})
@@ -102,18 +105,25 @@ def shown(value: float | int | str) -> str:
 @click.argument("text", required=False)
 @messages_option
 @click.option("-s", "--system", metavar="TEXT", help="A system message.")
+@offline_option
 @json_option
 def prompt(
-    model: str, text: str | None, messages: str | None, system: str | None, as_json: bool
+    model: str,
+    text: str | None,
+    messages: str | None,
+    system: str | None,
+    offline: bool | None,
+    as_json: bool,
 ) -> None:
     """The exact text and token ids that a conversation becomes. Loads the vocabulary alone."""
-    from ..load import format_of, open_vocabulary, readable_meta
-    from ..models.catalog import resolve
+    from ..load import format_of, open_vocabulary
+    from ..obtain import check_runs
     from .talk import conversation_of
 
     conversation = conversation_of(text, messages, system)
-    path = resolve(model)
-    meta = readable_meta(path)
+    with finder(settings_of({"offline": offline})) as search:
+        meta = search.find(model).meta
+    check_runs(meta)
     format = format_of(meta)
     with open_vocabulary(meta.paths[0]) as engine:
         encoded = format.encode(conversation, engine)

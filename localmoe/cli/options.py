@@ -28,6 +28,8 @@ def group_of(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
+offline_option = click.option("--offline", is_flag=True, default=None, help="Use no network.")
+
 load_options = group_of(
     click.option("-c", "--ctx-size", type=int, metavar="N", help="Context in tokens."),
     click.option("--vram", metavar="SIZE", help="Use at most this of each GPU, like 8GiB,12GiB."),
@@ -42,7 +44,7 @@ load_options = group_of(
     click.option("-t", "--threads", type=int, metavar="N", help="CPU threads; all physical cores."),
     click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens; 512."),
     click.option("--load-mode", type=click.Choice(["auto", "mmap", "pinned"])),
-    click.option("--offline", is_flag=True, default=None, help="Use no network."),
+    offline_option,
 )
 
 sampling_options = group_of(

@@ -12,6 +12,7 @@ import click
 from . import render
 from .drawing import plan_lines
 from .options import json_option, load_options, settings_of
+from .watching import finder
 
 if TYPE_CHECKING:
     from ..engine.protocol import Placement
@@ -30,13 +31,16 @@ def plan(model: str, explain: bool, print_flags: bool, as_json: bool, **options:
 
     With --vram or --ram of more than this machine has, it plans for a machine like that.
     """
-    from ..load import readable_meta, title
-    from ..models.catalog import resolve
-    from ..planning import plan_model
+    from ..load import title
+    from ..obtain import check_runs
 
-    path = resolve(model)
-    meta = readable_meta(path)
-    found = plan_model(meta.paths[0], meta, settings_of(options), render.warning)
+    with finder(settings_of(options)) as search:
+        model_found = search.find(model)
+        meta = model_found.meta
+        check_runs(meta)
+        found = search.planner.plan(meta.paths[0], meta)
+    if model_found.why:
+        render.note(model_found.why)
     if as_json:
         render.document(document(found))
     elif print_flags:

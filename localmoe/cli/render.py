@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ localmoe --help lists every command."""
 # C0 but tab and newline, DEL, C1, and the controls of bidirectional text (Unicode UAX 9)
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PROGRESS_AFTER_SECONDS = 0.4
+PLAIN_EVERY_SECONDS = 60.0
 
 
 def greeting() -> None:
@@ -84,25 +86,53 @@ def lines(texts: Iterable[str]) -> None:
         print(safe(text).rstrip())
 
 
-class LoadProgress:
-    """A line on a terminal's stderr while a model loads, once it has taken a moment."""
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows in columns, the first row their heads; on a terminal no line is longer than it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in rows:
+        cells = (f"{safe(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells)[:room].rstrip())
 
-    def __init__(self, name: str, quiet: bool = False) -> None:
-        self._name = safe(name)
-        self._active = sys.stderr.isatty() and not quiet
-        self._started = time.monotonic()
+
+class StatusLine:
+    """A line on a terminal's stderr that says what is going on, once that has taken a moment.
+
+    Without a terminal nothing is shown, but for what takes minutes: then a plain line now and then.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._is_terminal = sys.stderr.isatty()
+        self._started = self._last_plain = time.monotonic()
         self._shown = False
 
-    def __call__(self, fraction: float) -> None:
-        if self._active and time.monotonic() - self._started > PROGRESS_AFTER_SECONDS:
+    def show(self, text: str, *, takes_minutes: bool = False) -> None:
+        now = time.monotonic()
+        if self._quiet or now - self._started < PROGRESS_AFTER_SECONDS:
+            return
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns - 1
             self._shown = True
-            print(f"\r{dim(f'Loading {self._name} {fraction:4.0%}')}", end="", file=sys.stderr)
-            sys.stderr.flush()
+            print(f"\r\x1b[K{dim(safe(text)[:width])}", end="", file=sys.stderr, flush=True)
+        elif takes_minutes and now - self._last_plain > PLAIN_EVERY_SECONDS:
+            self._last_plain = now
+            print(safe(text), file=sys.stderr, flush=True)
+
+    def around(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """`say` a sentence on a line of its own, clear of this one."""
+
+        def said(text: str) -> None:
+            self.done()
+            say(text)
+
+        return said
 
     def done(self) -> None:
+        """Take the line away."""
         if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr)
-            sys.stderr.flush()
+            self._shown = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def stats(last: Delta) -> None:

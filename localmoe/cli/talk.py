@@ -21,6 +21,7 @@ from .options import (
     settings_of,
     verbosity_options,
 )
+from .watching import watching
 
 if TYPE_CHECKING:
     from ..config import Settings
@@ -49,11 +50,14 @@ def run(
 
     MODEL is `demo`, or the path of a GGUF file.
     """
-    from ..models.catalog import resolve
+    from ..config import config_folder
+    from ..models.catalog import read_catalog
+    from ..models.names import parse_name
     from ..serving.chat import Answer
 
-    resolve(model)  # a wrong name is the first thing to say, before a prompt is waited for
     settings = settings_of(options)
+    # a wrong name is the first thing to say, before a prompt is waited for
+    parse_name(model, read_catalog(config_folder()))
     conversation = conversation_of(prompt, messages, settings.system)
     with load(model, settings, verbose, quiet or as_json) as loaded:
         encoded = loaded.model.encode(conversation)
@@ -109,17 +113,8 @@ def load(model: str, settings: Settings, verbose: bool, quiet: bool) -> LoadedMo
     """Load a model with its progress shown."""
     from ..load import open_model
 
-    progress = render.LoadProgress(model, quiet)
-    try:
-        return open_model(
-            model,
-            settings,
-            on_progress=progress,
-            on_log=render.log_line if verbose else None,
-            on_warning=None if quiet else render.warning,
-        )
-    finally:
-        progress.done()
+    with watching(model, quiet, verbose) as watch:
+        return open_model(model, settings, watch)
 
 
 def conversation_of(prompt: str | None, messages: str | None, system: str | None) -> list[Message]:

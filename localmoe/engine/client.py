@@ -28,6 +28,7 @@ from .protocol import (
     Detokenized,
     DeviceList,
     Failed,
+    FileSpan,
     FromEngine,
     Generate,
     ListDevices,
@@ -58,6 +59,7 @@ class Engine:
     def __init__(self, env: Mapping[str, str], on_log: Callable[[str], None] | None = None) -> None:
         self._ids = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
+        self._shared: dict[int, Inbox] = {}  # those of submitted requests, until they end
         self._lock = threading.Lock()
         self._on_log = on_log
         self._log: deque[str] = deque(maxlen=N_LOG_LINES)
@@ -100,10 +102,11 @@ class Engine:
         placement: Placement,
         *,
         vocab_only: bool = False,
+        pinned: Sequence[FileSpan] = (),
         on_progress: Callable[[float], None] | None = None,
     ) -> Loaded:
         """Load a model. Raises EngineError with llama.cpp's own reason."""
-        with self._ask(lambda id: Load(id, path, placement, vocab_only)) as inbox:
+        with self._ask(lambda id: Load(id, path, placement, vocab_only, tuple(pinned))) as inbox:
             while True:
                 answer = self._next(inbox)
                 if isinstance(answer, Progress) and on_progress:
@@ -146,6 +149,28 @@ class Engine:
                 yield delta
                 if delta.finish_reason:
                     return
+
+    def submit(self, request: Request, inbox: Inbox) -> int:
+        """Ask for an answer that comes in pieces into `inbox`, which may serve many requests.
+
+        Gives the id that its deltas carry. The last one has a finish reason, or a Failed stands for
+        it; once the process is dead, `inbox` is given the EngineError, once for all its requests.
+        """
+        id = next(self._ids)
+        self._shared[id] = inbox
+        try:
+            self._send(Generate(id, request))
+        except EngineError:
+            self._shared.pop(id, None)
+            raise
+        return id
+
+    def cancel(self, id: int, *, only_waiting: bool = False) -> None:
+        """End a submitted request; with `only_waiting`, only if it isn't being computed yet.
+
+        Its last delta comes all the same, and says how it ended.
+        """
+        self._send(Cancel(id, only_waiting))
 
     def close(self) -> None:
         """End the process: its input ends, and if that isn't enough, it is killed."""
@@ -215,13 +240,20 @@ class Engine:
         stdout = cast(BinaryIO, self._process.stdout)
         with contextlib.suppress(protocol.ProtocolError, OSError):
             while (message := protocol.read(stdout)) is not None:
-                inbox = self._inboxes.get(message.id)
-                if inbox is not None:
-                    inbox.put(message)  # type: ignore[arg-type]
+                self._deliver(cast(FromEngine, message))
         self._threads[1].join(STOP_SECONDS)  # the last words
         self._death = engine_died(self._wait(), self.log)
-        for inbox in list(self._inboxes.values()):
+        inboxes = [*self._inboxes.values(), *self._shared.values()]
+        for inbox in {id(inbox): inbox for inbox in inboxes}.values():
             inbox.put(self._death)
+
+    def _deliver(self, message: FromEngine) -> None:
+        inbox = self._inboxes.get(message.id) or self._shared.get(message.id)
+        if inbox is None:
+            return
+        if isinstance(message, Failed) or (isinstance(message, Delta) and message.finish_reason):
+            self._shared.pop(message.id, None)
+        inbox.put(message)
 
     def _wait(self) -> int | None:
         try:

@@ -75,6 +75,8 @@ class Request:
 
     `max_tokens` None means until the context is full. `starts_text` says that the answer begins a
     text of its own, so that a SentencePiece vocabulary's space before its first word is left out.
+    Without `stream` there is one delta only, the last, with all text and tokens. Without `share`
+    the prompt is computed whole, whatever is held of it.
     """
 
     tokens: tuple[int, ...]
@@ -82,6 +84,8 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     starts_text: bool = False
+    stream: bool = True
+    share: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +150,30 @@ class Piece:
     special: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """Bytes of a file of the model that are copied to a GPU: whole tensors, from `start` on."""
+
+    path: str
+    start: int
+    n_bytes: int
+
+
 # ---- to the engine -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load a model by a placement; with `vocab_only`, its vocabulary alone."""
+    """Load a model by a placement; with `vocab_only`, its vocabulary alone.
+
+    `pinned` are the weights in RAM that a GPU copies, for the load mode of that name.
+    """
 
     id: int
     path: str
     placement: Placement
     vocab_only: bool = False
+    pinned: tuple[FileSpan, ...] = ()
     type: Literal["load"] = "load"
 
 
@@ -199,9 +216,13 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End the request of this id; its last delta says "cancelled"."""
+    """End the request of this id; its last delta says "cancelled".
+
+    With `only_waiting`, one that is being computed already goes on to its end.
+    """
 
     id: int
+    only_waiting: bool = False
     type: Literal["cancel"] = "cancel"
 
 
@@ -227,12 +248,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The model is ready. `n_ctx` is what one request may use, prompt and answer together."""
+    """The model is ready. `n_ctx` is what one request may use, prompt and answer together;
+    `n_pinned_bytes` lie where a GPU copies them at full speed."""
 
     id: int
     vocabulary: Vocabulary
     n_ctx: int
     load_s: float
+    n_pinned_bytes: int = 0
     type: Literal["loaded"] = "loaded"
 
 

@@ -47,6 +47,7 @@ class Run:
     n_drawn: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
+    unsent: str = ""  # the text so far of a request that isn't streamed
 
     @property
     def n_prompt(self) -> int:
@@ -83,14 +84,17 @@ class Scheduler:
         self._check(request)
         self._waiting.append((id, request, time.perf_counter()))
 
-    def cancel(self, id: int) -> list[Delta]:
-        """End a request; gives its last delta, or nothing where it has ended already."""
+    def cancel(self, id: int, *, only_waiting: bool = False) -> list[Delta]:
+        """End a request; gives its last delta, or nothing where it has ended already.
+
+        With `only_waiting`, one that is being computed goes on.
+        """
         for entry in self._waiting:
             if entry[0] == id:
                 self._waiting.remove(entry)
                 usage, timings = Usage(len(entry[1].tokens), 0, 0), Timings(0.0, 0.0, 0.0)
                 return [Delta(id, finish_reason="cancelled", usage=usage, timings=timings)]
-        run = self._running.get(id)
+        run = None if only_waiting else self._running.get(id)
         return [self._finish(run, "cancelled")] if run else []
 
     def interrupt(self, id: int) -> None:
@@ -108,7 +112,11 @@ class Scheduler:
         for run, n_tokens in parts:
             index += n_tokens
             run.n_done += n_tokens
-            news.append(self._progress(run) if run.n_waiting else self._sample(run, index))
+            new = self._progress(run) if run.n_waiting else self._sample(run, index)
+            if run.request.stream or isinstance(new, Failed) or new.finish_reason:
+                news.append(new)
+            else:
+                run.unsent += new.text
         return news
 
     def fail_all(self, reason: str) -> list[Failed]:
@@ -152,7 +160,7 @@ class Scheduler:
         return refused
 
     def _start(self, id: int, request: Request, arrived: float, sampler: Sampler) -> Run:
-        sequence, n_shared = self._closest(request.tokens)
+        sequence, n_shared = self._closest(request.tokens) if request.share else (self._any(), 0)
         del self._free[sequence]
         # the last token of a prompt is always computed: its logits are what is wanted
         n_kept = self._model.keep(sequence, min(n_shared, len(request.tokens) - 1))
@@ -175,6 +183,9 @@ class Scheduler:
         shared = {n: common_prefix(held, tokens) for n, held in self._free.items()}
         best = max(shared, key=lambda n: (shared[n], -len(self._free[n])))
         return best, shared[best]
+
+    def _any(self) -> int:
+        return next(iter(self._free))
 
     # ---- computing ----
 
@@ -242,6 +253,8 @@ class Scheduler:
         self, run: Run, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
     ) -> Delta:
         text += run.text.finish()
+        if not run.request.stream:
+            text, tokens = run.unsent + text, tuple(run.tokens[run.n_prompt :])
         self._release(run)
         return Delta(
             run.id,

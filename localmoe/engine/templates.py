@@ -1,6 +1,7 @@
 """A short-lived child that renders one template, under limits; the parent's side is rendering.py.
 
-It reads one job from stdin and writes one result to stdout, both JSON. A job holds `template`,
+It reads one job from stdin and writes one result to stdout, both JSON; started with `many`, a job a
+line and a result a line, until its input ends. A job holds `template`,
 `renders` (each with `messages` and `add_generation_prompt`), `variables`, `now` (ISO time) and
 `limits`; a result is {"texts": [...]}, a text for each render, or {"error": kind, "message": ...}.
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -41,15 +44,27 @@ class OverLimit(Exception):
 
 
 def main() -> None:
-    """Do the job that stdin holds."""
-    job = json.loads(sys.stdin.buffer.read())
-    limit_process(job["limits"])
+    """Do the job that stdin holds, or with `many` each that it holds a line of."""
+    if sys.argv[1:] == ["many"]:
+        for line in sys.stdin.buffer:
+            do(json.loads(line), many=True)
+    else:
+        do(json.loads(sys.stdin.buffer.read()))
+
+
+def do(job: dict[str, Any], many: bool = False) -> None:
+    """Write the result of a job."""
+    limit_process(job["limits"], many)
     result = json.dumps(answer(job), ensure_ascii=False)
-    sys.stdout.buffer.write(result.encode("utf-8", "replace"))
+    sys.stdout.buffer.write(result.encode("utf-8", "replace") + b"\n" * many)
+    sys.stdout.buffer.flush()
 
 
-def limit_process(limits: dict[str, int]) -> None:
-    """Let the system end this process where it takes too much; where a limit isn't known, go on."""
+def limit_process(limits: dict[str, int], many: bool) -> None:
+    """Let the system end this process where it takes too much; where a limit isn't known, go on.
+
+    With `many` jobs, each may take the processor time anew: its soft limit moves along.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -60,8 +75,13 @@ def limit_process(limits: dict[str, int]) -> None:
         "RLIMIT_FSIZE": 0,
         "RLIMIT_CORE": 0,
     }.items():
+        hard = value
+        if many and name == "RLIMIT_CPU":
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            value += math.ceil(used.ru_utime + used.ru_stime)
+            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            resource.setrlimit(getattr(resource, name), (value, value))
+            resource.setrlimit(getattr(resource, name), (value, hard))
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def failure(kind: str, message: str) -> dict[str, str]:
 
 def render_all(job: dict[str, Any]) -> list[str]:
     """The text of each render; all of them together are limited."""
-    template = Sandbox(job["limits"]["output_chars"], job["now"]).from_string(job["template"])
+    template = compiled(job["template"], job["limits"]["output_chars"], job["now"])
     room = job["limits"]["output_chars"]
     texts = []
     for render in job["renders"]:
@@ -102,6 +122,12 @@ def render_all(job: dict[str, Any]) -> list[str]:
             chunks.append(chunk)
         texts.append("".join(chunks))
     return texts
+
+
+@lru_cache(maxsize=1)
+def compiled(template: str, max_chars: int, now: str) -> Template:
+    """A template ready to render; of many jobs, mostly all have the same."""
+    return Sandbox(max_chars, now).from_string(template)
 
 
 class Generation(Extension):

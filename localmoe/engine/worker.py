@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from . import bindings, protocol
+from .devices import devices
 from .model import LoadedModel, ModelError
 from .probe import probe
 from .protocol import (
@@ -96,7 +97,7 @@ class Worker:
         with contextlib.suppress(protocol.ProtocolError, OSError):
             while (message := protocol.read(self._reader)) is not None:
                 self._inbox.put(message)
-                if isinstance(message, Cancel) and self._scheduler:
+                if isinstance(message, Cancel) and not message.only_waiting and self._scheduler:
                     self._scheduler.interrupt(message.id)
         # the parent is gone: nobody waits for what is being computed, and llama.cpp can't be asked
         os._exit(0)
@@ -134,10 +135,11 @@ class Worker:
             case Generate(id, request):
                 loaded(self._scheduler).add(id, request)
                 return []
-            case Cancel(id):
-                return [*self._scheduler.cancel(id)] if self._scheduler else []
+            case Cancel(id, only_waiting):
+                scheduler = self._scheduler
+                return [*scheduler.cancel(id, only_waiting=only_waiting)] if scheduler else []
             case ListDevices(id):
-                return [DeviceList(id, bindings.devices(), bindings.system_info())]
+                return [DeviceList(id, devices(), bindings.system_info())]
             case _:
                 raise RequestRefused(f"The engine can't be asked for {message.type!r}.")
 
@@ -152,13 +154,13 @@ class Worker:
         started = time.perf_counter()
         self._reasons.clear()
         if load.vocab_only:
-            self._vocab = bindings.Model(load.path, vocab_only=True).vocab
-            n_ctx = 0
-        else:
-            model = LoadedModel(load.path, load.placement, self._progress_of(load.id))
-            self._vocab, self._scheduler = model.vocab, Scheduler(model)
-            n_ctx = model.n_ctx
-        return Loaded(load.id, self._vocab.facts(), n_ctx, time.perf_counter() - started)
+            vocab = self._vocab = bindings.Model(load.path, vocab_only=True).vocab
+            return Loaded(load.id, vocab.facts(), 0, time.perf_counter() - started)
+        report = self._progress_of(load.id)
+        model = LoadedModel(load.path, load.placement, load.pinned, report)
+        self._vocab, self._scheduler = model.vocab, Scheduler(model)
+        took_s = time.perf_counter() - started
+        return Loaded(load.id, model.facts(), model.n_ctx, took_s, model.n_pinned_bytes)
 
     def _progress_of(self, id: int) -> Callable[[float], None]:
         reported = 0.0
