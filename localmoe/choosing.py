@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import DoesNotFit, LocalMoeError, ModelFileError, gib
-from .models.quants import Quant, rank
+from .models.quants import Quant, base_label, rank
 from .placement.hardware import Machine
+from .placement.plan import gpu_budgets, ram_budget
+from .placement.request import PlanRequest
 
 RECOMMENDED = "Q4_K_M"
 """Mixtral's perplexity at it is 1.5 % above that at 8 bits, and 0.9 points more are gained by a
 sixth more bytes to fetch, to hold and to read for each token (models/quants.py has the table)."""
+LOWEST_NEAR = "IQ4_XS"
+"""Down to here a quant is preferred to one above the recommended: it loses a point or two more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,49 +26,109 @@ class Choice:
     why: str
 
 
-def choose(quants: Sequence[Quant], check: Callable[[Quant], None]) -> Choice:
-    """The best quant up to the recommended one that `check` lets through.
+@dataclass(frozen=True, slots=True)
+class Refused:
+    quant: Quant
+    error: DoesNotFit | ModelFileError
 
-    `check` raises DoesNotFit or ModelFileError. Raises DoesNotFit where nothing is let through.
+
+def choose(quants: Sequence[Quant], check: Callable[[Quant], None], *, are_here: bool) -> Choice:
+    """The first quant, in the order in which they are wanted, that `check` lets through.
+
+    `check` raises DoesNotFit or ModelFileError. What is no smaller than one that does not fit isn't
+    looked at. Raises DoesNotFit where none fits, and where none of them runs at all the
+    ModelFileError of the first.
     """
-    refusals: list[LocalMoeError] = []
-    for quant in in_order(quants):
+    refusals: list[Refused] = []
+    for quant in best_first(quants) if are_here else in_order(quants):
+        if any(is_too_large(quant, refused) for refused in refusals):
+            continue
         try:
             check(quant)
         except (DoesNotFit, ModelFileError) as error:
-            refusals.append(error)
+            refusals.append(Refused(quant, error))
             continue
-        return Choice(quant, reason(quant, refusals[:1]))
-    what = "No quant of it runs here"
-    raise DoesNotFit(f"{what}; of the smallest: {refusals[-1].message}", "See: localmoe list")
+        return Choice(quant, reason(quant, refusals, are_here))
+    raise refusal_of_all(refusals)
+
+
+def is_too_large(quant: Quant, refused: Refused) -> bool:
+    return isinstance(refused.error, DoesNotFit) and quant.n_bytes >= refused.quant.n_bytes
+
+
+def refusal_of_all(refusals: Sequence[Refused]) -> LocalMoeError:
+    too_large = [refused for refused in refusals if isinstance(refused.error, DoesNotFit)]
+    if not too_large:
+        return refusals[0].error
+    least = min(too_large, key=lambda refused: refused.quant.n_bytes)
+    what = f"No quant of it fits here; of the smallest, {least.quant.label}: {least.error.message}"
+    return DoesNotFit(what, "See: localmoe list")
+
+
+# ---- the order in which they are wanted ----
 
 
 def in_order(quants: Sequence[Quant]) -> list[Quant]:
-    """The recommended one and those below it, best first; only where there is none, those above.
+    """The recommended one and those a little below it, best first; those above, smallest first;
+    poorer ones, best first; and at last those whose names say nothing.
 
-    With an importance matrix (i1) it counts as the same, and comes behind what stands before it.
+    With an importance matrix (i1) one counts as the same, and comes behind what stands before it.
     """
-    limit = rank(RECOMMENDED)
-    ranks = {quant.stem: min(rank(quant.label), limit) for quant in quants if is_near(quant)}
-    if not ranks:
-        return sorted(quants, key=lambda quant: quant.n_bytes)
-    below = [quant for quant in quants if quant.stem in ranks]
-    return sorted(below, key=lambda quant: -ranks[quant.stem])
+    return sorted(quants, key=preference)
 
 
-def is_near(quant: Quant) -> bool:
-    return rank(quant.label) < rank(RECOMMENDED) + 1
+def preference(quant: Quant) -> tuple[int, float, float]:
+    """Which of the four groups, and the place within it; less is better."""
+    quality, limit = rank(quant.label), rank(RECOMMENDED)
+    if not quality:
+        return 3, quant.n_bytes, 0
+    if quality >= limit + 1:
+        return 1, quant.n_bytes, quality
+    return 0 if quality >= rank(LOWEST_NEAR) else 2, -min(quality, limit), 0
 
 
-def reason(quant: Quant, refused: Sequence[LocalMoeError]) -> str:
-    size = gib(quant.n_bytes)
-    if not refused:
-        return f"{quant.label} ({size}): a larger one would gain little and cost speed."
-    return f"{quant.label} ({size}) is the best that fits: {refused[0].message}"
+def best_first(quants: Sequence[Quant]) -> list[Quant]:
+    """Of those that are here, and cost nothing to fetch, the best; unknown ones last."""
+    return sorted(quants, key=lambda quant: (-rank(quant.label), quant.n_bytes))
 
 
-def check_bytes(n_bytes: int, machine: Machine) -> None:
+# ---- why ----
+
+
+def reason(quant: Quant, refused: Sequence[Refused], are_here: bool) -> str:
+    named = f"{quant.label} ({gib(quant.n_bytes)})"
+    if refused:
+        first = refused[0]
+        failed = "does not fit" if isinstance(first.error, DoesNotFit) else "does not run"
+        better = f"{first.quant.label} {failed}: {first.error.message}"
+        return f"{named} is the best that fits; {better}"
+    if are_here:
+        return f"{named} is the best of those that are here."
+    if base_label(quant.label) == RECOMMENDED:
+        return f"{named}: a larger one would gain little and cost speed."
+    group = preference(quant)[0]
+    return (
+        named
+        + (
+            f": the nearest below {RECOMMENDED}, which is not there.",
+            f": the smallest that is not poor; there is no {RECOMMENDED}.",
+            ": the best there is.",
+            ": the names of the files say no quant, and this is the smallest.",
+        )[group]
+    )
+
+
+# ---- memory ----
+
+
+def free_bytes(machine: Machine, request: PlanRequest) -> int:
+    """What may be used of RAM and of GPUs with memory of their own, within what was asked for."""
+    on_gpus = sum(n for gpu, n in gpu_budgets(machine, request) if not gpu.unified)
+    return ram_budget(machine, request) + on_gpus
+
+
+def check_bytes(n_bytes: int, memory_bytes: int) -> None:
     """Raises DoesNotFit where weights alone are more than all memory: no header is needed then."""
-    memory = machine.ram_available_bytes + sum(g.free_bytes for g in machine.gpus if not g.unified)
-    if n_bytes > memory:
-        raise DoesNotFit(f"Its weights take {gib(n_bytes)}; {gib(memory)} of memory are free.")
+    if n_bytes > memory_bytes:
+        what = f"Its weights take {gib(n_bytes)}"
+        raise DoesNotFit(f"{what}; {gib(memory_bytes)} of memory are free.")

@@ -1,58 +1,142 @@
-"""Keeping house: which models of the cache a name means, whether they are right, and repair."""
+"""Keeping house: which files of the cache a name means, whether they are right, repair, removal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import config_folder
-from .errors import UsageError
-from .models.catalog import read_catalog
-from .models.download import repair
-from .models.hub import file_of
-from .models.matching import catalog_quants, is_meant
+from .errors import DownloadError, LocalMoeError, UsageError
+from .models.cache_layout import expected_sha256, shard_names
+from .models.catalog import PACKAGE, read_catalog
+from .models.cursor import printable
+from .models.download import download, repair
+from .models.hub import Hub, file_of
+from .models.matching import catalog_quants, models_meant, places_of, quants_meant
 from .models.names import ModelName, parse_name
-from .models.remote import RemoteFile
+from .models.quants import quants_of
+from .models.remote import RemoteFile, RemoteRepo
 from .models.stamps import Expected, Verdict
-from .models.store import Installed
-from .obtain import Finder
+from .models.store import BrokenOff, Installed
+from .obtain import Finder, Watch
+
+# ---- verify ----------------------------------------------------------------------------------
 
 
-def verify(finder: Finder, names: Sequence[str], mend: bool) -> tuple[Verdict, ...]:
-    """Every file of these models (of all, without names) read again; with `mend`, what is damaged
-    is fetched again. Raises UsageError for what isn't here, DownloadError."""
-    paths: list[Path] = []
-    models = [] if names else list(finder.store.installed())
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file that should be right: of a repository at a commit, or of a person's own (`repo` "").
+
+    `called` is what to show of it: repository and name, or its path.
+    """
+
+    path: Path
+    called: str
+    expected: Expected | None
+    repo: str = ""
+    commit: str = ""
+    name: str = ""
+
+
+def kept_files(finder: Finder, names: Sequence[str]) -> list[Kept]:
+    """Every file of these models (of all, without names), those among them that are lost.
+
+    What several names lead to comes once. Raises UsageError for what isn't here.
+    """
+    known = {(f.repo, f.commit, f.name): wanted(f) for f in catalog_files()}
+    by_name = catalog_names(known)
+    found: list[Kept] = []
+    models = [] if names else here(finder)
     for name in map(parsed, names):
-        if name.path is not None:
-            paths.append(name.path)
-        else:
-            models += meant(finder, name)
-    paths += [file.path for model in models for file in model.files]
-    by_name = {file.base_name: wanted(file) for file in catalog_files()}
-    expected = {path: by_name[path.name] for path in paths if path.name in by_name}
-    verdicts = finder.store.verify(paths, expected, finder.watch.verifying)
-    if not mend:
-        return verdicts
-    remote = {file.path: (model, file.name) for model in models for file in model.files}
-    return tuple(
-        mended(finder, verdict, *remote[verdict.path])
-        if is_wrong(verdict) and verdict.path in remote
-        else verdict
-        for verdict in verdicts
-    )
+        models += (of_name := matching(finder, name))
+        if name.path is not None and not of_name:
+            found += own_files(finder, name.path, by_name)
+        elif not of_name:
+            raise not_here(name)
+    for model in models:
+        for n in dict.fromkeys((*model.names, *model.missing)):
+            path = model.snapshot / n
+            expected = known.get((model.repo, model.commit, n)) or finder.store.expected(path)
+            called = printable(f"{model.repo}/{n}")
+            found.append(Kept(path, called, expected, model.repo, model.commit, n))
+    return told_apart(found)
+
+
+def own_files(finder: Finder, path: Path, by_name: Mapping[str, Expected]) -> Iterator[Kept]:
+    """A file that is no model of the cache, with its other shards. Outside the cache it is known
+    by its name alone."""
+    for name in shard_names(path.name):
+        shard = path.with_name(name)
+        by_its_name = None if in_cache(finder, path) else by_name.get(name)
+        yield Kept(shard, printable(str(shard)), finder.store.expected(shard) or by_its_name)
+
+
+def told_apart(files: Sequence[Kept]) -> list[Kept]:
+    """Each content once, with the commit where the same name stands for several."""
+    once: dict[tuple[str, str], Kept] = {}
+    for file in files:
+        sha256 = file.expected.sha256 if file.expected else ""
+        once.setdefault((os.path.realpath(file.path), sha256), file)
+    count = Counter(file.called for file in once.values())
+    return [
+        replace(file, called=printable(f"{file.repo}@{file.commit[:7]}/{file.name}"))
+        if file.repo and count[file.called] > 1
+        else file
+        for file in once.values()
+    ]
+
+
+def check(finder: Finder, file: Kept, watch: Watch, mend: bool = False) -> Verdict:
+    """A file read again; with `mend`, what is damaged or lost of the cache is fetched again.
+
+    Where that can't be done, the verdict says why.
+    """
+    expected = {file.path: file.expected} if file.expected else None
+    (verdict,) = finder.store.verify([file.path], expected, watch.verifying)
+    if not (mend and file.repo and is_wrong(verdict)):
+        return verdict
+    try:
+        return mended(finder, file, verdict, watch)
+    except LocalMoeError as error:
+        reason = error.message
+    except OSError as error:
+        reason = f"{error.strerror or error}."
+    return replace(verdict, why=f"{verdict.why} It can't be mended: {reason}")
 
 
 def is_wrong(verdict: Verdict) -> bool:
     return not verdict.is_ok and verdict.outcome != "unknown hash"
 
 
-def mended(finder: Finder, verdict: Verdict, model: Installed, name: str) -> Verdict:
-    """What is wrong of a file of the cache, fetched again."""
-    file = file_of(finder.hub.repository(model.repo, model.commit), name)
-    watch = finder.watch
-    path = repair(finder.hub, file, watch.downloading, watch.note, verdict=verdict)
-    return finder.store.verify([path], {path: wanted(file)} if file.sha256 else None)[0]
+def mended(finder: Finder, file: Kept, verdict: Verdict, watch: Watch) -> Verdict:
+    """What is wrong of a file of the cache, fetched again. Raises LocalMoeError, OSError."""
+    hub, path = finder.hub, file.path
+    remote = file_of(hub.repository(file.repo, file.commit), file.name)
+    if file.expected and file.expected.sha256 != remote.sha256:
+        raise DownloadError("The Hub has another file under this name.")
+    if verdict.outcome == "missing":
+        download(hub, [remote], watch.downloading, watch.note)
+    elif expected_sha256(path) == remote.sha256:  # else what was read is not what is replaced
+        repair(hub, remote, watch.downloading, watch.note, verdict=verdict)
+    else:
+        repair(hub, remote, watch.downloading, watch.note)
+        link_anew(hub, remote, path)
+    return finder.store.verify([path], {path: wanted(remote)}, watch.verifying)[0]
+
+
+def link_anew(hub: Hub, file: RemoteFile, path: Path) -> None:
+    """A name in a snapshot that was a copy, or led elsewhere, leads to the blob."""
+    old = path.with_name(path.name + ".old")
+    path.replace(old)
+    try:
+        hub.link(file)
+    except BaseException:
+        old.replace(path)
+        raise
+    old.unlink()
 
 
 def wanted(file: RemoteFile) -> Expected:
@@ -60,19 +144,107 @@ def wanted(file: RemoteFile) -> Expected:
     return Expected(file.sha256, file.n_bytes)
 
 
-def meant(finder: Finder, name: ModelName) -> list[Installed]:
-    """The models of the cache that a name means, broken ones too. Raises UsageError for none."""
-    found = [model for model in finder.store.installed() if is_meant(model, name, whole=False)]
-    if not found:
-        raise UsageError(f"{name.text} is not in the cache.", "See: localmoe list --installed")
-    return found
+def catalog_files() -> Iterator[RemoteFile]:
+    for spec in read_catalog(config_folder()).values():
+        for quant in catalog_quants(spec):
+            yield from quant.files
+
+
+def catalog_names(known: Mapping[tuple[str, str, str], Expected]) -> dict[str, Expected]:
+    """What the catalog has under each bare name, where that is one file alone."""
+    found: dict[str, set[Expected]] = {}
+    for (_, _, name), expected in known.items():
+        found.setdefault(name.rpartition("/")[2], set()).add(expected)
+    return {name: expected.pop() for name, expected in found.items() if len(expected) == 1}
+
+
+# ---- what a name means -----------------------------------------------------------------------
+
+
+def here(finder: Finder) -> list[Installed]:
+    """The models of the cache, and those of which only links are left."""
+    return [*finder.store.installed(), *finder.store.lost()]
+
+
+def matching(finder: Finder, name: ModelName) -> list[Installed]:
+    """The models of the cache that a name or a path means, broken ones too."""
+    if name.path is None:
+        return models_meant(here(finder), name, whole=False)
+    place = real(name.path)
+    return [m for m in here(finder) if place in {real(m.snapshot / n) for n in m.names}]
+
+
+def removable(
+    finder: Finder, names: Sequence[str]
+) -> tuple[tuple[Installed, ...], tuple[BrokenOff, ...]]:
+    """The models and the broken-off downloads that these names mean, for `Store.plan_removal`.
+
+    Of a name of the catalog only what is of its own repositories: a copy elsewhere is another
+    tool's. Raises UsageError for a name that means neither, and for files that aren't the cache's.
+    """
+    models: dict[Installed, None] = {}
+    unfinished: dict[BrokenOff, None] = {}
+    for name in map(parsed, names):
+        found = matching(finder, name)
+        own = [model for model in found if name.path or model.repo in repositories(name)]
+        begun = begun_of(finder, name)
+        if not own and not begun:
+            raise only_elsewhere(name, found[0]) if found else not_here(name)
+        models.update(dict.fromkeys(own))
+        unfinished.update(dict.fromkeys(begun))
+    return tuple(models), tuple(unfinished)
+
+
+def begun_of(finder: Finder, name: ModelName) -> list[BrokenOff]:
+    """The broken-off downloads that a name means. Their commit isn't known, so that none is of a
+    revision which a person names; what lost its name is of the repository alone."""
+    if name.path or (not name.key and name.revision not in (None, "main")):
+        return []
+    return [
+        broken_off
+        for broken_off in finder.store.unfinished()
+        if broken_off.repo in repositories(name) and is_begun(broken_off, name)
+    ]
+
+
+def is_begun(broken_off: BrokenOff, name: ModelName) -> bool:
+    left = broken_off.left
+    file = RemoteFile(broken_off.repo, "", left.name, left.n_bytes, left.blob.name)
+    quants = quants_of(RemoteRepo(broken_off.repo, "", (file,)))
+    return bool(quants_meant(quants, name)) or not (name.quant or name.file)
+
+
+def repositories(name: ModelName) -> set[str]:
+    return {repo for repo, _ in places_of(name)}
 
 
 def parsed(text: str) -> ModelName:
     return parse_name(text, read_catalog(config_folder()))
 
 
-def catalog_files() -> Iterator[RemoteFile]:
-    for spec in read_catalog(config_folder()).values():
-        for quant in catalog_quants(spec):
-            yield from quant.files
+def in_cache(finder: Finder, path: Path) -> bool:
+    """Whether a path is that of a name in a snapshot, or of a blob."""
+    return real(path).is_relative_to(os.path.realpath(finder.store.access.cache))
+
+
+def real(path: Path) -> Path:
+    """A name in the folder where it really lies, itself a link or not."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+def not_here(name: ModelName) -> UsageError:
+    text = printable(name.text)
+    if name.key and name.path and name.path.is_relative_to(PACKAGE):
+        return UsageError(f"{text} ships with localmoe, and goes with it alone.")
+    if name.path:
+        what = f"{text} is not in the cache: it is a file of yours."
+        return UsageError(what, "Delete it yourself.")
+    return UsageError(f"{text} is not in the cache.", "See: localmoe list --installed")
+
+
+def only_elsewhere(name: ModelName, copy: Installed) -> UsageError:
+    what = f"Of {printable(name.text)} the cache has only the copy of another repository."
+    return UsageError(what, printable(f"If that shall go: localmoe rm {copy.repo}:{copy.label}"))

@@ -6,41 +6,60 @@ to refuse what would not run before 28 GB were fetched for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .choosing import Choice, check_bytes, choose
+from .choosing import Choice, check_bytes, choose, free_bytes, in_order
 from .config import Settings, config_folder, hub_access
-from .errors import DownloadError, ModelFileError, gib
+from .errors import DoesNotFit, DownloadError, LocalMoeError, ModelFileError, gib
 from .models.architectures import refuse_unknown
+from .models.better import better
+from .models.cache_layout import COMMIT
 from .models.catalog import ModelSpec, read_catalog
-from .models.download import Progress, download
+from .models.cursor import MESSAGE_CHARS, refusal
+from .models.download import Progress, check_room, download, n_bytes_begun
 from .models.headers import header_files
 from .models.hub import Hub, file_of
 from .models.matching import (
     catalog_quants,
     check_hash,
-    is_meant,
+    models_meant,
+    newest,
     places_of,
     quant_here,
-    quant_is_meant,
+    quants_meant,
     sha256_of,
+    what_to_type,
 )
-from .models.meta import ModelMeta, read_meta
+from .models.meta import EARLY, ModelMeta, read_meta
 from .models.names import ModelName, parse_name
-from .models.quants import Quant, find_quant, poor_quality, quant_of_file, quants_of
+from .models.quants import (
+    Quant,
+    complete,
+    find_quant,
+    poor_quality,
+    quant_of_file,
+    quants_of,
+)
 from .models.remote import RemoteFile
 from .models.stamps import Expected
 from .models.store import Installed, Store
-from .planning import Planner
+from .placement.search import Workload
+from .planning import Planner, plan_request
+
+Here = Mapping[Quant, Installed]
+"""The quants that are in the cache; empty for those of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Who is told how it goes: a download, reading a file again (bytes done, bytes in all), loading
-    (0 to 1), llama.cpp's log, remarks and warnings in sentences."""
+    """Who is told how it goes: what the Hub is asked for ("" when it has answered), a download,
+    reading a file again (bytes done, bytes in all), loading (0 to 1), llama.cpp's log, remarks and
+    warnings in sentences."""
 
+    asking: Callable[[str], None] | None = None
     downloading: Callable[[Progress], None] | None = None
     verifying: Callable[[int, int], None] | None = None
     loading: Callable[[float], None] | None = None
@@ -51,20 +70,28 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The model that a name means. `files` are what is to be fetched of it: then `path` is a
-    stand-in with its header alone. `why` says how the quant was chosen, "" where it was named.
+    """The model that a name means. Where it isn't here, `path` is a stand-in with its header alone.
+
+    `quant` is None for a file of a person's own, `why` says how it was chosen ("" where it was
+    named), `typed` what to type for exactly this model.
     """
 
     name: ModelName
     path: Path
     meta: ModelMeta
-    label: str = ""
-    files: tuple[RemoteFile, ...] = ()
+    quant: Quant | None = None
+    is_here: bool = True
     why: str = ""
+    typed: str = ""
 
     @property
-    def is_here(self) -> bool:
-        return not self.files
+    def files(self) -> tuple[RemoteFile, ...]:
+        """What is to be fetched of it."""
+        return () if self.is_here or not self.quant else self.quant.files
+
+    @property
+    def label(self) -> str:
+        return self.quant.label if self.quant else ""
 
     @property
     def n_bytes(self) -> int:
@@ -76,40 +103,47 @@ class Found:
 
     @property
     def called(self) -> str:
-        """What to type for exactly this model."""
-        known = self.name.key or self.name.repo
-        return f"{known}:{self.label}" if known and self.label else self.name.text
+        return self.typed or self.name.text
 
 
 class Finder:
     """Finds models by name, and fetches them. Close it, or use it as a context manager."""
 
-    def __init__(self, settings: Settings, watch: Watch | None = None) -> None:
+    def __init__(
+        self, settings: Settings, watch: Watch | None = None, workload: Workload = "run"
+    ) -> None:
         self.watch = watch or Watch()
         self.hub = Hub(hub_access(settings.offline))
         self.store = Store(self.hub.access)
-        self._settings = settings
+        self.settings = settings
+        self._workload: Workload = workload
         self._planner: Planner | None = None
 
     @property
     def planner(self) -> Planner:
         """Plans for this machine; its engine is started when it is first asked for."""
         if self._planner is None:
-            self._planner = Planner(self._settings, self.watch.warning)
+            self._planner = Planner(self.settings, self._workload, self.watch.warning)
         return self._planner
 
-    def find(self, text: str) -> Found:
+    def find(self, text: str, must_fit: bool = True) -> Found:
         """The model that `text` means, at the quant that was named or suits this machine.
 
-        Raises UsageError, DownloadError, ModelFileError, and DoesNotFit where no quant fits.
+        Raises UsageError, DownloadError, ModelFileError, and DoesNotFit where no quant fits;
+        without `must_fit`, the recommended quant is taken then.
         """
         name = parse_name(text, read_catalog(config_folder()))
         if name.path is not None:
             return Found(name, name.path, read_meta(name.path))
-        here = self._here(name)
+        pinned = self._pinned(name)
+        here = {quant_here(model): model for model in self._here(pinned)}
         if here:
-            return self._chosen(name, [quant_here(model) for model in here], here)
-        return self._chosen(name, self._on_hub(name))
+            quants = named_alone(list(here), name)
+        else:
+            quants = self._on_hub(pinned if is_part(name.revision, pinned.revision) else name)
+        found = self._chosen(name, quants, here, must_fit)
+        self._say(found)
+        return found
 
     def fetch(self, found: Found, *, check_fit: bool = True) -> Found:
         """A model that was found, here and verified. Raises DoesNotFit, DownloadError.
@@ -120,15 +154,34 @@ class Finder:
         if found.is_here:
             self._verify(found)
             return found
-        check_runs(found.meta)
+        check_runs(found.meta, is_here=False)
         if check_fit:
             self.planner.plan(found.meta.paths[0], found.meta)
         self._planner_done()  # its engine would lie idle beside a download of hours
         self._confirm(found.files)
-        if self.watch.note:
-            self.watch.note(f"{found.called} is not here yet: fetching {gib(found.n_bytes)}.")
-        paths = download(self.hub, found.files, self.watch.downloading, self.watch.note)
-        return Found(found.name, paths[0], read_meta(paths[0]), found.label, (), found.why)
+        self._say_how_much(found)
+        try:
+            paths = download(self.hub, found.files, self.watch.downloading, self.watch.note)
+        except KeyboardInterrupt:
+            self._note(f"Stopped; what came is kept. Go on with: localmoe pull {found.called}")
+            raise
+        return replace(found, path=paths[0], meta=read_meta(paths[0]), is_here=True)
+
+    def note_newer(self, found: Found) -> None:
+        """Remark where the branch main has other files than those that are here. Asks the Hub, but
+        for what a name or the catalog pins to a commit."""
+        quant = found.quant
+        if not (quant and found.is_here) or found.name.revision or self.hub.access.offline:
+            return
+        now: tuple[RemoteFile, ...] = ()
+        with suppress(LocalMoeError), self._asking(quant.repo):
+            listed = self.hub.repository(quant.repo)
+            now = tuple(file_of(listed, file.name) for file in quant.files)
+        if {file.sha256 for file in now} - {file.sha256 for file in quant.files}:
+            newer = Quant(quant.label, now, quant.stem)
+            name = ModelName(newer.repo, repo=newer.repo, revision=now[0].commit)
+            typed = what_to_type(name, newer, [newer])
+            self._note(f"A newer commit is on the Hub: localmoe pull {typed}")
 
     def close(self) -> None:
         self._planner_done()
@@ -141,13 +194,26 @@ class Finder:
 
     # ---- which files ----
 
+    def _pinned(self, name: ModelName) -> ModelName:
+        """With the commit that its revision stands for. Raises as Hub.commit_of does."""
+        if not (name.repo and name.revision) or COMMIT.fullmatch(name.revision):
+            return name
+        with self._asking(name.repo):
+            return replace(name, revision=self.hub.commit_of(name.repo, name.revision))
+
     def _here(self, name: ModelName) -> list[Installed]:
-        """What is in the cache of the model, whole, best quant first."""
-        return [model for model in self.store.installed() if is_meant(model, name)]
+        """What is whole in the cache of the model, each quant once. Raises DownloadError where
+        shards are lost that can't be fetched."""
+        installed = self.store.installed()
+        here = newest(models_meant(installed, name))
+        broken = models_meant(installed, name, whole=False)
+        if broken and not here and self.hub.access.offline:
+            raise lost_shards(broken[0], name)
+        return here
 
     def _on_hub(self, name: ModelName) -> list[Quant]:
         """The quants that the name leaves to choose from: one where it says which."""
-        known = [quant for quant in catalog_quants(name.spec) if quant_is_meant(quant, name)]
+        known = quants_meant(list(catalog_quants(name.spec)), name)
         if known and (name.quant or name.file):
             return known[:1]
         try:
@@ -161,45 +227,95 @@ class Finder:
         if name.quant:
             return [find_quant(quants, name.quant)]
         labels = {quant.label for quant in known}
-        return [*known, *(q for q in quants if q.label not in labels and not q.missing)]
+        whole = [quant for quant in quants if not quant.missing]
+        if quants and not known and not whole:
+            complete(quants[0])
+        return [*known, *(quant for quant in whole if quant.label not in labels)]
 
     def _listed(self, name: ModelName) -> Iterator[Quant]:
         """What the repositories of a model have, held against what the catalog knows."""
-        places = places_of(name)
-        for repo, revision in places:
-            for quant in quants_of(self.hub.repository(repo, revision)):
+        for repo, revision in places_of(name):
+            with self._asking(repo):
+                listed = self.hub.repository(repo, revision)
+            for quant in quants_of(listed):
                 check_hash(quant, name.spec)
                 yield quant
 
-    def _chosen(
-        self, name: ModelName, quants: list[Quant], here: list[Installed] | None = None
-    ) -> Found:
+    def _chosen(self, name: ModelName, quants: list[Quant], here: Here, must_fit: bool) -> Found:
         if not quants:
             what = f"{name.repo} has no GGUF model."
             raise ModelFileError(what, "Look for a repository whose name ends in -GGUF.")
+        choice = self._choice(name, quants, here, must_fit)
+        typed = what_to_type(name, choice.quant, quants)
+        meta = self._meta(choice.quant, here, typed)
+        return Found(name, meta.paths[0], meta, choice.quant, bool(here), choice.why, typed)
+
+    def _choice(self, name: ModelName, quants: list[Quant], here: Here, must_fit: bool) -> Choice:
         if len(quants) == 1:
-            choice = Choice(quants[0], "")
-        else:
-            choice = choose(quants, lambda quant: self._check(quant, here))
-        path = self._header(choice.quant, here)
-        meta = read_meta(path)
-        warning = poor_quality(choice.quant.label, n_experts=meta.n_experts)
+            return Choice(quants[0], "")
+
+        def check(quant: Quant) -> None:
+            """Raises DoesNotFit or ModelFileError where it would not run on this machine."""
+            request = plan_request(self.settings)
+            check_bytes(quant.n_bytes, free_bytes(self.planner.machine, request))
+            meta = self._meta(quant, here, what_to_type(name, quant, quants))
+            check_runs(meta, is_here=bool(here))
+            self.planner.plan(meta.paths[0], meta)
+
+        try:
+            return choose(quants, check, are_here=bool(here))
+        except (DoesNotFit, ModelFileError):
+            if must_fit:
+                raise
+            first = in_order(quants)[0]
+            return Choice(first, f"{first.label} ({gib(first.n_bytes)}): no quant of it runs here.")
+
+    def _meta(self, quant: Quant, here: Here, typed: str) -> ModelMeta:
+        """What its header says. Raises ModelFileError, with what mends it in the cache."""
+        if not here:
+            with self._asking(quant.repo):
+                return read_meta(header_files(self.hub, quant.files)[0])
+        model = here[quant]
+        try:
+            return read_meta(model.path)
+        except ModelFileError as error:
+            if model.verified:  # it is as its maker made it
+                raise
+            hint = f"Mend it with: localmoe verify {typed} --repair"
+            raise ModelFileError(error.message, hint) from None
+
+    # ---- what is said ----
+
+    def _note(self, sentence: str) -> None:
+        if self.watch.note:
+            self.watch.note(sentence)
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        if self.watch.asking and not self.hub.access.offline:
+            self.watch.asking(what)
+        try:
+            yield
+        finally:
+            if self.watch.asking:
+                self.watch.asking("")
+
+    def _say(self, found: Found) -> None:
+        """Why this quant, and what is known to be bad about it."""
+        if found.why:
+            self._note(found.why)
+        warning = poor_quality(found.label, found.meta.n_experts)
         if warning and self.watch.warning:
             self.watch.warning(warning)
-        files = () if here else choice.quant.files
-        return Found(name, path, meta, choice.quant.label, files, choice.why)
 
-    def _check(self, quant: Quant, here: list[Installed] | None) -> None:
-        """Raises DoesNotFit or ModelFileError where a quant would not run on this machine."""
-        check_bytes(quant.n_bytes, self.planner.machine)
-        meta = read_meta(self._header(quant, here))
-        check_runs(meta)
-        self.planner.plan(meta.paths[0], meta)
-
-    def _header(self, quant: Quant, here: list[Installed] | None) -> Path:
-        if here:
-            return next(model.path for model in here if quant_here(model) == quant)
-        return header_files(self.hub, quant.files)[0]
+    def _say_how_much(self, found: Found) -> None:
+        """What is still to be fetched. Raises DownloadError where the disk has no room for it."""
+        blobs = {file: self.hub.blob_path(file) for file in found.files}
+        missing = [f.n_bytes - n_bytes_begun(b) for f, b in blobs.items() if not b.exists()]
+        check_room(self.hub.access.cache, missing, found.files[0].base_name)
+        n_bytes = sum(missing)
+        what = gib(n_bytes) if n_bytes == found.n_bytes else f"the {gib(n_bytes)} that are missing"
+        self._note(f"{found.called} is not here yet: fetching {what}.")
 
     # ---- whether they are right ----
 
@@ -207,7 +323,8 @@ class Finder:
         """Ask the Hub once whether the catalog is right, before hours go into what is refused."""
         if self.hub.access.offline:
             return
-        listed = self.hub.repository(files[0].repo, files[0].commit)
+        with self._asking(files[0].repo):
+            listed = self.hub.repository(files[0].repo, files[0].commit)
         for file in files:
             now = file_of(listed, file.name)
             if (now.n_bytes, now.sha256) != (file.n_bytes, file.sha256):
@@ -234,8 +351,42 @@ class Finder:
             self._planner = None
 
 
-def check_runs(meta: ModelMeta) -> None:
+def named_alone(quants: list[Quant], name: ModelName) -> list[Quant]:
+    """Of quants that are here the one that was named. Raises UsageError for several that a label
+    means; copies of a file of the catalog are all the same."""
+    if name.file:
+        return quants[:1]
+    return [find_quant(quants, name.quant)] if name.quant else quants
+
+
+def lost_shards(model: Installed, name: ModelName) -> DownloadError:
+    """The error for a model of the cache that is not whole."""
+    lost, n_shards = model.missing, len(model.files) + len(model.missing)
+    what = f"{model.repo} lacks {len(lost)} of {n_shards} shards of {model.label} in the cache"
+    hint = f"Fetch what is missing without --offline: localmoe pull {name.text}"
+    return DownloadError(f"{what}: {', '.join(lost[:3])}.", hint)
+
+
+def is_part(revision: str | None, commit: str | None) -> bool:
+    """Whether a revision was the beginning of a commit, and no branch that moves."""
+    return bool(revision and commit and commit.startswith(revision))
+
+
+def check_runs(meta: ModelMeta, is_here: bool = True) -> None:
     """Raises ModelFileError where llama.cpp can't run a model whose header is sound."""
-    file = meta.paths[0].name if meta.paths else meta.name
-    if error := meta.refusal or refuse_unknown(meta.architecture, file):
+    if error := why_not(meta, is_here):
         raise error
+
+
+def why_not(meta: ModelMeta, is_here: bool = True) -> ModelFileError | None:
+    """Why llama.cpp can't run a model whose header is sound, and what to do, or None."""
+    file = meta.paths[0].name if meta.paths else meta.name
+    early = meta.refusal
+    if early is None:
+        return refuse_unknown(meta.architecture, file)
+    newer = better(meta, read_catalog(config_folder()))
+    command = newer.command if newer else "localmoe list"
+    if not is_here:
+        return refusal(file, EARLY, f"Take a newer one: {command}")
+    both = ModelFileError(early.message, f"{early.hint}, or take a newer one: {command}")
+    return both if len(str(both)) <= MESSAGE_CHARS else early

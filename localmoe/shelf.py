@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .choosing import in_order
+from .choosing import best_first, free_bytes, in_order
 from .config import config_folder, state_folder
 from .models.catalog import ModelSpec, read_catalog
-from .models.matching import is_meant, quant_here
+from .models.matching import models_meant, newest, quant_here, sized_quants
 from .models.names import parse_name
-from .models.quants import Quant
-from .models.remote import RemoteFile
+from .models.quants import Quant, is_coarse
 from .models.store import Installed
 from .obtain import Finder
 from .placement.bandwidth import BandwidthStore
 from .placement.forecast import likely_tps
 from .placement.hardware import Machine
-from .planning import key_of
+from .placement.plan import gpu_budgets
+from .placement.request import PlanRequest
+from .planning import key_of, plan_request
 
 BESIDE_WEIGHTS = 0.06
 LEAST_BESIDE_BYTES = 512 << 20
 """What a model takes beside its weights, cache and buffers of a few thousand tokens: Mixtral 8x7B
 1.2 GiB beside 26.5. A plan, which needs the header, says it exactly."""
+LARGE_SHARE = 0.2
+"""Of a model's parameters, those that a token meets: more in dense models and those of few large
+experts (Mixtral 28 %), less in those of many small ones (Qwen3 30B A3B 11 %)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A machine, and what may be used of all its memory, and by its GPUs."""
+
+    machine: Machine
+    memory_bytes: int
+    gpu_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Suited:
     """The quant that suits this machine, and tokens per second that may be expected of it: by its
-    size alone, before its header was read."""
+    size alone, before its header was read. `is_poor`: it is known to lose much at this quant."""
 
     label: str
     n_bytes: int
     generation_tps: float | None
+    is_poor: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,54 +61,54 @@ class Entry:
 
     @property
     def is_here(self) -> bool:
-        return self.spec.path is not None or bool(self.installed)
+        return self.spec.path.is_file() if self.spec.path else bool(self.installed)
 
 
 def entries(finder: Finder) -> tuple[list[Entry], list[Installed]]:
     """The catalog's models in its order, and what else is in the cache."""
     catalog = read_catalog(config_folder())
     installed = finder.store.installed()
-    machine = finder.planner.machine
+    room = room_of(finder.planner.machine, plan_request(finder.settings))
     found: list[Entry] = []
     for key, spec in catalog.items():
         name = parse_name(key, catalog)
-        here = tuple(m for m in installed if is_meant(m, name)) if spec.repo else ()
+        here = tuple(newest(models_meant(installed, name, whole=False))) if spec.repo else ()
+        whole = [quant_here(model) for model in here if model.is_complete]
         quants = tuple(sized_quants(spec))
-        choices = [quant_here(model) for model in here] or quants
-        found.append(Entry(key, spec, quants, here, suited(spec, choices, machine)))
-    known = {model.path for entry in found for model in entry.installed}
+        choices = best_first(whole) if whole else in_order(quants)
+        found.append(Entry(key, spec, quants, here, suited(spec, choices, room)))
+    known = {file.path for entry in found for model in entry.installed for file in model.files}
     return found, [model for model in installed if model.path not in known]
 
 
-def sized_quants(spec: ModelSpec) -> Iterator[Quant]:
-    """The quants of the catalog whose size it has."""
-    for label, known in spec.quants.items():
-        repo = known.repo or spec.repo
-        if known.bytes and repo:
-            file = RemoteFile(repo, known.revision or "", known.file, known.bytes, known.sha256)
-            yield Quant(label, (file,), known.file)
+def room_of(machine: Machine, request: PlanRequest) -> Room:
+    gpu_bytes = sum(n_bytes for _, n_bytes in gpu_budgets(machine, request))
+    return Room(machine, free_bytes(machine, request), gpu_bytes)
 
 
-def suited(spec: ModelSpec, quants: Sequence[Quant], machine: Machine) -> Suited | None:
-    gpu_bytes = sum(gpu.free_bytes for gpu in machine.gpus)
-    shared = any(gpu.unified for gpu in machine.gpus)
-    memory = machine.ram_available_bytes + (0 if shared else gpu_bytes)
-    for quant in in_order(quants):
-        if quant.n_bytes + beside(quant.n_bytes) <= memory:
-            speed = speed_of(spec, quant.n_bytes, machine, gpu_bytes)
-            return Suited(quant.label, quant.n_bytes, speed)
+def suited(spec: ModelSpec, wanted: Sequence[Quant], room: Room) -> Suited | None:
+    """The first that fits of quants in the order in which they are wanted."""
+    for quant in wanted:
+        if quant.n_bytes + beside(quant.n_bytes) <= room.memory_bytes:
+            speed = speed_of(spec, quant.n_bytes, room)
+            return Suited(quant.label, quant.n_bytes, speed, is_poor(spec, quant.label))
     return None
+
+
+def is_poor(spec: ModelSpec, label: str) -> bool:
+    share = (spec.active_parameters or 0) / (spec.parameters or 1)
+    return share > LARGE_SHARE and is_coarse(label)
 
 
 def beside(n_bytes: int) -> int:
     return max(LEAST_BESIDE_BYTES, int(n_bytes * BESIDE_WEIGHTS))
 
 
-def speed_of(spec: ModelSpec, n_bytes: int, machine: Machine, gpu_bytes: int) -> float | None:
+def speed_of(spec: ModelSpec, n_bytes: int, room: Room) -> float | None:
     if not (spec.parameters and spec.active_parameters):
         return None
     store = BandwidthStore(state_folder() / "measured")
     active = spec.active_parameters / spec.parameters
-    for_weights = max(0, gpu_bytes - beside(n_bytes)) if machine.gpus else 0
-    bandwidths = store.read(key_of(machine, None))
-    return likely_tps(n_bytes, active, bandwidths, machine.n_cores, for_weights)
+    for_weights = max(0, room.gpu_bytes - beside(n_bytes))
+    bandwidths = store.read(key_of(room.machine, None))
+    return likely_tps(n_bytes, active, bandwidths, room.machine.n_cores, for_weights)

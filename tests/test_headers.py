@@ -251,6 +251,15 @@ def test_offline_without_a_header(tmp_path: Path) -> None:
         header_files(hub, [RemoteFile(REPO, "0" * 40, "m.gguf", 100, None)])
 
 
+def test_a_folder_that_cannot_be_written_to_is_said(server: StandInHub, tmp_path: Path) -> None:
+    (path,) = make_model(tmp_path / "m.gguf", TINY, "Q8_0")
+    (tmp_path / "headers").write_text("a file in its place")
+    hub, files = served(server, tmp_path, path)
+    with pytest.raises(DownloadError, match=r"The header of m\.gguf can't be kept in") as caught:
+        header_files(hub, files)
+    assert "LOCALMOE_STATE" in caught.value.hint
+
+
 def test_headers_can_be_deleted_at_any_time(server: StandInHub, tmp_path: Path) -> None:
     (path,) = make_model(tmp_path / "m.gguf", TINY, "Q8_0")
     hub, files = served(server, tmp_path, path)

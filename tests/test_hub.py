@@ -32,6 +32,7 @@ EVIL = [
     "C:x.gguf",
     "a//x.gguf",
     "x\x1b[2J",
+    "x\u3000y.gguf",
 ]
 
 
@@ -360,6 +361,13 @@ def test_an_unknown_repository(
     assert ("hf auth login" in error.hint) is (token is None)
 
 
+def test_the_names_that_are_near_are_others(server: StandInHub, tmp_path: Path) -> None:
+    """A private one may be found by the search and not be shown."""
+    server.add_repo("org/name-GGUF2", FILES, private=True)
+    error = refused(hub_at(server.endpoint, tmp_path).repository, "org/name-GGUF2")
+    assert "Did you mean org/name-GGUF?" in error.hint
+
+
 def test_an_unknown_repository_without_a_search(server: StandInHub, tmp_path: Path) -> None:
     server.fault = lambda r: Fault(status=500) if "search" in r.path else None
     error = refused(hub_at(server.endpoint, tmp_path, token=TOKEN).repository, "no/such")
@@ -403,11 +411,11 @@ def test_a_file_that_became_shorter(server: StandInHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_a_name_that_leads_out_is_refused(name: str, server: StandInHub, tmp_path: Path) -> None:
-    server.add_repo("org/evil", {name: b"GGUF"})
-    error = refused(hub_at(server.endpoint, tmp_path).repository, "org/evil")
-    assert type(error) is DownloadError
-    assert error.message.startswith("org/evil has a file with an unsafe name")
+def test_a_name_that_leads_out_is_left_out(name: str, server: StandInHub, tmp_path: Path) -> None:
+    server.add_repo("org/evil", {name: b"GGUF", "good.gguf": b"GGUF"})
+    files = hub_at(server.endpoint, tmp_path).repository("org/evil").files
+    assert [file.name for file in files] == ["good.gguf"]
+    assert type(refused(check_name, "org/evil", name)) is DownloadError
 
 
 def test_usual_names_are_allowed() -> None:
@@ -449,6 +457,20 @@ def test_a_page_in_place_of_the_api(server: StandInHub, tmp_path: Path) -> None:
     server.fault = lambda _: Fault(html=True)
     error = refused(hub_at(server.endpoint, tmp_path).repository, REPO)
     assert error.message.endswith("is not the Hub: a sign-in page of the network?")
+
+
+def test_where_nobody_is_there_no_time_is_spent_on_further_tries(tmp_path: Path) -> None:
+    for endpoint in ("http://127.0.0.1:9", "http://hub.invalid"):
+        hub = hub_at(endpoint, tmp_path)
+        tries: list[int] = []
+
+        def attempt(hub: Hub = hub, tries: list[int] = tries) -> None:
+            tries.append(1)
+            hub.open(RemoteFile(REPO, "0" * 40, "a.gguf", 100, None), 0, 1)
+
+        with pytest.raises(TransferFault):
+            hub.retried(attempt)
+        assert len(tries) == 1
 
 
 def test_a_busy_api_is_asked_again(server: StandInHub, tmp_path: Path) -> None:
@@ -638,6 +660,7 @@ def test_offline_the_cache_answers(server: StandInHub, tmp_path: Path) -> None:
     file = pulled(hub)
     path = hub.link(file)
     (path.parent / "README.md").write_text("hello")
+    shutil.rmtree(hub.access.headers)  # what the Hub said of it
     n_requests = len(server.requests)
     offline = hub_at(server.endpoint, tmp_path, offline=True)
     readme = RemoteFile(REPO, file.commit, "README.md", 5, None)
@@ -657,6 +680,33 @@ def test_offline_the_cache_answers(server: StandInHub, tmp_path: Path) -> None:
         assert type(error) is DownloadError
         assert "offline was asked for" in error.message
     assert len(server.requests) == n_requests
+
+
+def test_offline_the_hub_is_taken_at_its_last_word(server: StandInHub, tmp_path: Path) -> None:
+    hub = hub_at(server.endpoint, tmp_path)
+    listed = hub.repository(REPO)
+    offline = hub_at(server.endpoint, tmp_path, offline=True)
+    for revision in (None, "main", listed.commit):
+        assert offline.repository(REPO, revision) == listed
+    assert "is not in the cache" in refused(offline.repository, REPO, "v1").message
+    for path in hub.access.headers.rglob("*.json"):
+        path.write_text(path.read_text().replace(listed.files[0].sha256 or "", "../../x"))
+    assert "is not in the cache" in refused(offline.repository, REPO).message
+
+
+def test_a_revision_is_a_commit(server: StandInHub, tmp_path: Path) -> None:
+    hub = hub_at(server.endpoint, tmp_path)
+    old = pulled(hub).commit
+    hub.link(the_file(hub))
+    new = server.add_repo(REPO, {"other.gguf": b"GGUF"})
+    offline = hub_at(server.endpoint, tmp_path, offline=True)
+    gone = hub_at("http://127.0.0.1:9", tmp_path)
+    assert hub.commit_of(REPO, "main") == new
+    assert [h.commit_of(REPO, "main") for h in (offline, gone)] == [old, old]
+    assert [h.commit_of(REPO, old[:7]) for h in (hub, offline, gone)] == [old, old, old]
+    assert hub.commit_of(REPO, new) == new
+    assert refused(hub.commit_of, REPO, "v9").message == f"{REPO} has no revision v9."
+    assert isinstance(refused(gone.commit_of, REPO, "v9"), TransferFault)
 
 
 def test_a_cut_file_is_not_taken_for_the_model(server: StandInHub, tmp_path: Path) -> None:

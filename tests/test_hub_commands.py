@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from make_model import SHAPES, make_model
 from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.cli import run_command
+from localmoe.cli.watching import download_line
 from localmoe.models.catalog import PACKAGE
+from localmoe.models.download import Progress
 
 REPO = "maker/Small-GGUF"
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
@@ -123,7 +126,111 @@ def test_a_quant_that_is_here_is_preferred(
     requests = len(hub.requests)
     assert run_command(["pull", "maker/Many-GGUF", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["model"].endswith(":Q2_K")
-    assert len(hub.requests) == requests
+    assert len(hub.requests) == requests + 1  # whether there is a newer one
+    assert run_command(["show", "maker/Many-GGUF", "--json"]) == 0
+    assert len(hub.requests) == requests + 1
+
+
+def test_of_several_that_are_here_the_best_is_taken(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("m.Q6_K.gguf", "m.Q4_K_M.gguf", "m.IQ1_S.gguf")
+    hub.add_repo("maker/Many-GGUF", dict.fromkeys(names, DEMO))
+    for label in ("Q6_K", "IQ1_S"):
+        assert run_command(["pull", f"maker/Many-GGUF:{label}", "-q"]) == 0
+    assert run_command(["pull", "maker/Many-GGUF"]) == 0
+    shown = capsys.readouterr()
+    assert "maker/Many-GGUF:Q6_K is here" in shown.out
+    assert "Q6_K (9.8 MiB) is the best of those that are here." in shown.err
+
+
+def test_without_the_recommended_quant_no_poor_one_is_taken(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("m.Q8_0.gguf", "m.Q5_K_M.gguf", "m.IQ1_S.gguf")
+    hub.add_repo("maker/Many-GGUF", dict.fromkeys(names, DEMO))
+    assert run_command(["pull", "maker/Many-GGUF"]) == 0
+    shown = capsys.readouterr()
+    assert "maker/Many-GGUF:Q5_K_M is here and verified" in shown.out
+    assert shown.err.count("there is no Q4_K_M") == 1
+    assert "is not here yet: fetching 9.8 MiB." in shown.err
+
+
+def test_without_a_fit_it_can_be_looked_at_and_fetched(
+    hub: StandInHub,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("m.Q4_K_M.gguf", "m.Q2_K.gguf")
+    hub.add_repo("maker/Many-GGUF", dict.fromkeys(names, DEMO))
+    monkeypatch.setenv("LOCALMOE_RAM", "4MiB")
+    monkeypatch.setenv("LOCALMOE_N_GPU_LAYERS", "0")
+    refused(["pull", "maker/Many-GGUF"], 3, "No quant of it fits here", "Q4_K_M", capsys=capsys)
+    assert run_command(["show", "maker/Many-GGUF", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    commit = hub.repos["maker/Many-GGUF"].refs["main"]
+    assert (shown["repo"], shown["revision"], shown["files"]) == ("maker/Many-GGUF", commit, [])
+    assert run_command(["prompt", "maker/Many-GGUF", "Hello", "--json"]) == 0
+    assert capsys.readouterr().out
+    assert run_command(["pull", "maker/Many-GGUF", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "maker/Many-GGUF:Q4_K_M"
+
+
+# ---- which commit ----
+
+
+def other_content() -> bytes:
+    """The demo model with other weights."""
+    content = bytearray(DEMO.read_bytes())
+    content[-1] ^= 1
+    return bytes(content)
+
+
+def test_a_revision_is_the_one_that_runs(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pulled(name: str) -> str:
+        assert run_command(["pull", name, "--json"]) == 0
+        shown = capsys.readouterr()
+        assert name == REPO or "newer" not in shown.err
+        return json.loads(shown.out)["files"][0].split("/snapshots/")[1].split("/")[0]
+
+    old = pulled(REPO)
+    new = hub.add_repo(REPO, {NAME: other_content()})
+    assert pulled(REPO) == old
+    assert pulled(f"{REPO}@{new}") == new
+    assert pulled(f"{REPO}@{old}") == old
+    assert pulled(f"{REPO}@{old[:8]}") == old
+    assert pulled(f"{REPO}@main") == new  # asked of the Hub: refs/main was the old one
+    assert pulled(REPO) == new
+    refused(["pull", f"{REPO}@v9"], 2, "has no revision v9", capsys=capsys)
+    hub.requests.clear()
+    assert run_command(["show", f"{REPO}@main", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["revision"] == new
+    assert run_command(["show", f"{REPO}@{old}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["revision"] == old
+    assert hub.requests == []
+
+
+def test_pull_says_that_there_is_a_newer_one(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old = hub.repos[REPO].refs["main"]
+    assert run_command(["pull", REPO]) == 0
+    assert "newer" not in capsys.readouterr().err
+    hub.add_repo(REPO, {NAME: DEMO, "README.md": b"hello"})
+    assert run_command(["pull", REPO]) == 0
+    assert "newer" not in capsys.readouterr().err  # the same file
+    new = hub.add_repo(REPO, {NAME: other_content()})
+    assert run_command(["pull", REPO]) == 0
+    command = f"pull {REPO}@{new}:Q4_K_M"
+    assert f"A newer commit is on the Hub: localmoe {command}" in capsys.readouterr().err
+    catalog(tmp_path, f"mine:\n  repo: {REPO}\n  revision: {old}\n")
+    assert run_command(["pull", "mine"]) == 0
+    assert "newer" not in capsys.readouterr().err
+    assert run_command(command.split()) == 0
+    assert f"{REPO}@{new}:Q4_K_M is here" in capsys.readouterr().out
 
 
 def test_a_poor_quant_is_warned_of(hub: StandInHub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +268,37 @@ def test_an_early_layout_is_refused(
     assert nothing_was_fetched(hub)
 
 
+def test_of_early_files_a_newer_one_is_named(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = [f"mixtral-8x7b-instruct-v0.1.{label}.gguf" for label in ("Q4_K_M", "Q2_K")]
+    for name, quant in zip(names, ("Q4_K_M", "Q2_K"), strict=True):
+        shape = SHAPES["mixtral-8x7b"]
+        make_model(tmp_path / name, shape, quant, header_only=True, split_experts=True)
+    files = {name: tmp_path / name for name in names}
+    hub.add_repo("TheBloke/Mixtral-GGUF", files, sha256={n: "ab" * 32 for n in names})
+    for name in ("TheBloke/Mixtral-GGUF", "TheBloke/Mixtral-GGUF:Q4_K_M"):
+        line = refused(["pull", name, "--force"], 1, "early layout", capsys=capsys)
+        assert line.endswith("Take a newer one: localmoe pull mixtral:Q4_K_M")
+    assert run_command(["show", "TheBloke/Mixtral-GGUF"]) == 0
+    assert "localmoe pull mixtral:Q4_K_M" in capsys.readouterr().out
+
+
+def test_an_early_file_that_is_here_can_be_converted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "e f.gguf", SHAPES["tiny"], "Q8_0", split_experts=True)
+    line = refused(["run", "./e f.gguf", "Hi"], 1, "early layout", capsys=capsys)
+    assert f"localmoe convert '{tmp_path}/e f.gguf'" in line
+    folder = tmp_path / ("a" * 100)  # too long to be said in a line
+    folder.mkdir()
+    make_model(folder / "e.gguf", SHAPES["tiny"], "Q8_0", split_experts=True)
+    line = refused(["run", f"{folder}/e.gguf", "Hi"], 1, "early layout", capsys=capsys)
+    assert "localmoe convert FILE, or take a newer one: localmoe list" in line
+    assert len(line) <= 200 + len("localmoe: ")
+
+
 def test_an_unknown_architecture_is_refused(
     hub: StandInHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +315,28 @@ def test_a_missing_shard_is_refused(hub: StandInHub, capsys: pytest.CaptureFixtu
     hub.add_repo("maker/Cut-GGUF", {"cut.Q4_K_M-00001-of-00002.gguf": DEMO})
     refused(["pull", "maker/Cut-GGUF:Q4_K_M"], 1, "1 of 2 shards", "missing: 2", capsys=capsys)
     assert nothing_was_fetched(hub)
+
+
+def test_where_all_lack_shards_one_is_named(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("cut.Q4_K_M-00001-of-00002.gguf", "cut.Q2_K-00002-of-00003.gguf")
+    hub.add_repo("maker/Cut-GGUF", dict.fromkeys(names, DEMO))
+    refused(["pull", "maker/Cut-GGUF"], 1, "shards of Q4_K_M; missing: 2", capsys=capsys)
+
+
+def test_offline_a_lost_shard_is_named(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = make_model(tmp_path / "m.Q8_0.gguf", SHAPES["tiny"], "Q8_0", shards=2)
+    hub.add_repo("maker/Two-GGUF", {path.name: path for path in paths})
+    assert run_command(["pull", "maker/Two-GGUF", "--json", "--force"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["files"]
+    Path(second).unlink()
+    line = refused(["run", "maker/Two-GGUF", "Hi", "--offline"], 4, "lacks 1 of 2", capsys=capsys)
+    assert Path(second).name in line
+    assert run_command(["list"]) == 0
+    assert "1 shard missing" in capsys.readouterr().out
 
 
 def test_what_is_not_gguf_is_refused(hub: StandInHub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +411,84 @@ def test_offline_what_is_here_runs(hub: StandInHub, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out
 
 
+def test_offline_the_header_is_enough_to_look(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["show", REPO, "--json"]) == 0
+    online = json.loads(capsys.readouterr().out)
+    hub.requests.clear()
+    assert run_command(["show", REPO, "--json", "--offline"]) == 0
+    assert json.loads(capsys.readouterr().out) == online
+    assert run_command(["plan", f"{REPO}:q4_k_m", "--offline", "--print-flags"]) == 0
+    assert f"llama-server -hf {REPO} -hff {NAME} -fit off" in capsys.readouterr().out
+    assert hub.requests == []
+
+
+def test_an_odd_file_name_spoils_nothing_else(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add_repo("maker/Odd-GGUF", {NAME: DEMO, "a\x1b[2Jb.gguf": b"", "a\u3000b.Q2_K.gguf": b""})
+    assert run_command(["pull", "maker/Odd-GGUF"]) == 0
+    assert "maker/Odd-GGUF:Q4_K_M is here" in capsys.readouterr().out
+
+
+def test_a_state_folder_that_cannot_be_written_to(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "headers").write_text("a file in its place")
+    refused(["pull", REPO], 4, "can't be kept in", "LOCALMOE_STATE", capsys=capsys)
+
+
+class Starts:
+    """Counts engines from where Python itself tells of new processes."""
+
+    def __init__(self) -> None:
+        self.n: int | None = None
+        sys.addaudithook(self._seen)
+
+    def _seen(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.n is not None and event == "subprocess.Popen" and "engine" in str(arguments[1]):
+            self.n += 1
+
+
+def test_planning_for_28_gb_takes_a_header_and_one_engine(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    big = tmp_path / "big.Q4_K_M.gguf"
+    make_model(big, SHAPES["mixtral-8x7b"], "Q4_K_M", header_only=True)
+    assert big.stat().st_size > 25 * 2**30
+    hub.add_repo("maker/Big-GGUF", {big.name: big}, sha256={big.name: "ab" * 32})
+    starts = Starts()
+    starts.n = 0
+    try:
+        assert run_command(["plan", "maker/Big-GGUF", "--ram", "64GiB"]) == 0
+    finally:
+        n_started, starts.n = starts.n, None
+    assert n_started == 1
+    assert hub.bytes_sent() <= 4 * 2**20
+    assert capsys.readouterr().out
+
+
 # ---- keeping house ----
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_header_is_mended_by_a_command(
+    damage: str, hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["pull", REPO, "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["files"][0])
+    if damage == "cut":
+        os.truncate(path, 5_000_000)
+    else:
+        with path.open("r+b") as file:
+            file.write(bytes(1000))
+    for command in (["pull", REPO], ["show", REPO], ["run", REPO, "Hi"]):
+        line = refused(command, 1, NAME, capsys=capsys)
+        assert line.endswith(f"Mend it with: localmoe verify {REPO}:Q4_K_M --repair")
+    assert run_command(["verify", f"{REPO}:Q4_K_M", "--repair"]) == 0
+    assert path.read_bytes() == DEMO.read_bytes()
 
 
 def test_verify_names_what_is_wrong_and_repair_fetches_just_that(
@@ -310,12 +547,15 @@ def test_rm_says_what_goes_and_asks(
     refused(["rm", str(DEMO), "--yes"], 2, "a file of yours", capsys=capsys)
 
 
-def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(hub: StandInHub) -> None:
+@pytest.mark.parametrize("doing", [("pull", REPO), ("run", REPO, "Hi")])
+def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(
+    doing: tuple[str, ...], hub: StandInHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     def slow(request: RequestRecord) -> Fault | None:
         return Fault(bytes_per_s=1_500_000) if request.is_bytes else None
 
     hub.fault = slow
-    command = [sys.executable, "-m", "localmoe", "pull", REPO]
+    command = [sys.executable, "-m", "localmoe", *doing]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while hub.bytes_sent() < 7 * 2**20:
         assert process.poll() is None
@@ -326,7 +566,9 @@ def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(hub: StandInHub) -> No
     hub.fault = None
     before = hub.bytes_sent()
     assert run_command(["list", "--json"]) == 0
+    capsys.readouterr()
     assert run_command(["pull", REPO]) == 0
+    assert " MiB that are missing." in capsys.readouterr().err
     assert hub.bytes_sent() - before < DEMO.stat().st_size - 2**20
 
 
@@ -342,3 +584,47 @@ def test_the_list_shows_what_is_here_and_what_was_broken_off(
     shown = capsys.readouterr().out
     assert REPO in shown
     assert "1 downloaded, 9.8 MiB in all" in shown
+
+
+# ---- what is seen of it ----
+
+
+def test_a_line_of_80_columns_says_what_matters() -> None:
+    name = "Mixtral-8x7B-Instruct-v0.1.Q4_K_M-00001-of-00003.gguf"
+    progress = Progress(3 << 30, 26 << 30, 11.3 * 2**20, 2280, 0, 3, name, "downloading")
+    line = download_line(progress)
+    start = "Downloading  12%, 11.3 MiB/s, 38 min left, 3.00 of 26.00 GiB: …"
+    assert line.startswith(start)
+    assert line.endswith("-00003.gguf")
+    assert len(line) <= 79
+    short = download_line(replace(progress, n_bytes_done=100 << 20, file_name="m.gguf"))
+    assert "0.10 of 26.00 GiB: m.gguf" in short
+    assert "no answer" in download_line(replace(progress, trouble="no answer"))
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "pull"])
+def test_help_says_what_a_model_is_called(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "MODEL is a name of `localmoe list`, with a quant like mixtral:Q5_K_M" in shown
+    assert "user/repo/file.gguf" in shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of its own")
+def test_on_a_terminal_one_sees_that_the_hub_is_asked(hub: StandInHub) -> None:
+    import pty
+
+    hub.fault = lambda request: Fault(stall_after=10, stall_s=1.0) if hub_is_new(hub) else None
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "localmoe", "show", REPO]
+    process = subprocess.Popen(command, stderr=end, stdout=subprocess.DEVNULL)
+    os.close(end)
+    assert process.wait(timeout=30) == 0
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert f"Asking the Hub for {REPO}…" in shown
+    assert shown.endswith("\r\x1b[K")  # and it is gone afterwards
+
+
+def hub_is_new(hub: StandInHub) -> bool:
+    return len(hub.requests) == 1

@@ -197,26 +197,18 @@ def test_bits_are_those_of_real_files() -> None:
         ("IQ1_M", 8, "solved 26 at IQ1_M, 46 at IQ2_XXS, 68 at Q4_K_M"),
         ("i1-IQ2_XXS", 8, "i1-IQ2_XXS is poor"),
         ("Q2_K_S", 8, "few large experts"),
-        ("Q2_K", 8, None),
+        ("Q2_K", 8, "Q2_K is poor in a model of few large experts: it raises Mixtral's perplexity"),
+        ("i1-Q2_K", 8, "perplexity by 23.2 %"),
         ("IQ2_M", 8, None),
         ("UD-IQ1_M", 128, None),
         ("Q2_K", 0, "grows by 3.52 at Q2_K and 0.18 at Q4_K_M"),
         ("IQ3_XXS", 0, None),
-        ("IQ1_M", None, None),
         ("model", 8, None),
     ],
 )
-def test_warnings_of_poor_quants(label: str, n_experts: int | None, sentence: str | None) -> None:
-    said = poor_quality(label, n_experts=n_experts)
+def test_warnings_of_poor_quants(label: str, n_experts: int, sentence: str | None) -> None:
+    said = poor_quality(label, n_experts)
     assert (said is None) if sentence is None else (said and sentence in said)
-
-
-def test_early_files_are_warned_of_with_what_they_lost() -> None:
-    said = poor_quality("Q2_K", n_experts=8, is_legacy=True)
-    assert said
-    assert "81.9 %" in said
-    assert "23.2 %" in said
-    assert poor_quality("Q6_K", n_experts=8, is_legacy=True) is None
 
 
 def test_base_label() -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from standin_hub import StandInHub
 
 from localmoe.errors import LocalMoeError
+from localmoe.models.download import lock_of
 from localmoe.models.partial import Partial
 from localmoe.models.pieces import PIECE_BYTES
 from localmoe.models.remote import HubAccess, RemoteFile
@@ -160,8 +161,7 @@ def test_what_does_not_belong_in_a_cache_is_passed_over(store: Store, cache: Cac
 
 def test_a_cache_that_is_not_there_has_nothing(store: Store) -> None:
     assert store.installed() == store.unfinished() == ()
-    assert store.incomplete_bytes() == 0
-    assert store.find(REPO, None, "a.gguf") is None
+    assert store.lost() == ()
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads every folder")
@@ -180,69 +180,35 @@ def test_copies_in_place_of_links_are_models_too(store: Store, cache: Cache) -> 
     assert only(store).path == only(store).files[0].blob == path
 
 
-def test_last_use_is_when_the_file_was_read_after_it_was_written(
-    store: Store, cache: Cache
-) -> None:
-    blob = cache.add("a-Q4_0.gguf", b"a").resolve()
-    os.utime(blob, (1_000, 2_000))
-    assert only(store).last_used is None
-    os.utime(blob, (3_000, 2_000))
-    assert only(store).last_used == 3_000
-
-
 def test_downloads_that_broke_off_are_listed_with_what_is_here(store: Store, cache: Cache) -> None:
-    content = os.urandom(PIECE_BYTES + 5)
-    blob = cache.blob(content)
-    blob.unlink()
-    file = RemoteFile(REPO, C1, "a-Q4_0.gguf", len(content), blob.name)
-    partial = Partial(blob, file)
-    partial.write(0, memoryview(content)[:PIECE_BYTES])
-    partial.close()
-    blob.with_name("abc.incomplete").write_bytes(b"12345")
-    (broken_off,) = store.unfinished()
-    assert (broken_off.repo, broken_off.left.name) == (REPO, "a-Q4_0.gguf")
-    assert broken_off.left.n_bytes == len(content)
-    assert broken_off.left.n_bytes_here == PIECE_BYTES
-    assert store.incomplete_bytes() == 5
+    broken_off(cache, "a-Q4_0.gguf")
+    (begun,) = store.unfinished()
+    assert (begun.repo, begun.left.name) == (REPO, "a-Q4_0.gguf")
+    assert begun.left.n_bytes == PIECE_BYTES + 5
+    assert begun.left.n_bytes_here == PIECE_BYTES
     assert store.installed() == ()
 
 
-def test_a_file_is_found_at_a_commit_at_main_and_at_the_newest_snapshot(
-    store: Store, cache: Cache
-) -> None:
-    old = cache.add("q/a.gguf", b"old", C1)
-    new = cache.add("q/a.gguf", b"new", C2, ref="other")
-    assert store.find(REPO, C2, "q/a.gguf") == new
-    assert store.find(REPO, None, "q/a.gguf") == old  # main
-    (cache.repo() / "refs" / "main").unlink()
-    os.utime(cache.repo() / "snapshots" / C1, (1, 1))
-    assert store.find(REPO, None, "q/a.gguf") == new
-    new.resolve().unlink()
-    assert store.find(REPO, None, "q/a.gguf") == old
-    assert store.find(REPO, C2, "q/a.gguf") is None
-
-
-@pytest.mark.parametrize(
-    ("repo", "commit", "name"),
-    [
-        (REPO, C1, "../../../secret.gguf"),
-        (REPO, C1, "/etc/passwd"),
-        (REPO, C1, "a/./secret.gguf"),
-        (REPO, C1, "..\\secret.gguf"),
-        (REPO, C1, "a\0.gguf"),
-        (REPO, f"../../{'x'}", "secret.gguf"),
-        ("../org/x", C1, "secret.gguf"),
-        ("org\\..", None, "secret.gguf"),
-    ],
-)
-def test_a_name_never_leads_out_of_its_snapshot(
-    store: Store, cache: Cache, repo: str, commit: str | None, name: str
-) -> None:
-    cache.add("a/b.gguf", b"a")
-    for folder in (cache.folder, cache.repo(), cache.repo() / "snapshots"):
-        (folder / "secret.gguf").write_bytes(b"secret")
-    (cache.repo() / "snapshots" / C1 / "a" / "secret.gguf").write_bytes(b"secret")
-    assert store.find(repo, commit, name) is None
+def test_models_whose_bytes_are_gone_are_known_by_their_links(store: Store, cache: Cache) -> None:
+    paths = [cache.add(f"q/{name}", name.encode()) for name in SHARDS]
+    alone = cache.add("a-Q4_0.gguf", b"a")
+    (alone.parent / "self-Q4_0.gguf").symlink_to("self-Q4_0.gguf")
+    (alone.parent / "out-Q4_0.gguf").symlink_to(cache.folder / "not there")
+    assert store.lost() == ()
+    alone.resolve().unlink()
+    paths[0].resolve().unlink()  # the others still tell of it
+    (lost,) = store.lost()
+    assert (lost.repo, lost.commit, lost.names) == (REPO, C1, ("a-Q4_0.gguf",))
+    assert (lost.missing, lost.n_bytes, lost.verified) == (("a-Q4_0.gguf",), 0, False)
+    paths[1].resolve().unlink()
+    paths[2].unlink()
+    assert store.installed() == ()
+    assert [model.missing for model in store.lost()] == [
+        ("a-Q4_0.gguf",), tuple(f"q/{name}" for name in SHARDS)
+    ]  # fmt: skip
+    assert store.remove(store.plan_removal(store.lost())) == 0
+    left = sorted(path.name for path in alone.parent.iterdir())
+    assert left == ["out-Q4_0.gguf", "self-Q4_0.gguf"]
 
 
 # ---- stamps --------------------------------------------------------------------------------------
@@ -327,25 +293,26 @@ def test_stamps_that_cannot_be_kept_are_no_error(access: HubAccess, tmp_path: Pa
 # ---- verify --------------------------------------------------------------------------------------
 
 
-def test_verify_reads_all_shards_stamps_them_and_tells_how_far_it_is(
+def test_verify_reads_all_files_stamps_them_and_tells_how_far_it_is(
     store: Store, cache: Cache
 ) -> None:
     paths = [cache.add(name, os.urandom(1000 + i)) for i, name in enumerate(SHARDS)]
     told: list[tuple[int, int]] = []
-    verdicts = store.verify([paths[1]], on_progress=lambda n, n_all: told.append((n, n_all)))
+    verdicts = store.verify(paths, on_progress=lambda n, n_all: told.append((n, n_all)))
     assert [(v.path, v.outcome) for v in verdicts] == [(path, "ok") for path in paths]
     assert told[-1] == (3003, 3003)
     assert told == sorted(told)
     assert only(store).verified
 
 
-def test_verify_names_a_missing_shard(store: Store, cache: Cache) -> None:
+def test_verify_reads_no_more_than_it_is_given(store: Store, cache: Cache) -> None:
+    """A start hashes the shard that has no stamp, and not the others again."""
     first, second, third = (cache.add(name, name.encode()) for name in SHARDS)
-    second.unlink()
-    third.resolve().unlink()  # a link to nothing
-    verdicts = store.verify([first])
-    assert [v.outcome for v in verdicts] == ["ok", "missing", "missing"]
-    assert [v.why for v in verdicts][1:] == ["It is not here."] * 2
+    third.resolve().unlink()
+    verdicts = store.verify([second, third])
+    assert [(v.path, v.outcome) for v in verdicts] == [(second, "ok"), (third, "missing")]
+    assert verdicts[1].why == "It is not here."
+    assert not store.is_verified(first)
 
 
 def test_a_flipped_byte_is_found_and_its_range_named(store: Store, cache: Cache) -> None:
@@ -404,6 +371,22 @@ def test_a_file_anywhere_is_held_against_the_hash_that_is_given(
     assert (verdict.outcome, verdict.why) == ("wrong length", "It has 33 bytes, not 4.")
 
 
+def test_a_copy_is_read_once_though_nothing_says_what_it_should_be(
+    access: HubAccess, cache: Cache
+) -> None:
+    path = cache.copy("a-Q4_0.gguf", b"as it came")
+    (verdict,) = Store(access).verify([path])
+    assert verdict.outcome == "unknown hash"
+    assert not Store(access).is_verified(path)
+    assert verdict.sha256
+    Store(access).stamp(path, verdict.sha256)
+    assert Store(access).is_verified(path)
+    assert only(Store(access)).verified
+    path.write_bytes(b"as it came to be")
+    assert not Store(access).is_verified(path)
+    assert Store(access).verify([path])[0].outcome == "wrong length"
+
+
 def test_a_copy_in_a_snapshot_is_held_to_what_it_was(store: Store, cache: Cache) -> None:
     path = cache.copy("a-Q4_0.gguf", b"right")
     sha256 = hashlib.sha256(b"right").hexdigest()
@@ -413,6 +396,10 @@ def test_a_copy_in_a_snapshot_is_held_to_what_it_was(store: Store, cache: Cache)
     assert store.verify([path])[0].is_ok
     path.write_bytes(b"wrong")
     assert not only(store).verified
+    for _ in range(2):  # it is known what it should be, however often it was found wrong
+        (verdict,) = store.verify([path])
+        assert (verdict.outcome, verdict.expected) == ("wrong hash", Expected(sha256, 5))
+        assert not only(store).verified
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
@@ -428,7 +415,7 @@ def test_what_is_no_file_is_not_read(store: Store, tmp_path: Path) -> None:
 
 def removed(store: Store, *models: Installed) -> Removal:
     """Removes models, and holds what was said against what the disk got back."""
-    removal = store.plan_removal(*models)
+    removal = store.plan_removal(models)
     before = bytes_in(store.access.cache)
     assert store.remove(removal) == removal.n_bytes_freed
     assert before - bytes_in(store.access.cache) == removal.n_bytes_freed
@@ -478,7 +465,7 @@ def test_both_revisions_at_once_free_what_they_share(store: Store, cache: Cache)
 
 def test_what_was_linked_since_the_plan_stays(store: Store, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"same")
-    removal = store.plan_removal(only(store))
+    removal = store.plan_removal([only(store)])
     late = cache.add("a-Q4_0.gguf", b"same", C2)
     assert store.remove(removal) == 0
     assert late.read_bytes() == b"same"
@@ -513,7 +500,7 @@ def test_folders_that_lead_out_of_the_cache_lose_no_file(
     else:
         for model in store.installed():
             with pytest.raises(LocalMoeError, match="lies outside the cache"):
-                store.plan_removal(model)
+                store.plan_removal([model])
     assert tree(outside) == before
 
 
@@ -527,7 +514,7 @@ def test_a_link_to_a_file_of_another_repository_takes_nothing_of_it(
     for target in (victim, cache.repo("an/other") / "refs" / "main"):
         path.symlink_to(target)
         (model,) = (model for model in store.installed() if model.repo == REPO)
-        removal = store.plan_removal(model)
+        removal = store.plan_removal([model])
         assert (removal.files, removal.n_bytes_freed) == ((path,), 0)
         store.remove(removal)
         assert target.is_file()
@@ -580,7 +567,7 @@ def test_a_blob_with_another_hard_link_frees_nothing(
 ) -> None:
     blob = cache.add("a-Q4_0.gguf", b"abc").resolve()
     (tmp_path / "mine.gguf").hardlink_to(blob)
-    removal = store.plan_removal(only(store))
+    removal = store.plan_removal([only(store)])
     assert removal.n_bytes_freed == 0
     assert any("(a hard link)" in sentence for sentence in removal.shared)
     assert store.remove(removal) == 0
@@ -630,18 +617,18 @@ def test_a_file_in_use_is_said_to_be(store: Store, cache: Cache) -> None:
     ) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        said = store.plan_removal(only(store)).shared
+        said = store.plan_removal([only(store)]).shared
         process.communicate("")
     expected = f"Process {process.pid} uses it right now; its bytes stay until it ends."
     assert expected in said
-    assert len(store.plan_removal(only(store)).shared) == 1
+    assert len(store.plan_removal([only(store)]).shared) == 1
 
 
 def test_what_cannot_be_deleted_is_told_and_can_be_removed_later(
     store: Store, cache: Cache
 ) -> None:
     first, second, third = (cache.add(name, name.encode()) for name in SHARDS)
-    removal = store.plan_removal(only(store))
+    removal = store.plan_removal([only(store)])
     blob = removal.blobs[1]
     kept = blob.read_bytes()
     blob.unlink()
@@ -654,6 +641,44 @@ def test_what_cannot_be_deleted_is_told_and_can_be_removed_later(
     blob.write_bytes(kept)
     removed(store, only(store))
     assert tree(cache.folder) == set()
+
+
+def broken_off(cache: Cache, name: str, repo: str = REPO) -> Path:
+    """A download with one of its two pieces here; gives the blob that it would become."""
+    content = os.urandom(PIECE_BYTES + 5)
+    blob = cache.blob(content, repo)
+    blob.unlink()
+    partial = Partial(blob, RemoteFile(repo, C1, name, len(content), blob.name))
+    partial.write(0, memoryview(content)[:PIECE_BYTES])
+    partial.close()
+    return blob
+
+
+def test_a_broken_off_download_goes_and_leaves_no_trace(store: Store, cache: Cache) -> None:
+    broken_off(cache, "a-Q4_0.gguf")
+    removal = store.plan_removal([], store.unfinished())
+    assert removal.n_bytes_freed == PIECE_BYTES
+    assert removal.shared == (
+        "The broken-off download of a-Q4_0.gguf goes: 1.0 MiB of 1.0 MiB are here.",
+    )
+    assert store.remove(removal) == PIECE_BYTES
+    assert store.unfinished() == ()
+    assert not cache.repo().exists()
+
+
+def test_a_download_that_goes_on_is_refused_and_nothing_goes(store: Store, cache: Cache) -> None:
+    path = cache.add("b-Q8_0.gguf", b"whole")
+    blob = broken_off(cache, "a-Q4_0.gguf")
+    removal = store.plan_removal(store.installed(), store.unfinished())
+    with lock_of(blob):
+        with pytest.raises(LocalMoeError, match=r"a-Q4_0\.gguf is being downloaded right now"):
+            store.plan_removal(store.installed(), store.unfinished())
+        with pytest.raises(LocalMoeError, match="is being downloaded right now"):
+            store.remove(removal)
+    assert path.read_bytes() == b"whole"
+    assert len(store.unfinished()) == 1
+    assert store.remove(removal) == PIECE_BYTES + 5
+    assert not cache.repo().exists()
 
 
 @settings(
@@ -728,11 +753,11 @@ def test_what_the_real_client_fetched_is_found_verified_and_removed(
         api = huggingface_hub.HfApi(endpoint=hub.endpoint, token=False)
         return Path(api.hf_hub_download(REPO, name, revision=revision, cache_dir=access.cache))
 
-    paths = {(name, at): fetch(name, at) for name in files for at in (old, "main")}
+    for name in files:
+        assert fetch(name, old) != fetch(name, "main")
     found = {(model.names[0], model.commit): model for model in store.installed()}
     assert set(found) == {(n, c) for n in ("a-Q4_K_M.gguf", "b-Q8_0.gguf") for c in (old, new)}
     assert {v.outcome for v in store.verify(model.path for model in found.values())} == {"ok"}
-    assert store.find(REPO, None, "a-Q4_K_M.gguf") == paths["a-Q4_K_M.gguf", "main"]
     assert removed(store, found["a-Q4_K_M.gguf", old]).n_bytes_freed == 0
     assert removed(store, found["b-Q8_0.gguf", old]).n_bytes_freed == 99
     assert fetch("a-Q4_K_M.gguf", new).read_bytes() == content

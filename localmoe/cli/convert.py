@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from . import render
 from .options import json_option, verbosity_options
 
 if TYPE_CHECKING:
-    from ..models.catalog import ModelSpec
     from ..models.convert import Conversion
     from ..models.meta import ModelMeta
 
@@ -23,7 +21,6 @@ TRY_OUT_CONTEXT = 256  # tokens; fewer are rounded up to this
 # quants of which early files lose no more than later ones: all their matrices have one type
 AS_GOOD = ("F32", "F16", "BF16", "Q8_0", "Q6_K")
 BETTER = "The catalog has a better file, made after April 2024"
-SAME_SIZE = 0.02  # the catalog rounds the number of parameters
 
 
 @click.command()
@@ -127,38 +124,19 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
 def better_file(meta: ModelMeta) -> str:
     """A sentence on the catalog's file of the same model, or nothing.
 
-    The same is what has its name and its size. Early quants lose more than later ones of the same
-    label: llama.cpp's rules did not know the names of separate experts (its pull request 6387).
+    Early quants lose more than later ones of the same label: llama.cpp's rules did not know the
+    names of separate experts (its pull request 6387).
     """
     from ..config import config_folder
+    from ..models.better import better
     from ..models.catalog import read_catalog
 
-    if meta.quant_label in AS_GOOD:
+    found = None if meta.quant_label in AS_GOOD else better(meta, read_catalog(config_folder()))
+    if not found:
         return ""
-    file_name = beside(meta.paths[0]).name.removesuffix("-merged.gguf")
-    # the header's name may have the maker's before it
-    names = {plain_name(text) for text in (meta.name, meta.name.partition("_")[2], file_name)}
-    for name, spec in read_catalog(config_folder()).items():
-        ratio = meta.n_params / (spec.parameters or 1)
-        if spec.repo and plain_name(spec.repo) in names and abs(ratio - 1) < SAME_SIZE:
-            return f"{BETTER}: {named(name, spec, meta)}"
-    return ""
-
-
-def named(name: str, spec: ModelSpec, meta: ModelMeta) -> str:
-    """A model of the catalog, at this one's quant where it is known, and how to get it."""
-    label = meta.quant_label
-    quant = spec.quants.get(label)
-    if not quant:
-        return f"{spec.title}: localmoe pull {name}."
-    size = f", {quant.bytes / 1e9:.1f} GB" if quant.bytes else ""
-    return f"{spec.title} {label}{size}: localmoe pull {name}:{label}."
-
-
-def plain_name(text: str) -> str:
-    """A model's name without user, quant, case and marks, as files and repositories differ in."""
-    name = re.sub(r"(?i)([-.]gguf|[-.](i?q\d\w*|b?f16|f32))$", "", text.rpartition("/")[2])
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    label = f" {found.label}" if found.label else ""
+    size = f", {found.n_bytes / 1e9:.1f} GB" if found.n_bytes else ""
+    return f"{BETTER}: {found.title}{label}{size}: {found.command}."
 
 
 def summary(conversion: Conversion, target: Path, better: str, ran: bool) -> dict[str, Any]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
+from ..models.cursor import printable
 from . import render
 from .options import json_option, offline_option, settings_of
-from .watching import finder
+from .watching import finder, watching
 
 if TYPE_CHECKING:
+    from ..keeping import Kept
+    from ..models.removal import Removal
     from ..models.stamps import Verdict
+    from ..models.store import BrokenOff, Installed
+    from ..obtain import Finder
 
 EXIT_NOT_VERIFIED = 4
 
@@ -34,44 +40,62 @@ def pull(model: str, offline: bool | None, force: bool, as_json: bool, quiet: bo
     command goes on where it was.
     """
     with finder(settings_of({"offline": offline}), model, quiet or as_json) as search:
-        found = search.find(model)
-        if found.why and search.watch.note:
-            search.watch.note(found.why)
-        try:
-            found = search.fetch(found, check_fit=not force)
-        except KeyboardInterrupt:
-            render.error("Stopped; what came is kept.", f"Go on with: localmoe pull {found.called}")
-            raise
+        found = search.find(model, must_fit=not force)
+        search.note_newer(found)
+        found = search.fetch(found, check_fit=not force)
     paths = [str(path) for path in found.meta.paths]
     if as_json:
         render.document({"model": found.called, "files": paths, "bytes": found.n_bytes})
     elif not quiet:
-        size = render.size(found.n_bytes)
-        render.lines([f"{found.called} is here and verified, {size}: {paths[0]}"])
+        # a file of a person's own was not hashed: there is nothing to hold it against
+        verified = all(search.store.is_verified(path) for path in found.meta.paths)
+        state = "is here and verified" if verified else "is here"
+        render.lines([f"{found.called} {state}, {render.size(found.n_bytes)}: {paths[0]}"])
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--repair", is_flag=True, help="Fetch again what is damaged, and only that.")
+@click.option("--repair", is_flag=True, help="Fetch again what is damaged or lost, and only that.")
+@offline_option
 @json_option
 @quiet_option
-def verify(models: tuple[str, ...], repair: bool, as_json: bool, quiet: bool) -> int:
+def verify(
+    models: tuple[str, ...], repair: bool, offline: bool | None, as_json: bool, quiet: bool
+) -> int:
     """Read models again, and hold every byte against its hash. Without MODEL, all that are here.
 
     Exits with 4 where something is wrong.
     """
     from .. import keeping
 
-    with finder(settings_of({}), "", quiet or as_json) as search:
-        verdicts = keeping.verify(search, models, repair)
-    wrong = [verdict for verdict in verdicts if keeping.is_wrong(verdict)]
+    with finder(settings_of({"offline": offline}), "", quiet or as_json) as search:
+        if repair and search.hub.access.offline:
+            what = "What is damaged can't be fetched offline."
+            raise UsageError(what, "Leave out --repair, or --offline and HF_HUB_OFFLINE.")
+        files = keeping.kept_files(search, models)
+        verdicts = []
+        for file, verdict in checked(search, files, repair, quiet or as_json):
+            verdicts.append(verdict)
+            if not as_json and (not quiet or keeping.is_wrong(verdict)):
+                render.lines([f"{file.called}: {verdict.why}"])
     if as_json:
         render.document([verdict_document(verdict) for verdict in verdicts])
-    else:
-        render.lines(f"{v.path.name}: {v.why}" for v in (wrong if quiet else verdicts))
-    if wrong and not repair and not as_json:
-        render.note("Mend it with: localmoe verify --repair")
-    return EXIT_NOT_VERIFIED if wrong else 0
+    wrong = [keeping.is_wrong(verdict) for verdict in verdicts]
+    if not repair and not as_json and any(w and f.repo for w, f in zip(wrong, files, strict=True)):
+        render.note(f"Mend it with: {' '.join(['localmoe verify', *models, '--repair'])}")
+    return EXIT_NOT_VERIFIED if any(wrong) else 0
+
+
+def checked(
+    search: Finder, files: Sequence[Kept], repair: bool, quiet: bool
+) -> Iterator[tuple[Kept, Verdict]]:
+    """One after the other, each with its name in the line that says how far it is."""
+    from .. import keeping
+
+    for file in files:
+        with watching(printable(file.path.name), quiet) as watch:
+            verdict = keeping.check(search, file, watch, repair)
+        yield file, verdict
 
 
 def verdict_document(verdict: Verdict) -> dict[str, Any]:
@@ -89,38 +113,67 @@ def verdict_document(verdict: Verdict) -> dict[str, Any]:
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@json_option
 @quiet_option
-def rm(models: tuple[str, ...], yes: bool, quiet: bool) -> None:
-    """Delete models from the cache. What other tools lose with them is said first."""
+def rm(models: tuple[str, ...], yes: bool, as_json: bool, quiet: bool) -> None:
+    """Delete models from the cache, and downloads that were broken off.
+
+    What other tools lose with them is said first.
+    """
     from .. import keeping
 
-    with finder(settings_of({}), "", quiet) as search:
-        found = [m for name in models for m in keeping.meant(search, deletable(name))]
-        removal = search.store.plan_removal(*found)
-        if not quiet or not yes:
-            names = ", ".join(dict.fromkeys(f"{m.repo}:{m.label}" for m in found))
-            render.lines([f"{names}: {render.size(removal.n_bytes_freed)}", *removal.shared])
+    with finder(settings_of({}), "", quiet or as_json) as search:
+        installed, unfinished = keeping.removable(search, models)
+        removal = search.store.plan_removal(installed, unfinished)
+        if not yes or not (quiet or as_json):
+            say = render.note if as_json else lambda line: render.lines([line])
+            say_what_goes(installed, unfinished, removal, say)
         if not yes:
             confirm()
         freed = search.store.remove(removal)
-    if not quiet:
+    if as_json:
+        gone = [*map(model_document, installed), *map(unfinished_document, unfinished)]
+        render.document({"removed": gone, "bytes_freed": freed})
+    elif not quiet:
         render.lines([f"{render.size(freed)} are free again."])
 
 
-def deletable(name: str) -> Any:
-    """A name that means something in the cache. Raises UsageError for a file of a person's own."""
-    from .. import keeping
+def say_what_goes(
+    installed: Sequence[Installed],
+    unfinished: Sequence[BrokenOff],
+    removal: Removal,
+    say: Callable[[str], None],
+) -> None:
+    models = (f"{model.repo}:{model.label}" for model in installed)
+    begun = (f"{broken_off.repo}/{broken_off.left.name}" for broken_off in unfinished)
+    names = printable(", ".join(dict.fromkeys((*models, *begun))))
+    for line in (f"{names}: {render.size(removal.n_bytes_freed)}", *removal.shared):
+        say(line)
 
-    parsed = keeping.parsed(name)
-    if parsed.path is not None:
-        raise UsageError(
-            f"{name} is not in the cache: it is a file of yours.", "Delete it yourself."
-        )
-    return parsed
+
+def model_document(model: Installed) -> dict[str, Any]:
+    return {
+        "repo": model.repo,
+        "revision": model.commit,
+        "quant": model.label,
+        "files": list(model.names),
+    }
+
+
+def unfinished_document(broken_off: BrokenOff) -> dict[str, Any]:
+    """Its revision and quant are not known before it is whole."""
+    files = [broken_off.left.name]
+    return {"repo": broken_off.repo, "revision": None, "quant": None, "files": files}
 
 
 def confirm() -> None:
-    """Ask at a terminal; without one nobody can say yes."""
+    """Ask at a terminal; without one nobody can say yes. Raises click.Abort for a no."""
     if not sys.stdin.isatty():
         raise UsageError("Nothing was deleted: there is nobody to ask.", "Say --yes.")
-    click.confirm("Delete?", abort=True, err=True)
+    try:
+        if click.confirm("Delete?", err=True):
+            return
+    except click.Abort:  # Ctrl-C leaves the line unfinished
+        render.note("")
+    render.note("Nothing was deleted.")
+    raise click.Abort

@@ -9,11 +9,11 @@ import click
 
 from . import render
 from .options import json_option, settings_of
-from .watching import finder
+from .watching import finder, of_whole
 
 if TYPE_CHECKING:
     from ..models.store import BrokenOff, Installed
-    from ..shelf import Entry
+    from ..shelf import Entry, Suited
 
 HEAD = ("NAME", "QUANT", "SIZE", "HERE", "THIS MACHINE", "ABOUT")
 
@@ -44,24 +44,40 @@ def list_models(only_installed: bool, as_json: bool) -> None:
 
 def catalog_row(entry: Entry) -> Sequence[str]:
     spec, suited = entry.spec, entry.suited
-    here = ", ".join(model.label for model in entry.installed) or ("yes" if spec.path else "")
     if spec.path:
-        return (entry.key, "", "", here, "fits", spec.about)
-    if suited is None:
-        sizes = [quant.n_bytes for quant in entry.quants]
-        least = min(entry.quants, key=lambda quant: quant.n_bytes).label if sizes else ""
-        size = render.size(min(sizes)) if sizes else ""
-        return (entry.key, least, size, here, "too large" if sizes else "", spec.about)
-    speed = suited.generation_tps
-    fits = f"fits, ~{speed:.2g} tok/s" if speed and speed < 100 else "fits"
-    if speed and speed >= 100:
-        fits = f"fits, ~{round(speed, -1):.0f} tok/s"
-    return (entry.key, suited.label, render.size(suited.n_bytes), here, fits, spec.about)
+        found = ("yes", "fits") if entry.is_here else ("", f"missing: {spec.path}")
+        return (entry.key, "", "", *found, spec.about)
+    here = ", ".join(dict.fromkeys(model.label for model in entry.installed))
+    if lost := [model for model in entry.installed if model.missing]:
+        return (entry.key, *label_and_size(lost[0]), here, missing(lost[0]), spec.about)
+    if suited:
+        size = render.size(suited.n_bytes)
+        return (entry.key, suited.label, size, here, verdict(suited), spec.about)
+    if not entry.quants:
+        return (entry.key, "", "", here, "" if here else "size unknown until pulled", spec.about)
+    least = min(entry.quants, key=lambda quant: quant.n_bytes)
+    return (entry.key, least.label, render.size(least.n_bytes), here, "too large", spec.about)
+
+
+def verdict(suited: Suited) -> str:
+    """`fits, ~12 tok/s, poor`"""
+    speed = suited.generation_tps or 0.0
+    shown = f"{speed:.2g}" if speed < 100 else f"{round(speed, -1):.0f}"
+    parts = ("fits", f"~{shown} tok/s" if speed else "", "poor" if suited.is_poor else "")
+    return ", ".join(part for part in parts if part)
+
+
+def label_and_size(model: Installed) -> tuple[str, str]:
+    return model.label, render.size(model.n_bytes)
+
+
+def missing(model: Installed) -> str:
+    n = len(model.missing)
+    return f"{n} shard{'s' if n > 1 else ''} missing" if n else ""
 
 
 def other_row(model: Installed) -> Sequence[str]:
-    missing = f"{len(model.missing)} shards missing" if model.missing else ""
-    return (model.repo, model.label, render.size(model.n_bytes), "yes", missing, "")
+    return (model.repo, *label_and_size(model), "yes", missing(model), "")
 
 
 def footer(
@@ -71,15 +87,18 @@ def footer(
     only_installed: bool,
 ) -> Iterator[str]:
     here = [model for entry in known for model in entry.installed] + list(others)
-    total = sum(model.n_bytes for model in here)
+    # one model may be of several names, and one file of several commits
+    blobs = {file.blob: file.n_bytes for model in here for file in model.files}
+    n_models = len({model.files[0].blob for model in here})
     yield ""
     for broken in unfinished:
         left = broken.left
         yield (
-            f"Broken off: {left.name} of {broken.repo}, {render.size(left.n_bytes_here)} of "
-            f"{render.size(left.n_bytes)}. Go on with: localmoe pull {broken.repo}/{left.name}"
+            f"Broken off: {left.name} of {broken.repo}, "
+            f"{of_whole(left.n_bytes_here, left.n_bytes)}. "
+            f"Go on with: localmoe pull {broken.repo}/{left.name}"
         )
-    yield f"{len(here)} downloaded, {render.size(total)} in all."
+    yield f"{n_models} downloaded, {render.size(sum(blobs.values()))} in all."
     if not only_installed:
         yield "Any GGUF model of the Hub runs too: localmoe run user/repo:Q4_K_M"
 
@@ -109,7 +128,7 @@ def entry_document(entry: Entry) -> dict[str, Any]:
         "quants": {quant.label: quant.n_bytes for quant in entry.quants},
         "suited": suited and {
             "quant": suited.label, "bytes": suited.n_bytes,
-            "generation_tps": suited.generation_tps, "basis": "formula",
+            "generation_tps": suited.generation_tps, "basis": "formula", "poor": suited.is_poor,
         },
         "installed": [installed_document(model) for model in entry.installed],
         "is_here": entry.is_here,

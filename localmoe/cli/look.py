@@ -12,6 +12,7 @@ from .watching import finder
 
 if TYPE_CHECKING:
     from ..models.meta import ModelMeta
+    from ..obtain import Found
 
 ROLES = {
     "experts": "experts",
@@ -37,17 +38,18 @@ def show(model: str, offline: bool | None, as_json: bool) -> None:
     Of a model that isn't here, the header alone is fetched.
     """
     with finder(settings_of({"offline": offline})) as search:
-        meta = search.find(model).meta
-    parts = meta.bytes_by_role
+        found = search.find(model, must_fit=False)
+    parts = found.meta.bytes_by_role
     if as_json:
-        render.document({**shape(meta), "bytes_by_role": dict(parts)})
+        render.document({**shape(found), "bytes_by_role": dict(parts)})
         return
     sizes = sorted(((ROLES[role], n) for role, n in parts.items()), key=lambda part: -part[1])
-    render.model(facts(meta), sizes)
+    render.model(facts(found), sizes)
 
 
-def shape(meta: ModelMeta) -> dict[str, Any]:
+def shape(found: Found) -> dict[str, Any]:
     """What --json says of a model: plain values, sizes in bytes."""
+    meta, quant = found.meta, found.quant
     plain = (
         "architecture", "name", "description", "license", "size_label", "file_bytes",
         "weights_bytes", "quant_label", "n_layers", "n_experts", "n_experts_used",
@@ -57,17 +59,21 @@ def shape(meta: ModelMeta) -> dict[str, Any]:
     )  # fmt: skip
     return {
         **{name: getattr(meta, name) for name in plain},
-        "files": [str(path) for path in meta.paths],
+        "repo": quant and quant.repo,
+        "revision": quant and quant.files[0].commit,
+        "files": [str(path) for path in meta.paths] if found.is_here else [],
         "quant_mix": {name: total.n_bytes for name, total in meta.quant_mix.items()},
         "n_vocab": meta.tokenizer.n_vocab,
         "sampling": dict(meta.sampling),
     }
 
 
-def facts(meta: ModelMeta) -> list[tuple[str, str]]:
+def facts(found: Found) -> list[tuple[str, str]]:
     """What a person is told of a model, line by line."""
     from ..load import title
+    from ..obtain import why_not
 
+    meta, refusal = found.meta, why_not(found.meta, found.is_here)
     lines = [
         ("Model", title(meta)),
         ("About", meta.description),
@@ -80,7 +86,7 @@ def facts(meta: ModelMeta) -> list[tuple[str, str]]:
         ("Quant", f"{meta.quant_label} ({', '.join(meta.quant_mix)})"),
         ("Sampling", ", ".join(f"{name} {shown(v)}" for name, v in meta.sampling.items())),
         ("File", ", ".join(path.name for path in meta.paths)),
-        ("Runs", f"no: {meta.refusal}" if meta.refusal else ""),
+        ("Runs", f"no: {refusal}" if refusal else ""),
     ]
     return [(name, value) for name, value in lines if value]
 
@@ -122,8 +128,9 @@ def prompt(
 
     conversation = conversation_of(text, messages, system)
     with finder(settings_of({"offline": offline})) as search:
-        meta = search.find(model).meta
-    check_runs(meta)
+        found = search.find(model, must_fit=False)
+    meta = found.meta
+    check_runs(meta, found.is_here)
     format = format_of(meta)
     with open_vocabulary(meta.paths[0]) as engine:
         encoded = format.encode(conversation, engine)

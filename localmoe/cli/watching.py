@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
     from ..config import Settings
     from ..models.progress import Progress
     from ..obtain import Finder, Watch
+    from ..placement.search import Workload
+
+COLUMNS, MIN_NAME = 79, 12
+
+
+class Line(render.StatusLine):
+    """A status line that can also say what is being waited for."""
+
+    def ask(self, what: str) -> None:
+        """Show at once that the Hub is asked for something; "" takes it away again."""
+        if not what:
+            return self.done()
+        self._started = -math.inf  # no progress will come of it that could be shown later
+        return self.show(f"Asking the Hub for {what}…")
 
 
 @contextmanager
@@ -19,9 +34,10 @@ def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[
     """A Watch that shows what it is told on stderr; its line is gone at the end."""
     from ..obtain import Watch
 
-    line = render.StatusLine(quiet)
+    line = Line(quiet)
     try:
         yield Watch(
+            asking=line.ask,
             downloading=lambda progress: line.show(download_line(progress), takes_minutes=True),
             verifying=lambda done, whole: line.show(f"Verifying {name} {share(done, whole)}"),
             loading=lambda fraction: line.show(f"Loading {name} {fraction:4.0%}"),
@@ -34,11 +50,13 @@ def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[
 
 
 @contextmanager
-def finder(settings: Settings, name: str = "", quiet: bool = False) -> Iterator[Finder]:
+def finder(
+    settings: Settings, name: str = "", quiet: bool = False, workload: Workload = "run"
+) -> Iterator[Finder]:
     """Finds models, and says on stderr what it has to say."""
     from ..obtain import Finder
 
-    with watching(name, quiet) as watch, Finder(settings, watch) as search:
+    with watching(name, quiet) as watch, Finder(settings, watch, workload) as search:
         yield search
 
 
@@ -46,18 +64,31 @@ def share(done: int, whole: int) -> str:
     return f"{done / whole:4.0%}" if whole else "100%"
 
 
+def of_whole(n_bytes: int, n_all: int) -> str:
+    """`1.21 of 26.50 GiB`"""
+    whole = render.size(n_all)
+    power = ("B", "KiB", "MiB", "GiB").index(whole.split()[1])
+    return f"{n_bytes / 1024**power:.{len(whole.split()[0].partition('.')[2])}f} of {whole}"
+
+
 def download_line(progress: Progress) -> str:
-    """`Downloading name: 1.21 of 26.50 GiB, 11.3 MiB/s, 38 min left`."""
-    done, whole = render.size(progress.n_bytes_done), render.size(progress.n_bytes_total)
+    """`Downloading  12%, 11.3 MiB/s, 38 min left, 3.18 of 26.50 GiB: name`, in 79 columns."""
     doing = {"downloading": "Downloading", "verifying": "Verifying", "waiting": "Waiting for"}
-    parts = [f"{doing[progress.phase]} {progress.file_name}: {done} of {whole}"]
+    parts = [f"{doing[progress.phase]} {share(progress.n_bytes_done, progress.n_bytes_total)}"]
     if progress.bytes_per_s:
         parts.append(f"{render.size(round(progress.bytes_per_s))}/s")
     if progress.trouble:
         parts.append(progress.trouble)
     elif progress.seconds_left:
         parts.append(f"{duration(progress.seconds_left)} left")
-    return ", ".join(parts)
+    parts.append(of_whole(progress.n_bytes_done, progress.n_bytes_total))
+    shown = ", ".join(parts)
+    return f"{shown}: {ending(progress.file_name, max(MIN_NAME, COLUMNS - len(shown) - 2))}"
+
+
+def ending(name: str, n_chars: int) -> str:
+    """The end of a name, which tells more of it: quant and shard."""
+    return name if len(name) <= n_chars else f"…{name[1 - n_chars :]}"
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ def header_files(hub: Hub, files: Sequence[RemoteFile]) -> tuple[Path, ...]:
     """The header of each of a model's GGUFs (its shards in order), as local sparse files.
 
     Fetches what is not here yet, a MiB or a few for each. Raises ModelFileError for what is no
-    GGUF or can't be whole, DownloadError where the Hub can't give it.
+    GGUF or can't be whole, DownloadError where the Hub can't give it or the disk can't keep it.
     """
     return tuple(_header_file(hub, file) for file in files)
 
@@ -37,8 +37,14 @@ def _header_file(hub: Hub, file: RemoteFile) -> Path:
     check_repo(file.repo)
     check_name(file.repo, file.name)
     path = hub.access.headers / file.repo / file.commit / file.name
-    if not (path.is_file() and path.stat().st_size == file.n_bytes):
-        _write(path, _fetched(hub, file), file.n_bytes)
+    try:
+        if not (path.is_file() and path.stat().st_size == file.n_bytes):
+            _write(path, _fetched(hub, file), file.n_bytes)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        what = f"The header of {file.base_name} can't be kept in {hub.access.headers}: {reason}."
+        hint = "Free some room there, or set LOCALMOE_STATE to a folder that can be written to."
+        raise DownloadError(what, hint) from error
     return path
 
 

@@ -20,9 +20,13 @@ from urllib.parse import quote, urlsplit
 
 from localmoe.errors import DownloadError, LocalMoeError, UsageError
 
+from .cache_layout import COMMIT, SHA256
 from .cursor import printable
-from .refusals import no_hub, reason_for_silence, refusal_of
+from .listings import keep_listing, kept_listing
+from .names import REPO, is_repo_name, is_revision
+from .refusals import is_no_network, no_hub, reason_for_silence, refusal_of
 from .remote import HubAccess, RemoteFile, RemoteRepo
+from .revisions import commit_here, commits_here
 from .transport import (
     OFFLINE_HINT,
     STALL_S,
@@ -43,11 +47,6 @@ __all__ = ["Hub", "RemoteBytes", "TransferFault", "file_of"]
 API_S = 20.0  # for an answer of the API
 NEAR_S = 5.0  # for one that is only an extra
 PAUSES_S = (0.5, 2.0, 6.0)  # before each further try of a short request
-# stricter than the Hub's own rule (huggingface_hub/utils/_validators.py): always org/name
-REPO = re.compile(r"(?=.{3,96}\Z)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
-REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKEN = re.compile(r"[!-~]+")  # what an HTTP header can hold
 MAX_NAME_BYTES = 255  # of a part of a path, on every file system in use
 N_NEAR = 3
@@ -74,19 +73,34 @@ class Hub:
     def repository(self, repo: str, revision: str | None = None) -> RemoteRepo:
         """The files of `repo` at a branch, tag or commit (None: its main branch).
 
-        Takes one request; offline, what the cache holds of it. Raises UsageError for names that
-        don't exist, DownloadError for everything else.
+        Takes one request; offline, what the Hub said last, or else what the cache holds of it.
+        Raises UsageError for names that don't exist, DownloadError for everything else.
         """
         check_repo(repo)
-        if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        if revision is not None and not is_revision(revision):
             raise UsageError(f"{printable(revision)[:60]!r} is not the name of a revision.")
         if self.access.offline:
-            return self._cached_repository(repo, revision)
+            kept = kept_listing(self.access.headers, repo, revision)
+            return kept or self._cached_repository(repo, revision)
         self._need_network(repo)
         found = self._asked(repo, revision, lambda api: _model_info(api, repo, revision))
         remote = _remote_repo(repo, found)
         self._revisions[repo, remote.commit] = revision or "main"
+        keep_listing(self.access.headers, remote, revision)
         return remote
+
+    def commit_of(self, repo: str, revision: str) -> str:
+        """The commit that a revision stands for. The Hub is asked where it may have moved since;
+        with no way there, what the cache knows counts. Raises as repository() does."""
+        here = commit_here(self._folder(repo), revision)
+        if here and (self.access.offline or here.startswith(revision)):
+            return here
+        try:
+            return self.repository(repo, revision).commit
+        except TransferFault:
+            if here:
+                return here
+            raise
 
     def open(
         self, file: RemoteFile, start: int, end: int | None, *, etag: str | None = None
@@ -148,7 +162,8 @@ class Hub:
             try:
                 return attempt()
             except TransferFault as fault:
-                if fault.retry_after_s and fault.retry_after_s > self.pauses_s[-1]:
+                is_long = fault.retry_after_s and fault.retry_after_s > self.pauses_s[-1]
+                if is_long or is_no_network(fault):
                     raise  # the caller's person decides whether to wait for so long
                 time.sleep(max(pause_s, fault.retry_after_s or 0.0))
         return attempt()
@@ -202,7 +217,7 @@ class Hub:
                 url = f"{self.access.endpoint}/api/models"
                 answer = get_session().get(url, params={**query, "limit": "50"}, timeout=NEAR_S)
                 found.update(model["id"] for model in answer.json())
-        usable = [name for name in sorted(found) if REPO.fullmatch(name)]
+        usable = [name for name in sorted(found - {repo}) if REPO.fullmatch(name)]
         return get_close_matches(repo, usable, N_NEAR, cutoff=0.5)
 
     def _need_network(self, repo: str) -> None:
@@ -231,18 +246,10 @@ class Hub:
 
     def _cached_commit(self, repo: str, revision: str | None) -> str:
         """The commit that a revision stood for when it was pulled, "" where there is none."""
-        if revision and COMMIT.fullmatch(revision):
-            return revision
-        try:
-            commit = (self._folder(repo) / "refs" / (revision or "main")).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            commit = ""
-        if COMMIT.fullmatch(commit):
-            return commit
-        # pulled at a commit alone, as the catalog does: the newest that is here
-        snapshots = self._snapshots(repo)
-        here = [p for p in snapshots.glob("*") if COMMIT.fullmatch(p.name)] if not revision else []
-        return max(here, key=lambda path: path.stat().st_mtime).name if here else ""
+        folder = self._folder(repo)
+        if revision:
+            return commit_here(folder, revision) or ""
+        return next(iter(commits_here(folder)), "")
 
     def _note_revision(self, file: RemoteFile) -> None:
         """Write refs/<branch>, by which other tools find the commit offline."""
@@ -259,7 +266,7 @@ class Hub:
 
 def check_repo(repo: str) -> None:
     """Raises UsageError where `repo` is not of the form org/name."""
-    if not REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith(".git"):
+    if not is_repo_name(repo):
         shown = printable(repo)[:100]
         raise UsageError(f"{shown!r} is not the name of a repository.", "It looks like: org/name")
 
@@ -275,15 +282,21 @@ def file_of(repo: RemoteRepo, name: str) -> RemoteFile:
     raise UsageError(f"{repo.repo} has no file {printable(name)[:100]}.", hint)
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a file name stays in its folder, and a terminal unharmed."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and not re.match(r"[A-Za-z]:", name)
+        and not any(part in ("", ".", "..") or len(part.encode()) > MAX_NAME_BYTES
+                    for part in parts)
+    )  # fmt: skip
+
+
 def check_name(repo: str, name: str) -> None:
     """Raises DownloadError for a file name that could lead out of its folder."""
-    parts = name.split("/")
-    if (
-        not name.isprintable()
-        or "\\" in name
-        or re.match(r"[A-Za-z]:", name)
-        or any(part in ("", ".", "..") or len(part.encode()) > MAX_NAME_BYTES for part in parts)
-    ):
+    if not is_safe_name(name):
         what = f"{repo} has a file with an unsafe name ({printable(name)[:60]!r})"
         raise DownloadError(f"{what}: it is not used.", "Choose another repository.")
 
@@ -298,7 +311,8 @@ def _remote_repo(repo: str, found: ModelInfo) -> RemoteRepo:
     files = []
     for sibling in found.siblings or []:
         name, lfs = sibling.rfilename, sibling.lfs
-        check_name(repo, name)
+        if not is_safe_name(name):
+            continue  # the other files are none the worse for it
         n_bytes, sha256 = (lfs.size, lfs.sha256) if lfs else (sibling.size, None)
         if not isinstance(n_bytes, int) or n_bytes < 0:
             raise DownloadError(f"The Hub gives no size for {name} of {repo}.", "Try again later.")

@@ -8,6 +8,7 @@ that would abort llama.cpp while it loads is refused here, in a sentence.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from .attention import (
     read_recurrent,
     read_sliding_window,
 )
-from .cursor import refusal
+from .cursor import MESSAGE_CHARS, NAME_CHARS, refusal
 from .gguf import Header, read_header
 from .keys import Keys
 from .tensors import Role, TensorInfo, has_split_experts, list_tensors
@@ -31,6 +32,7 @@ from .tokenizer import Tokenizer, read_tokenizer
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS (src/llama-hparams.h)
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+EARLY = "of the early layout, which llama.cpp no longer loads"
 SHARD_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama_split_path (include/llama.h)
 
 # enum llama_ftype (include/llama.h): number -> label, and the types its larger tensors may have
@@ -156,11 +158,11 @@ class ModelMeta:
         """Why llama.cpp can't run this model although its header is sound, or None."""
         if not self.legacy_split_experts:
             return None
-        return refusal(
-            self.paths[0].name if self.paths else self.name,
-            "of the early layout, which llama.cpp no longer loads",
-            "Make it run: localmoe convert FILE, or take a newer one: localmoe list",
-        )
+        file = self.paths[0].name if self.paths else self.name
+        path = shlex.quote(str(self.paths[0])) if self.paths else "FILE"
+        hint = "Make it run: localmoe convert "
+        room = MESSAGE_CHARS - min(len(file), NAME_CHARS) - len(f": {EARLY}. {hint}")
+        return refusal(file, EARLY, hint + (path if len(path) <= room else "FILE"))
 
 
 def read_meta(path: Path | str) -> ModelMeta:

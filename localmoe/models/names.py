@@ -23,10 +23,10 @@ from .quants import base_label, label_of, near_labels, parse_label
 if TYPE_CHECKING:
     from .catalog import ModelSpec
 
-# What the Hub allows (huggingface_hub, utils/_validators.py); "..", "--" and ".git" are looked for
-# apart. A quant may also be the stem of a file whose name has no label.
-REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
-REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+# Stricter than the Hub's own rules (huggingface_hub, utils/_validators.py): always user/repo.
+# A quant may also be the stem of a file whose name has no label.
+REPO = re.compile(r"(?=.{3,96}\Z)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
 QUANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 FILE_PART = re.compile(r"[^/\\:*?\"<>|.][^/\\:*?\"<>|]*")
 MAX_FILE_CHARS = 200
@@ -217,8 +217,7 @@ def _linked(text: str) -> ModelName:
 
 
 def _repo(repo: str) -> str:
-    odd = ".." in repo or "--" in repo or repo.endswith((".git", ".", "-"))
-    if odd or not REPO.fullmatch(repo):
+    if not is_repo_name(repo):
         raise UsageError(
             f"{printable(repo)[:80]} can't be the name of a repository.", "Write it as user/repo."
         )
@@ -226,7 +225,7 @@ def _repo(repo: str) -> str:
 
 
 def _revision(revision: str) -> str:
-    if not REVISION.fullmatch(revision) or ".." in revision:
+    if not is_revision(revision):
         raise UsageError(
             f"{printable(revision)[:80]!r} can't be a revision.", "Give a commit or a branch."
         )
@@ -237,6 +236,17 @@ def _quant(quant: str) -> str:
     if not QUANT.fullmatch(quant):
         raise UsageError(f"{printable(quant)[:80]!r} can't be a quant.", "Write it like Q4_K_M.")
     return parse_label(quant) or quant
+
+
+def is_repo_name(text: str) -> bool:
+    """Whether a repository may be called so; its folder in the cache then has its own name."""
+    odd = ".." in text or "--" in text or text.endswith(".git")
+    return not odd and REPO.fullmatch(text) is not None
+
+
+def is_revision(text: str) -> bool:
+    """Whether a branch, tag or commit may be called so."""
+    return ".." not in text and REVISION.fullmatch(text) is not None
 
 
 def is_file_name(file: str) -> bool:

@@ -46,12 +46,11 @@ _LABEL = re.compile(
 _NO_MODEL = re.compile(r"(^|[-_./])mmproj([-_./]|$)|(^|/)(mtp[-_/]|imatrix)|ggml-vocab", re.I)
 _IMATRIX = re.compile(r"[-_.]imatrix$", re.IGNORECASE)
 
-# Perplexity of Mixtral 8x7B above that at 8 bits, percent (wikitext, context 512): files made until
-# January 2024, and those of today's mixes. huggingface.co/ikawrakow/mixtral-8x7b-quantized-gguf
-MIXTRAL_ERROR_PERCENT: dict[str, tuple[float, float]] = {
-    "Q2_K": (81.9, 23.2), "Q3_K_S": (8.65, 6.82), "Q3_K_M": (7.66, 4.47), "Q4_0": (2.88, 2.32),
-    "Q4_1": (3.65, 1.62), "Q4_K_S": (3.59, 1.74), "Q4_K_M": (3.59, 1.47), "Q5_0": (0.92, 0.70),
-    "Q5_K_S": (0.84, 0.56),
+# Perplexity of Mixtral 8x7B above that at 8 bits, percent (wikitext, context 512), of today's
+# mixes. huggingface.co/ikawrakow/mixtral-8x7b-quantized-gguf
+MIXTRAL_ERROR_PERCENT: dict[str, float] = {
+    "Q2_K": 23.2, "Q3_K_S": 6.82, "Q3_K_M": 4.47, "Q4_0": 2.32, "Q4_1": 1.62, "Q4_K_S": 1.74,
+    "Q4_K_M": 1.47, "Q5_0": 0.70, "Q5_K_S": 0.56,
 }  # fmt: skip
 # Tasks of GSM8K that Mixtral 8x7B Instruct solved, of 100, same items and sampling throughout.
 # Qwen3 30B A3B, of 128 small experts, solved 96, 97 and 91 at these: few large experts lose most.
@@ -105,10 +104,7 @@ def find_quant(quants: Sequence[Quant], label: str) -> Quant:
     the only choice. Raises UsageError naming those that are there, ModelFileError for one of which
     shards are missing.
     """
-    wanted = parse_label(label) or label
-    found = [q for q in quants if q.label.lower() == wanted.lower()]
-    found = found or [q for q in quants if base_label(q.label).lower() == wanted.lower()]
-    found = found or [q for q in quants if q.stem.rsplit("/", 1)[-1].lower() == label.lower()]
+    found = quants_called(quants, label)
     if not found:
         raise UsageError(*_not_there(quants, printable(label)))
     if len(found) > 1:
@@ -119,6 +115,14 @@ def find_quant(quants: Sequence[Quant], label: str) -> Quant:
             f"Name the file: {printable(first)}",
         )
     return complete(found[0])
+
+
+def quants_called(quants: Sequence[Quant], label: str) -> list[Quant]:
+    """Those that `label` means: as written, else behind a prefix, else as the name of the file."""
+    wanted = (parse_label(label) or label).lower()
+    found = [q for q in quants if q.label.lower() == wanted]
+    found = found or [q for q in quants if base_label(q.label).lower() == wanted]
+    return found or [q for q in quants if q.stem.rsplit("/", 1)[-1].lower() == label.lower()]
 
 
 def quant_of_file(quants: Sequence[Quant], name: str) -> Quant:
@@ -191,33 +195,28 @@ def rank(label: str) -> float:
     return list(LADDER).index(base) + 1 + (0.5 if base != label else 0.0)
 
 
-def poor_quality(
-    label: str, *, n_experts: int | None = None, is_legacy: bool = False
-) -> str | None:
+def is_coarse(label: str) -> bool:
+    """Whether all but models of many small experts lose much at it."""
+    return 0 < rank(base_label(label)) <= rank("Q2_K")
+
+
+def poor_quality(label: str, n_experts: int) -> str | None:
     """A sentence of warning where a quant is known to be poor, with what was measured, or None.
 
-    `n_experts` is 0 for a dense model and None where it isn't known; `is_legacy` says that the
-    file has the early split-expert layout, whose K-quants were coarser.
+    `n_experts` is 0 for a dense model.
     """
-    base = base_label(label)
-    if is_legacy and base in MIXTRAL_ERROR_PERCENT:
-        then, now = MIXTRAL_ERROR_PERCENT[base]
-        return (
-            f"{base} in files of 2023 raises Mixtral's perplexity by {then:g} %; "
-            f"in files made today by {now:g} %."
-        )
-    if not rank(base) or n_experts is None:
+    if not is_coarse(label) or n_experts > MAX_FEW_EXPERTS:
         return None
-    if 0 < n_experts <= MAX_FEW_EXPERTS and rank(base) < rank("IQ2_M"):
-        solved = ", ".join(f"{n} at {known}" for known, n in MIXTRAL_GSM8K.items())
-        return (
-            f"{label} is poor in a model of few large experts: "
-            f"of 100 tasks of GSM8K Mixtral solved {solved}."
-        )
-    if n_experts == 0 and rank(base) <= rank("Q2_K"):
+    if not n_experts:
         added = " and ".join(f"{n:g} at {known}" for known, n in DENSE_ADDED_PERPLEXITY.items())
         return f"{label} is poor in a dense model: Llama 3 8B's perplexity grows by {added}."
-    return None
+    few = f"{label} is poor in a model of few large experts"
+    if percent := MIXTRAL_ERROR_PERCENT.get(base_label(label)):
+        return f"{few}: it raises Mixtral's perplexity by {percent:g} %."
+    if rank(base_label(label)) >= rank("IQ2_M"):
+        return None
+    solved = ", ".join(f"{n} at {known}" for known, n in MIXTRAL_GSM8K.items())
+    return f"{few}: of 100 tasks of GSM8K Mixtral solved {solved}."
 
 
 # ---- files -----------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ from localmoe.errors import DownloadError, LocalMoeError, UsageError
 from .remote import RemoteFile
 from .transport import TransferFault, retry_after_s
 
+UNRESOLVED = "its name can't be resolved"
+REFUSED = "connection refused"
+
 
 def refusal_of(
     status: int,
@@ -59,6 +62,11 @@ def no_hub(host: str) -> DownloadError:
     return DownloadError(what, "Open a web page in the browser, then try again.")
 
 
+def is_no_network(fault: TransferFault) -> bool:
+    """Whether nobody is there at all, which a few seconds won't change."""
+    return fault.kind == "dropped" and (UNRESOLVED in fault.message or REFUSED in fault.message)
+
+
 def reason_for_silence(error: BaseException, patience_s: float) -> str:
     """Why a request of huggingface_hub got no answer, without its addresses."""
     kind = type(error).__name__
@@ -66,7 +74,7 @@ def reason_for_silence(error: BaseException, patience_s: float) -> str:
         return f"no answer within {patience_s:.0f} s"
     text = re.sub(r"^\[.*?\]\s*", "", str(error)).split("\n")[0].lower()
     if "name" in text and ("resol" in text or "known" in text):
-        return "its name can't be resolved: no network?"
+        return f"{UNRESOLVED}: no network?"
     if "refused" in text:
-        return "connection refused"
+        return REFUSED
     return "the proxy refuses" if "Proxy" in kind else "the connection broke off"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..errors import LocalMoeError, gib
 from .cache_layout import (
@@ -28,6 +28,8 @@ from .cache_layout import (
     walk,
 )
 from .cursor import printable
+from .download import lock_of
+from .partial import Leftover, remove_leftover
 from .stamps import Stamps
 
 SHARED_STORE_MARK = ".huggingface-shared-blobs"  # huggingface_hub, utils/_shared_blobs.py
@@ -36,7 +38,7 @@ OTHER_TOOLS = "transformers, vLLM, llama.cpp"
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What goes: names in snapshots, and blobs that no other name links to.
+    """What goes: names in snapshots, blobs that no other name links to, broken-off downloads.
 
     `n_bytes_freed` counts only what the disk gets back. `shared` are sentences for the person who
     is asked: who else loses the files, and why bytes stay.
@@ -46,17 +48,23 @@ class Removal:
     blobs: tuple[Path, ...]
     n_bytes_freed: int
     shared: tuple[str, ...]
+    partials: tuple[Leftover, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
         return (*self.links, *self.blobs)
 
 
-def plan_removal(cache: Path, links: Sequence[Path], stamps: Stamps) -> Removal:
+def plan_removal(
+    cache: Path, links: Sequence[Path], stamps: Stamps, partials: Sequence[Leftover] = ()
+) -> Removal:
     """What goes with these names in snapshots, and what is shared. Changes nothing.
 
-    Raises LocalMoeError where a name lies outside the cache.
+    Raises LocalMoeError where a name lies outside the cache, and where a download goes on.
     """
+    for left in partials:
+        with _broken_off(left):
+            pass
     links = tuple(dict.fromkeys(links))
     folders = {link: _repo_folder(cache, link) for link in links}
     files = list(cached_files(cache))
@@ -71,9 +79,11 @@ def plan_removal(cache: Path, links: Sequence[Path], stamps: Stamps) -> Removal:
     return Removal(
         links,
         (*blobs, *payloads),
-        _freed(doomed),
-        (_others(cache), *sentences, *_in_use(file.path for file in leaving)),
-    )
+        _freed(doomed) + sum(left.n_bytes_here for left in partials),
+        (*([_others(cache)] if links else []), *sentences, *map(_begun, partials),
+         *_in_use(file.path for file in leaving)),
+        tuple(partials),
+    )  # fmt: skip
 
 
 def remove(cache: Path, removal: Removal, stamps: Stamps) -> int:
@@ -83,8 +93,11 @@ def remove(cache: Path, removal: Removal, stamps: Stamps) -> int:
     removed again. Raises LocalMoeError.
     """
     folders = {_repo_folder(cache, link) for link in removal.links}
+    folders |= {_real(left.blob).parent.parent for left in removal.partials}
     kept = {file.blob for file in cached_files(cache) if file.path not in removal.links}
-    freed = 0
+    freed = sum(
+        _delete_partial(left) for left in removal.partials if _is_blob(cache, _real(left.blob))
+    )
     for blob in removal.blobs:
         if _is_payload(cache, blob):
             freed += _delete_payload(cache, blob, stamps)
@@ -119,6 +132,11 @@ def _repo_folder(cache: Path, link: Path) -> Path:
             "Delete it by hand where it lies: " + printable(str(parent)),
         )
     return root / parts[0]
+
+
+def _real(path: Path) -> Path:
+    """A name in the folder where it really lies."""
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _is_blob(cache: Path, path: Path) -> bool:
@@ -188,6 +206,12 @@ def _files_of(doomed: Iterable[Path]) -> dict[tuple[int, int], tuple[int, int]]:
 
 def _others(cache: Path) -> str:
     return f"Other tools that use {printable(str(cache))} ({OTHER_TOOLS}) lose these files too."
+
+
+def _begun(left: Leftover) -> str:
+    name = printable(left.name) or "a file"
+    here, n_bytes = gib(left.n_bytes_here), gib(left.n_bytes)
+    return f"The broken-off download of {name} goes: {here} of {n_bytes} are here."
 
 
 def _shared_names(leaving: Sequence[CachedFile], staying: Sequence[CachedFile]) -> Iterator[str]:
@@ -262,12 +286,38 @@ def _delete(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise LocalMoeError(
-            f"{printable(str(path))} can't be deleted: {why}.",
-            "End what uses it, or delete it as the user whose file it is.",
-        ) from None
+        raise _undeletable(path, error) from None
     return at.st_size if stat.S_ISREG(at.st_mode) and at.st_nlink == 1 else 0
+
+
+def _undeletable(path: Path, error: OSError) -> LocalMoeError:
+    why = (error.strerror or str(error)).lower()
+    return LocalMoeError(
+        f"{printable(str(path))} can't be deleted: {why}.",
+        "End what uses it, or delete it as the user whose file it is.",
+    )
+
+
+def _delete_partial(left: Leftover) -> int:
+    with _broken_off(left):
+        remove_leftover(left.blob)
+    return left.n_bytes_here
+
+
+@contextlib.contextmanager
+def _broken_off(left: Leftover) -> Iterator[None]:
+    """Holds the lock of a download. Raises LocalMoeError where another program goes on with it."""
+    try:
+        with lock_of(left.blob).acquire(timeout=0):
+            yield
+    except Timeout:
+        name = printable(left.name) or left.blob.name
+        raise LocalMoeError(
+            f"{name} is being downloaded right now.",
+            "End that download first.",
+        ) from None
+    except OSError as error:
+        raise _undeletable(left.blob, error) from None
 
 
 def _delete_payload(cache: Path, payload: Path, stamps: Stamps) -> int:

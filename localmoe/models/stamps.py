@@ -28,6 +28,8 @@ from .pieces import (
     write_pieces,
 )
 
+NO_INODE = -1
+
 Outcome = Literal["ok", "wrong hash", "wrong length", "unreadable", "missing", "unknown hash"]
 
 
@@ -119,6 +121,11 @@ class Stamps:
         with contextlib.suppress(OSError):
             self._place(path).unlink(missing_ok=True)
 
+    def void(self, path: Path) -> None:
+        """A file counts as verified no more; what it should be is remembered."""
+        if stamp := self.read(path):
+            self.write(path, stamp.sha256, Fingerprint(NO_INODE, stamp.seen.n_bytes, 0))
+
     def forget_content(self, sha256: str) -> None:
         """Leave no checksums of a content that is here no more."""
         with contextlib.suppress(OSError):
@@ -156,7 +163,7 @@ def verify_file(
 ) -> Verdict:
     """Reads all of a file and holds it against what it should be; stamps it when it is right.
 
-    `on_progress` is given the bytes read so far. A file that is wrong loses its stamp.
+    `on_progress` is given the bytes read so far. The stamp of a file that is wrong is void.
     """
     if not path.exists():
         stamps.drop(path)
@@ -168,7 +175,7 @@ def verify_file(
         found = hash_file(path, on_progress)
         after = fingerprint(path)
     except OSError as error:
-        stamps.drop(path)
+        stamps.void(path)
         why = f"It can't be read: {(error.strerror or str(error)).lower()}."
         return Verdict(path, "unreadable", why, expected=expected)
     if before != after:
@@ -178,7 +185,7 @@ def verify_file(
         why = f"There is nothing to hold it against; its sha256 is {found.sha256}."
         return Verdict(path, "unknown hash", why, found.n_bytes, found.sha256)
     if found.sha256 != expected.sha256:
-        stamps.drop(path)
+        stamps.void(path)
         return _wrong(path, found, expected, stamps.folder)
     stamps.write(path, found.sha256, before)
     with contextlib.suppress(OSError):  # without them a repair fetches the whole file

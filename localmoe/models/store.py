@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cache_layout import (
@@ -20,10 +20,11 @@ from .cache_layout import (
     cached_files,
     entries,
     expected_sha256,
-    folder_of,
+    link_target,
     repo_folders,
     repo_of,
     shard_names,
+    walk,
 )
 from .partial import Leftover, leftovers
 from .quants import quants_of
@@ -65,9 +66,13 @@ class Installed:
         return not self.missing
 
     @property
-    def last_used(self) -> float | None:
-        """Seconds since 1970; None where the file system keeps no such time."""
-        return max((file.last_read for file in self.files if file.last_read), default=None)
+    def snapshot(self) -> Path:
+        """The folder of its commit, where the names of its files begin."""
+        return self.path.parents[self.names[0].count("/")]
+
+    @property
+    def missing_paths(self) -> tuple[Path, ...]:
+        return tuple(self.snapshot / name for name in self.missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,26 +123,20 @@ class Store:
                 found += [BrokenOff(repo_of(folder), left) for left in leftovers(folder / "blobs")]
         return tuple(found)
 
-    def incomplete_bytes(self) -> int:
-        """What the unfinished downloads of other tools take."""
-        n_bytes = 0
-        for folder in repo_folders(self.access.cache):
-            for path in entries(folder / "blobs"):
-                if path.name.endswith(".incomplete"):
-                    n_bytes += _size(path)
-        return n_bytes
-
-    def find(self, repo: str, commit: str | None, name: str) -> Path | None:
-        """A file's name in a snapshot, where its bytes are here.
-
-        Without a commit, that of the branch `main`; else the snapshot that changed last.
-        """
-        folder, parts = folder_of(self.access.cache, repo), name.split("/")
-        if not folder or {"", ".", ".."} & {*parts} or "\\" in name or "\0" in name:
-            return None
-        commits = _commits(folder) if commit is None else [commit]
-        paths = (folder.joinpath("snapshots", c, *parts) for c in commits if COMMIT.fullmatch(c))
-        return next((path for path in paths if os.path.isfile(path)), None)
+    def lost(self) -> tuple[Installed, ...]:
+        """Models of which only links are left, their bytes gone: `missing` names all shards, and
+        `files` are the links."""
+        found: dict[tuple[str, str], dict[str, CachedFile]] = defaultdict(dict)
+        for file in lost_files(self.access.cache):
+            found[file.repo, file.commit][file.name] = file
+        models = (
+            replace(model, missing=shard_names(model.names[0]))
+            for (repo, commit), files in sorted(found.items())
+            for model in sorted(self._models(repo, commit, files), key=lambda model: model.names)
+        )
+        return tuple(
+            model for model in models if not any(path.exists() for path in model.missing_paths)
+        )
 
     # ---- right or wrong ------------------------------------------------------------------------
 
@@ -160,21 +159,21 @@ class Store:
     ) -> tuple[Verdict, ...]:
         """Reads all of these files, in the cache or not, and stamps those that are right.
 
-        All shards of a model are looked at when one is named. What a file should be comes from
-        `expected`, else from its blob's name, else from the stamp of a file in a snapshot.
+        What a file should be comes from `expected`, else from what the cache knows of it.
         `on_progress` is given the bytes read and those to read.
         """
-        every = (path.with_name(name) for path in paths for name in shard_names(path.name))
-        files = list(dict.fromkeys(every))
+        files = list(dict.fromkeys(paths))
         n_all, n_done, verdicts = sum(map(_size, files)), 0, list[Verdict]()
         for path in files:
-            wanted = (expected or {}).get(path) or self._expected(path)
+            wanted = (expected or {}).get(path) or self.expected(path)
             tell = _from(n_done, n_all, on_progress) if on_progress else None
             verdicts.append(verify_file(path, wanted, self.stamps, tell))
             n_done += _size(path)
         return tuple(verdicts)
 
-    def _expected(self, path: Path) -> Expected | None:
+    def expected(self, path: Path) -> Expected | None:
+        """What a file of the cache should be: by the name of its blob, else by the stamp of a file
+        in a snapshot. None for any other."""
         stamp, sha256 = self.stamps.read(path), expected_sha256(path)
         if sha256:
             known = stamp is not None and stamp.sha256 == sha256
@@ -194,36 +193,38 @@ class Store:
                 return shutil.disk_usage(place).free
         return 0
 
-    def plan_removal(self, *models: Installed) -> Removal:
-        """What goes when these models go, and what is shared. Changes nothing.
+    def plan_removal(
+        self, models: Iterable[Installed], unfinished: Iterable[BrokenOff] = ()
+    ) -> Removal:
+        """What goes with these models and downloads, and what is shared. Changes nothing.
 
-        Raises LocalMoeError where one lies outside the cache, behind a link.
+        Raises LocalMoeError where a model lies outside the cache, behind a link, and where a
+        download goes on right now.
         """
-        links = [file.path for model in models for file in model.files]
-        for model in models:  # links of shards whose bytes are gone
-            snapshot = model.path.parents[model.names[0].count("/")]
-            links += [snapshot / name for name in model.missing if (snapshot / name).is_symlink()]
-        return plan_removal(self.access.cache, links, self.stamps)
+        links = []
+        for model in models:
+            links += [file.path for file in model.files]  # and links of shards whose bytes are gone
+            links += [path for path in model.missing_paths if path.is_symlink()]
+        partials = [broken_off.left for broken_off in unfinished]
+        return plan_removal(self.access.cache, links, self.stamps, partials)
 
     def remove(self, removal: Removal) -> int:
         """Deletes what was planned, but for what came to be needed since; gives the bytes freed.
 
-        Raises LocalMoeError where something can't be deleted.
+        Raises LocalMoeError where something can't be deleted or is being downloaded.
         """
         return remove(self.access.cache, removal, self.stamps)
 
 
-def _commits(folder: Path) -> list[str]:
-    found = [snapshot.name for snapshot in sorted(entries(folder / "snapshots"), key=_changed)]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        found.append((folder / "refs" / "main").read_text("ascii").strip())
-    return found[::-1]
-
-
-def _changed(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
+def lost_files(cache: Path) -> Iterator[CachedFile]:
+    """Names in snapshots that link to blobs of their repositories which aren't there."""
+    for folder in repo_folders(cache):
+        for snapshot in entries(folder / "snapshots"):
+            for path in walk(snapshot) if COMMIT.fullmatch(snapshot.name) else ():
+                if path.is_symlink() and expected_sha256(path) and not path.exists():
+                    name = path.relative_to(snapshot).as_posix()
+                    blob = link_target(path)
+                    yield CachedFile(repo_of(folder), snapshot.name, name, path, blob, 0, None)
 
 
 def _size(path: Path) -> int:
