@@ -60,7 +60,8 @@ Layers = Literal["auto", "all"] | Annotated[int, Field(ge=0)]
 class Settings(BaseModel):
     """What a person can set; None leaves the choice to the model or to the plan.
 
-    Sizes are bytes. `n_gpu_layers` counts the output matrix as one layer more, as llama.cpp does.
+    Sizes are bytes. `parallel` is how many requests a loaded model answers at once (`batch` finds
+    that by itself). `n_gpu_layers` counts the output matrix as one layer more, as llama.cpp does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,8 +73,9 @@ class Settings(BaseModel):
     n_cpu_moe: Annotated[int, Field(ge=0)] | None = None
     kv_type: KvType = "f16"
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
-    ubatch_size: Annotated[int, Field(ge=1, le=65536)] = 512
+    ubatch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
     load_mode: Literal["auto", "mmap", "pinned"] = "auto"
+    parallel: Annotated[int, Field(ge=1, le=256)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

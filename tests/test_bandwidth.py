@@ -37,7 +37,7 @@ from localmoe.placement.bandwidth import (
 )
 from localmoe.placement.measured import MeasurementKey
 
-LIBRARY: Any = bindings._lib
+LIBRARY: Any = bindings.ggml
 SMALL = 0.02  # of the sizes that a real measurement has
 FILL = float(np.frombuffer(bytes([ACTIVATION_FILL]) * 4, np.float32)[0])
 
@@ -270,3 +270,11 @@ def test_where_nothing_can_be_written_it_is_measured_again(tmp_path: Path) -> No
     store = BandwidthStore(tmp_path / "taken")
     store.write(KEY, KNOWN)
     assert store.read(KEY) == NO_BANDWIDTHS
+
+
+def test_no_processor_multiplies_faster_than_its_ram_gives_the_weights() -> None:
+    rates = Bandwidths(
+        (DeviceRates("CPU", 16, 79e9, 1e-6, 6e10, 2e11),),
+        (ProductRate("CPU", 16, "Q4_K", 122e9, 1e12),),
+    )
+    assert rates_of(rates, "CPU", 16).product("Q4_K").vector_bytes_per_s == 79e9

@@ -48,7 +48,7 @@ def test_a_person_sees_bars_layers_and_reasons_in_80_columns(mixtral: str) -> No
     (layers,) = (line.split()[2] for line in lines if line.startswith("layer"))
     assert len(layers) == 32
     assert set(layers) <= set("Gper")
-    assert "Better, but it doesn't fit:" in lines
+    assert "Not taken:" in lines
     assert "\x1b" not in result.stdout
 
 

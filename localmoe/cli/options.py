@@ -42,7 +42,7 @@ load_options = group_of(
     ),
     click.option("-ctk", "--kv-type", type=KV_TYPES, help="Type of the KV cache; f16 by default."),
     click.option("-t", "--threads", type=int, metavar="N", help="CPU threads; all physical cores."),
-    click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens; 512."),
+    click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens."),
     click.option("--load-mode", type=click.Choice(["auto", "mmap", "pinned"])),
     offline_option,
 )

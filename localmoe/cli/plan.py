@@ -16,17 +16,32 @@ from .watching import finder
 
 if TYPE_CHECKING:
     from ..engine.protocol import Placement
-    from ..models.meta import ModelMeta
+    from ..obtain import Found
     from ..placement.plan import Memory, Plan
+    from ..placement.search import Workload
 
 
 @click.command()
 @click.argument("model")
 @load_options
+@click.option(
+    "--for",
+    "workload",
+    type=click.Choice(["run", "chat", "batch"]),
+    default="chat",
+    help="What it is for: one answer, conversations (the default), files of prompts.",
+)
 @click.option("--explain", is_flag=True, help="Show what was rejected, and why.")
 @click.option("--print-flags", is_flag=True, help="Print the placement as llama-server's flags.")
 @json_option
-def plan(model: str, explain: bool, print_flags: bool, as_json: bool, **options: Any) -> None:
+def plan(
+    model: str,
+    workload: Workload,
+    explain: bool,
+    print_flags: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """What would go where. Needs a model's header alone, and allocates nothing.
 
     With --vram or --ram of more than this machine has, it plans for a machine like that.
@@ -34,17 +49,15 @@ def plan(model: str, explain: bool, print_flags: bool, as_json: bool, **options:
     from ..load import title
     from ..obtain import check_runs
 
-    with finder(settings_of(options)) as search:
+    with finder(settings_of(options), workload=workload) as search:
         model_found = search.find(model)
         meta = model_found.meta
-        check_runs(meta)
+        check_runs(meta, model_found.is_here)
         found = search.planner.plan(meta.paths[0], meta)
-    if model_found.why:
-        render.note(model_found.why)
     if as_json:
         render.document(document(found))
     elif print_flags:
-        render.lines([shlex.join(server_flags(found.placement, meta))])
+        render.lines([shlex.join(server_flags(found.placement, model_found))])
     else:
         render.lines(plan_lines(found, meta, title(meta), explain))
 
@@ -80,9 +93,15 @@ def memory_document(memory: Memory) -> dict[str, Any]:
     return shown
 
 
-def server_flags(place: Placement, meta: ModelMeta) -> Iterator[str]:
-    """The same placement for llama-server, which would otherwise fit by itself."""
-    yield from ("llama-server", "-m", str(meta.paths[0]), "-fit", "off")
+def server_flags(place: Placement, found: Found) -> Iterator[str]:
+    """The same placement for llama-server, which would otherwise fit by itself. It fetches a model
+    that isn't here from the same repository."""
+    yield "llama-server"
+    if found.files:
+        yield from ("-hf", found.files[0].repo, "-hff", found.files[0].name)
+    else:
+        yield from ("-m", str(found.meta.paths[0]))
+    yield from ("-fit", "off")
     yield from ("-ngl", str(place.n_gpu_layers), "-c", str(place.n_ctx_total))
     yield from ("-np", str(place.n_seq), "-ub", str(place.n_ubatch), "-b", str(place.n_batch))
     yield from ("-t", str(place.n_threads), "-ctk", place.kv_type, "-ctv", place.kv_type)

@@ -26,6 +26,7 @@ from .watching import watching
 if TYPE_CHECKING:
     from ..config import Settings
     from ..load import LoadedModel
+    from ..placement.search import Workload
     from ..serving.prompt import Message
 
 
@@ -48,7 +49,9 @@ def run(
 ) -> None:
     """One answer: the answer alone on stdout. Without PROMPT, it is read from stdin.
 
-    MODEL is `demo`, or the path of a GGUF file.
+    MODEL is a name of `localmoe list`, with a quant like mixtral:Q5_K_M, or user/repo,
+    user/repo:Q4_K_M, user/repo/file.gguf, a link to huggingface.co, or the path of a GGUF file.
+    What isn't here is fetched first.
     """
     from ..config import config_folder
     from ..models.catalog import read_catalog
@@ -59,7 +62,7 @@ def run(
     # a wrong name is the first thing to say, before a prompt is waited for
     parse_name(model, read_catalog(config_folder()))
     conversation = conversation_of(prompt, messages, settings.system)
-    with load(model, settings, verbose, quiet or as_json) as loaded:
+    with load(model, settings, "run", verbose, quiet or as_json) as loaded:
         encoded = loaded.model.encode(conversation)
         answer = Answer()
         with closing(loaded.model.answer(encoded, loaded.options(settings))) as deltas:
@@ -96,6 +99,10 @@ def finish_run(answer: Any, load_s: float, as_json: bool, quiet: bool) -> None:
 def chat(model: str, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> None:
     """A conversation. Ctrl-C stops an answer, Ctrl-D leaves; /? lists what else there is.
 
+    MODEL is a name of `localmoe list`, with a quant like mixtral:Q5_K_M, or user/repo,
+    user/repo:Q4_K_M, user/repo/file.gguf, a link to huggingface.co, or the path of a GGUF file;
+    demo where none is given. What isn't here is fetched first.
+
     Without a terminal, each line of stdin is a message; with --json the whole conversation is
     printed as one JSON document at the end.
     """
@@ -104,17 +111,19 @@ def chat(model: str, as_json: bool, verbose: bool, quiet: bool, **options: Any) 
     from .repl import Repl
 
     settings = settings_of(options)
-    with load(model, settings, verbose, quiet or as_json) as loaded:
+    with load(model, settings, "chat", verbose, quiet or as_json) as loaded:
         conversation = Chat(loaded.model, loaded.options(settings), system_message(settings.system))
         Repl(conversation, title(loaded.meta), as_json=as_json, quiet=quiet).run()
 
 
-def load(model: str, settings: Settings, verbose: bool, quiet: bool) -> LoadedModel:
+def load(
+    model: str, settings: Settings, workload: Workload, verbose: bool, quiet: bool
+) -> LoadedModel:
     """Load a model with its progress shown."""
     from ..load import open_model
 
     with watching(model, quiet, verbose) as watch:
-        return open_model(model, settings, watch)
+        return open_model(model, settings, watch, workload)
 
 
 def conversation_of(prompt: str | None, messages: str | None, system: str | None) -> list[Message]:

@@ -21,6 +21,7 @@ from ..errors import EngineError, RequestError
 from . import protocol
 from .exits import engine_died
 from .protocol import (
+    BandwidthsMeasured,
     BufferSizes,
     Cancel,
     Delta,
@@ -34,6 +35,7 @@ from .protocol import (
     ListDevices,
     Load,
     Loaded,
+    MeasureBandwidth,
     Piece,
     Placement,
     Probe,
@@ -44,6 +46,7 @@ from .protocol import (
     Tokenize,
     Tokenized,
 )
+from .rates import Bandwidths
 
 N_LOG_LINES = 400
 STOP_SECONDS = 2.0
@@ -90,6 +93,10 @@ class Engine:
         return self._process.pid
 
     @property
+    def is_alive(self) -> bool:
+        return self._death is None and self._process.poll() is None
+
+    @property
     def log(self) -> list[str]:
         """The last lines of llama.cpp's log."""
         return list(self._log)
@@ -127,6 +134,12 @@ class Engine:
     def devices(self) -> DeviceList:
         with self._ask(ListDevices) as inbox:
             return expect(DeviceList, self._next(inbox), EngineError)
+
+    def bandwidths(self, n_threads: Sequence[int], types: Sequence[str]) -> Bandwidths:
+        """How fast this machine's devices are; takes a second, and memory of every GPU."""
+        wanted = tuple(n_threads), tuple(types)
+        with self._ask(lambda id: MeasureBandwidth(id, *wanted)) as inbox:
+            return expect(BandwidthsMeasured, self._next(inbox), EngineError).bandwidths
 
     def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
         """Token ids of each piece apart, with no token added before or after."""

@@ -14,6 +14,8 @@ from typing import Annotated, BinaryIO, Literal
 
 from pydantic import Field, TypeAdapter
 
+from .rates import Bandwidths
+
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -27,7 +29,8 @@ class Placement:
 
     `n_gpu_layers` counts as llama.cpp does: the last layers, and the output matrix as one more.
     Experts of `cpu_expert_layers` (whole layers) and `cpu_expert_tensors` (by name) stay in RAM.
-    `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells.
+    `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells. Where `kv_unified`, all share
+    them, and `n_cells` may be less than every sequence would fill; 0 is as many.
     """
 
     n_threads: int
@@ -43,10 +46,13 @@ class Placement:
     load_mode: Literal["mmap", "pinned"] = "mmap"
     repack: bool = False
     flash_attention: Literal["auto", "on", "off"] = "auto"
+    kv_unified: bool = False
+    n_cells: int = 0
 
     @property
     def n_ctx_total(self) -> int:
-        return self.n_ctx * self.n_seq
+        n_full = self.n_ctx * self.n_seq
+        return (self.n_cells or n_full) if self.kv_unified else n_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +240,16 @@ class ListDevices:
     type: Literal["list_devices"] = "list_devices"
 
 
+@dataclass(frozen=True, slots=True)
+class MeasureBandwidth:
+    """Time this machine's devices: with so many threads, on weights of these types."""
+
+    id: int
+    n_threads: tuple[int, ...]
+    types: tuple[str, ...]
+    type: Literal["measure_bandwidth"] = "measure_bandwidth"
+
+
 # ---- from the engine -----------------------------------------------------------------------------
 
 
@@ -293,6 +309,13 @@ class DeviceList:
 
 
 @dataclass(frozen=True, slots=True)
+class BandwidthsMeasured:
+    id: int
+    bandwidths: Bandwidths
+    type: Literal["bandwidths_measured"] = "bandwidths_measured"
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of an answer: its text and the tokens sampled, and the counts so far.
 
@@ -323,8 +346,18 @@ class Failed:
     type: Literal["failed"] = "failed"
 
 
-ToEngine = Load | Probe | Tokenize | Detokenize | Generate | Cancel | ListDevices
-FromEngine = Progress | Loaded | Probed | Tokenized | Detokenized | DeviceList | Delta | Failed
+ToEngine = Load | Probe | Tokenize | Detokenize | Generate | Cancel | ListDevices | MeasureBandwidth
+FromEngine = (
+    Progress
+    | Loaded
+    | Probed
+    | Tokenized
+    | Detokenized
+    | DeviceList
+    | BandwidthsMeasured
+    | Delta
+    | Failed
+)
 Message = ToEngine | FromEngine
 
 _codec: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from . import bindings, protocol
+from .bandwidth import measure
 from .devices import devices
 from .model import LoadedModel, ModelError
 from .probe import probe
 from .protocol import (
+    BandwidthsMeasured,
     Cancel,
     Detokenize,
     Detokenized,
@@ -33,6 +35,7 @@ from .protocol import (
     ListDevices,
     Load,
     Loaded,
+    MeasureBandwidth,
     Message,
     Probe,
     Probed,
@@ -138,6 +141,8 @@ class Worker:
             case Cancel(id, only_waiting):
                 scheduler = self._scheduler
                 return [*scheduler.cancel(id, only_waiting=only_waiting)] if scheduler else []
+            case MeasureBandwidth(id, n_threads, types):
+                return [BandwidthsMeasured(id, measure(bindings.ggml, n_threads, types))]
             case ListDevices(id):
                 return [DeviceList(id, devices(), bindings.system_info())]
             case _:

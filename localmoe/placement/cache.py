@@ -20,10 +20,12 @@ STATE_BYTES = 4  # recurrent states are 32-bit floats
 
 
 def cache_bytes_by_layer(
-    meta: ModelMeta, n_ctx: int, n_seq: int, kv_type: KvType
+    meta: ModelMeta, n_ctx: int, n_seq: int, kv_type: KvType, n_cells: int = 0
 ) -> tuple[int, ...]:
-    """What each layer keeps for `n_seq` sequences of `n_ctx` tokens, in bytes."""
-    cells = -(-n_ctx // CELL_PADDING) * CELL_PADDING * n_seq
+    """What each layer keeps, in bytes: for `n_seq` sequences of `n_ctx` tokens, or in `n_cells`
+    cells that they share."""
+    n_streams = 1 if n_cells else n_seq
+    cells = -(-(n_cells or n_ctx) // CELL_PADDING) * CELL_PADDING * n_streams
     recurrent = set(meta.recurrent.layers) if meta.recurrent else set()
     state_bytes = recurrent_state_bytes(meta) * n_seq
     return tuple(

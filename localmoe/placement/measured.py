@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,18 +59,22 @@ class Measured:
     """Measurements under one key; what is not there was not measured.
 
     `overhead_bytes` is what a device loses beside weights, cache and compute buffers.
+    `setback_bytes` is left empty beyond that since a plan of this model ran out of memory, and
+    `proved` names plans that have run.
     """
 
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     compute: tuple[ComputePoint, ...] = ()
+    setback_bytes: int = 0
+    proved: tuple[str, ...] = ()
 
     def with_points(self, points: tuple[ComputePoint, ...]) -> Measured:
         """These measurements and newer ones, which count where both say something."""
         places = {(p.kind, p.device, p.n_ctx, p.n_ubatch): p for p in (*self.compute, *points)}
-        return Measured(self.overhead_bytes, tuple(places.values()))
+        return replace(self, compute=tuple(places.values()))
 
     def with_overhead(self, device: str, n_bytes: int) -> Measured:
-        return Measured({**self.overhead_bytes, device: n_bytes}, self.compute)
+        return replace(self, overhead_bytes={**self.overhead_bytes, device: n_bytes})
 
 
 NOTHING_MEASURED = Measured()
@@ -88,7 +92,8 @@ class MeasuredStore:
             raw = json.loads((self._folder / key.file_name).read_text("utf-8"))
             points = tuple(_point(point) for point in raw["compute"])
             overhead = {name: _size(n) for name, n in raw["overhead_bytes"].items()}
-            return Measured(overhead, points)
+            proved = tuple(str(name) for name in raw.get("proved", ()))
+            return Measured(overhead, points, _size(raw.get("setback_bytes", 0)), proved)
         return NOTHING_MEASURED
 
     def write(self, key: MeasurementKey, measured: Measured) -> None:

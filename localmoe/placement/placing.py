@@ -20,6 +20,8 @@ def placement_of(machine: Machine, sizes: Sizes, layout: Layout) -> Placement:
         tensor_split=tensor_split(sizes, layout) if len(machine.gpus) > 1 else (),
         n_ctx=sizes.n_ctx,
         n_seq=request.n_seq,
+        kv_unified=request.n_cells > 0,
+        n_cells=request.n_cells,
         kv_type=request.kv_type,
         n_batch=request.n_ubatch,
         n_ubatch=request.n_ubatch,

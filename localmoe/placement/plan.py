@@ -14,8 +14,9 @@ from ..engine.protocol import Placement
 from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
 from .fill import Layout, Rooms, fill_most, lay_out, layout_of, runs
+from .forecast import Forecast
 from .hardware import Gpu, Machine
-from .measured import Basis, Figure, Measured
+from .measured import Figure, Measured
 from .placing import placement_of
 from .reasons import context_size, layout_reasons, rejections
 from .request import PlanRequest
@@ -63,18 +64,9 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """Tokens per second that may be expected, and what that rests on."""
-
-    prompt_tps: float
-    generation_tps: float
-    basis: Basis
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """A placement, what it takes, and why; `rejected` says what would have been better and why it
-    wasn't had, `alternatives` what fits as well. `forecast` is None where nothing was measured."""
+    wasn't had, `alternatives` what fits as well. `forecast` is None until search.py made one."""
 
     fits: bool
     kind: str
@@ -255,29 +247,39 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
         compute=sizes.compute(kind, gpu.name, at.measured, place, len(at.gpus)),
-        overhead=overhead(gpu, at.sizes, at.measured),
+        overhead=overhead(gpu, at.sizes, at.measured, pinned_bytes(at, layout)),
     )
 
 
 def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
     """What stays in RAM: the embeddings, the first layers, experts."""
-    sizes, request = at.sizes, at.sizes.request
+    sizes = at.sizes
     n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
     mine = sizes.layers[:n_first]
     weights = sizes.embedding_bytes + ram_experts(layout, sizes)
     weights += sum(layer.dense_bytes + layer.expert_bytes for layer in mine)
     if layout.n_gpu_layers == 0:
         weights += sizes.output_in_ram_bytes
-    is_read = request.load_mode == "pinned"
+    pinned = pinned_bytes(at, layout)
     return Memory(
         device=RAM,
-        budget_bytes=max(0, ram_budget(at.machine, request) - shared_bytes),
+        budget_bytes=max(0, ram_budget(at.machine, sizes.request) - shared_bytes),
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
         compute=sizes.compute(kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus)),
-        mapped_bytes=0 if is_read else weights,
-        pinned_bytes=weights if is_read and at.machine.gpus else 0,
+        mapped_bytes=weights - pinned,
+        pinned_bytes=pinned,
     )
+
+
+def pinned_bytes(at: Situation, layout: Layout) -> int:
+    """Of the weights in RAM what a GPU copies, where that was asked to be pinned."""
+    sizes = at.sizes
+    if sizes.request.load_mode != "pinned" or not layout.n_gpu_layers:
+        return 0
+    n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
+    first = sum(layer.dense_bytes + layer.expert_bytes for layer in sizes.layers[:n_first])
+    return first + ram_experts(layout, sizes)
 
 
 # ---- what else fits ----

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..engine.protocol import KvType
 
-
+DEFAULT_UBATCH = 512
 LoadMode = Literal["auto", "mmap", "pinned"]
 
 
@@ -16,14 +16,17 @@ class PlanRequest:
     """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
 
     `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
+    `n_cells` above 0 asks for one cache of so many tokens that all sequences share; else each has
+    room for its own `n_ctx`.
     """
 
     n_ctx: int | None = None
     n_seq: int = 1
+    n_cells: int = 0
     n_gpu_layers: int | Literal["auto", "all"] = "auto"
     n_cpu_moe: int | None = None
     kv_type: KvType = "f16"
-    n_ubatch: int = 512
+    n_ubatch: int = DEFAULT_UBATCH
     n_threads: int | None = None
     load_mode: LoadMode = "auto"
     vram_bytes: tuple[int, ...] | None = None

@@ -7,14 +7,14 @@ that experts could have, which makes answers slow: how much of which is wanted d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..engine.protocol import Placement
 from ..errors import DoesNotFit
 from ..models.meta import ModelMeta
 from .bandwidth import Bandwidths
-from .fit import Fitted
 from .forecast import Forecast, Task, forecast, setting_of
 from .plan import Plan
 from .request import LoadMode, PlanRequest
@@ -44,9 +44,11 @@ class Job:
 JOBS: dict[Workload, Job] = {
     # a question and an answer, and the model is loaded for it alone
     "run": Job(Task(n_prompt=128, n_generated=256), loads=1.0),
-    # something long to read, talked about for a few turns: what a person waits for is its reading
-    "chat": Job(Task(n_prompt=4096, n_generated=512), loads=0.1),
-    "batch": Job(Task(n_prompt=4096, n_generated=4096, n_at_once=32), loads=0.0),
+    # a turn of conversation and one of programming, as people's are: 1,020 tokens in and 129 out,
+    # 1,500 and 13 (medians of two services; Splitwise, arXiv 2311.18677, figure 3)
+    "chat": Job(Task(n_prompt=1020 + 1500, n_generated=129 + 13), loads=0.1),
+    # as many tokens in as out; how many at once is the plan's
+    "batch": Job(Task(n_prompt=2048, n_generated=2048), loads=0.0),
 }
 
 
@@ -54,7 +56,7 @@ JOBS: dict[Workload, Job] = {
 class Speeds:
     """What forecasts are made from: this machine's rates, and what earlier runs really got."""
 
-    bandwidths: Bandwidths
+    bandwidths: Bandwidths = Bandwidths()
     records: Sequence[SpeedRecord] = ()
 
 
@@ -62,48 +64,79 @@ class Speeds:
 class Candidate:
     """A plan with its forecast, and the seconds that the workload's job would take by it."""
 
-    fitted: Fitted
+    plan: Plan
     forecast: Forecast
     seconds: float
 
 
 def search(
-    requests: Sequence[PlanRequest],
+    requests: Iterable[PlanRequest],
     workload: Workload,
     meta: ModelMeta,
     gpus: Sequence[str],
     speeds: Speeds,
-    fitted: Callable[[PlanRequest], Fitted],
-) -> Candidate:
-    """The candidate whose plan does the workload's job soonest. Raises DoesNotFit where none fits.
+    planned: Callable[[PlanRequest], Plan],
+) -> Plan:
+    """The plan that does the workload's job soonest, of those that requests leave open.
 
-    `fitted` plans a request; the first request is the one whose refusal is told.
+    `planned` plans a request. Raises DoesNotFit where none fits: what was said of the first.
     """
-    refusal: DoesNotFit | None = None
-    best: Candidate | None = None
+    refusals: list[DoesNotFit] = []
+    found: list[Candidate] = []
     for request in requests:
         try:
-            found = candidate(fitted(request), workload, meta, gpus, speeds)
+            found.append(candidate(planned(request), workload, meta, gpus, speeds))
         except DoesNotFit as error:
-            refusal = refusal or error
-            continue
-        if best is None or found.seconds < best.seconds:
-            best = found
-    if best is None:
-        assert refusal is not None
-        raise refusal
-    return best
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    best = min(found, key=lambda candidate: candidate.seconds)
+    others = [other for other in found if other is not best]
+    return replace(
+        best.plan,
+        forecast=best.forecast,
+        reasons=(*best.plan.reasons, *reasons(best, others, workload)),
+        rejected=(*best.plan.rejected, *(sentence(c, workload) for c in others)),
+    )
 
 
 def candidate(
-    fitted: Fitted, workload: Workload, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
+    plan: Plan, workload: Workload, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
-    job, plan = JOBS[workload], fitted.plan
+    job = JOBS[workload]
     setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus)
-    task = within(job.task, plan.placement.n_ctx)
+    task = replace(within(job.task, plan.placement.n_ctx), n_at_once=plan.placement.n_seq)
     expected = forecast(setting, speeds.records, task)
     seconds = job.loads * load_seconds(plan) + task_seconds(expected, task)
-    return Candidate(fitted, expected, seconds)
+    return Candidate(plan, expected, seconds)
+
+
+def reasons(best: Candidate, others: Sequence[Candidate], workload: Workload) -> Iterator[str]:
+    """Why these values of what was left open."""
+    if others:
+        place, n_prompt = best.plan.placement, JOBS[workload].task.n_prompt
+        why = f"soonest done by forecast with {n_prompt} tokens in, as for {workload}"
+        pinned = ", experts in RAM pinned" if pinned_bytes(best.plan) else ""
+        yield f"{at_once(place)}micro-batch {place.n_ubatch}{pinned}: {why}"
+
+
+def sentence(candidate: Candidate, workload: Workload) -> str:
+    """A candidate that wasn't taken, with its forecast."""
+    place, expected = candidate.plan.placement, candidate.forecast
+    pinned = "pinned" if pinned_bytes(candidate.plan) else "mapped"
+    return (
+        f"{at_once(place)}micro-batch {place.n_ubatch}, {pinned}: "
+        f"{expected.prompt_tps:.0f} tok/s in and "
+        f"{expected.generation_tps:.1f} out by forecast, {candidate.seconds:.1f} s for {workload}"
+    )
+
+
+def at_once(place: Placement) -> str:
+    return f"{place.n_seq} requests at once, " if place.n_seq > 1 else ""
+
+
+def pinned_bytes(plan: Plan) -> int:
+    return sum(memory.pinned_bytes for memory in plan.memory)
 
 
 def within(task: Task, n_ctx: int) -> Task:
@@ -122,15 +155,22 @@ def task_seconds(expected: Forecast, task: Task) -> float:
 
 def load_seconds(plan: Plan) -> float:
     on_gpus = sum(m.weights.n_bytes for m in plan.memory if m.device != RAM)
-    pinned = sum(m.pinned_bytes for m in plan.memory)
-    return on_gpus / LOAD_BYTES_PER_S + pinned / PIN_BYTES_PER_S
+    return on_gpus / LOAD_BYTES_PER_S + pinned_bytes(plan) / PIN_BYTES_PER_S
 
 
-def requests_of(request: PlanRequest, has_gpu: bool, free_ubatch: bool) -> Iterator[PlanRequest]:
+@dataclass(frozen=True, slots=True)
+class Open:
+    """What a person left open."""
+
+    n_ubatch: bool = True
+    load_mode: bool = True
+
+
+def requests_of(request: PlanRequest, has_gpu: bool, is_open: Open) -> Iterator[PlanRequest]:
     """The candidates that a request leaves open, the plainest first."""
-    ubatches = UBATCHES if has_gpu and free_ubatch else (request.n_ubatch,)
-    is_open = has_gpu and request.load_mode == "auto"
-    modes: tuple[LoadMode, ...] = ("mmap", "pinned") if is_open else (request.load_mode,)
+    ubatches = UBATCHES if has_gpu and is_open.n_ubatch else (request.n_ubatch,)
+    both: tuple[LoadMode, ...] = ("auto", "pinned")  # "mmap" would be a wish to map over all RAM
+    modes = both if has_gpu and is_open.load_mode else (request.load_mode,)
     for n_ubatch in ubatches:
         for load_mode in modes:
             yield replace(request, n_ubatch=n_ubatch, load_mode=load_mode)

@@ -25,6 +25,10 @@ from .request import PlanRequest
 OVERHEAD_BYTES = 512 << 20
 """A GPU's context and library pools where nobody measured: consumer cards take 110 to 550 MiB."""
 
+PINNED_PER_BYTE = 512
+"""Bytes of RAM whose locking takes a byte of the GPU: 8 for each page of 4 KiB, for its page tables
+(docs/notes/pinned-experts.md)."""
+
 ALIGNMENT = 32
 """Tensors start at multiples of it (TENSOR_ALIGNMENT, ggml-impl.h); CUDA's is 128, which makes a
 difference of a few KiB."""
@@ -63,10 +67,11 @@ class Sizes:
         """
         wanted = (compute_kind(kind, self.request), device)
         points = [p for p in measured.compute if (p.kind, p.device) == wanted]
-        found = compute_bytes(points, self.n_ctx * self.request.n_seq, self.request.n_ubatch)
+        found = compute_bytes(points, self.n_cells, self.request.n_ubatch)
         if found:
             return found
-        work = Work(self.n_ctx, self.request.n_ubatch, self.request.n_seq)
+        n_ctx = self.request.n_cells or self.n_ctx
+        work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq)
         if device == RAM:
             return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
         return Figure(gpu_compute_bytes(self.meta, work, kind, place, n_gpus), "formula")
@@ -76,7 +81,20 @@ class Sizes:
     ) -> int:
         """What a GPU has left for weights and cache; less than 0 where not even that."""
         compute = self.compute(kind, gpu.name, measured, place, n_gpus).n_bytes
-        return budget_bytes - compute - overhead(gpu, self, measured).n_bytes
+        pinned = 0 if kind == ALL_ON_GPU else self.pinnable_bytes
+        return budget_bytes - compute - overhead(gpu, self, measured, pinned).n_bytes
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that the cache holds, of all sequences."""
+        return self.request.n_cells or self.n_ctx * self.request.n_seq
+
+    @property
+    def pinnable_bytes(self) -> int:
+        """What may come to be pinned at most, where that was asked for."""
+        if self.request.load_mode != "pinned":
+            return 0
+        return sum(layer.dense_bytes + layer.expert_bytes for layer in self.layers)
 
 
 def gpu_compute_bytes(meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int) -> int:
@@ -104,7 +122,7 @@ def ram_compute_bytes(meta: ModelMeta, work: Work, kind: str, n_gpus: int) -> in
 
 def sizes_of(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> Sizes:
     """A model's bytes for sequences of `n_ctx` tokens. Layers for drafting aren't loaded."""
-    caches = cache_bytes_by_layer(meta, n_ctx, request.n_seq, request.kv_type)
+    caches = cache_bytes_by_layer(meta, n_ctx, request.n_seq, request.kv_type, request.n_cells)
     outside = [t for t in meta.tensors if t.layer is None]
     embedding = sum(aligned(t) for t in outside if t.role == "embedding")
     output = sum(aligned(t) for t in outside if t.role != "embedding")
@@ -153,18 +171,20 @@ def layer_of(n: int, tensors: list[TensorInfo], kv_bytes: int, n_cpu_moe: int | 
 
 def compute_kind(kind: str, request: PlanRequest) -> str:
     """The name under which compute buffers of a kind of placement are kept."""
-    return f"{kind}/{request.kv_type}/{request.n_seq}"
+    shared = "/unified" if request.n_cells else ""
+    return f"{kind}/{request.kv_type}/{request.n_seq}{shared}"
 
 
-def overhead(gpu: Gpu, sizes: Sizes, measured: Measured) -> Figure:
-    """What a GPU loses to its context and its libraries.
+def overhead(gpu: Gpu, sizes: Sizes, measured: Measured, pinned_bytes: int = 0) -> Figure:
+    """What a GPU loses to its context, its libraries, and the pages of RAM that it has mapped.
 
     It was measured on a model without size; this one's own micro-batch comes on top.
     """
+    tables = pinned_bytes // PINNED_PER_BYTE
     if gpu.name in measured.overhead_bytes:
         pool = pool_bytes(sizes.meta, sizes.request.n_ubatch)
-        return Figure(measured.overhead_bytes[gpu.name] + pool, "interpolated")
-    return Figure(OVERHEAD_BYTES, "formula")
+        return Figure(measured.overhead_bytes[gpu.name] + pool + tables, "interpolated")
+    return Figure(OVERHEAD_BYTES + tables, "formula")
 
 
 def pool_bytes(meta: ModelMeta, n_ubatch: int) -> int:

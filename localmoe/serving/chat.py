@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -32,12 +33,14 @@ class AnswerOptions:
 class Model:
     """A model that can be talked to: an engine that has it loaded, its format, its room.
 
-    `n_ctx` is in tokens, for a conversation and the answer to it.
+    `n_ctx` is in tokens, for a conversation and the answer to it. `on_answered` is told the last
+    delta of every answer.
     """
 
     engine: Engine
     format: PromptFormat
     n_ctx: int
+    on_answered: Callable[[Delta], None] | None = None
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of a conversation. Raises PromptError where it leaves no room to answer."""
@@ -60,7 +63,11 @@ class Model:
             stop=options.stop,
             starts_text=self.format.answers_start_text,
         )
-        return self.engine.generate(request)
+        with closing(self.engine.generate(request)) as deltas:
+            for delta in deltas:
+                if delta.finish_reason and self.on_answered:
+                    self.on_answered(delta)
+                yield delta
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ from localmoe.engine import bindings
 from localmoe.engine.bandwidth import measure
 bindings.log_to(lambda level, text: None)
 threads, types = json.loads(sys.argv[1])
-print(json.dumps(asdict(measure(bindings._lib, threads, types))))
+print(json.dumps(asdict(measure(bindings.ggml, threads, types))))
 """
 
 

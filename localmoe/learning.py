@@ -1,0 +1,65 @@
+"""What is known of this machine's speed: rates measured once, and what runs really got."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .engine.client import Engine
+from .engine.protocol import Delta, Placement
+from .models.meta import ModelMeta
+from .placement.bandwidth import (
+    BandwidthStore,
+    threads_to_measure,
+    types_to_measure,
+    unmeasured,
+)
+from .placement.forecast import Setting, records_of, setting_of
+from .placement.measured import MeasurementKey
+from .placement.search import Speeds
+from .placement.speeds import SpeedStore, measured_too_slow
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedLog:
+    """Where a loaded model's speeds are kept: tell it the last delta of each answer."""
+
+    store: SpeedStore
+    key: MeasurementKey
+    setting: Setting
+
+    def add(self, last: Delta) -> None:
+        """Keep the speeds of an answer that had the engine to itself and was not stopped."""
+        if last.usage and last.timings and last.finish_reason in ("stop", "length"):
+            records = records_of(self.setting, last.usage, last.timings, time.time())
+            self.store.add(self.key, records)
+
+
+class Learned:
+    """Rates and records of one machine and build, in a folder."""
+
+    def __init__(self, folder: Path, key: MeasurementKey) -> None:
+        self._key = key
+        self._bandwidths, self._records = BandwidthStore(folder), SpeedStore(folder)
+
+    def speeds(self, meta: ModelMeta, n_threads: int, engine: Engine | None = None) -> Speeds:
+        """What forecasts for a model are made from. With an engine, which must not be the one that
+        runs the model, what isn't known yet is measured: a second, once."""
+        known, records = self._bandwidths.read(self._key), self._records.read(self._key)
+        if engine is None:
+            return Speeds(known, records)
+        wanted = threads_to_measure(n_threads), types_to_measure(meta)
+        if measured_too_slow(records):  # the machine was busy then
+            self._records.forget(self._key)
+            records, missing = (), wanted
+        else:
+            missing = unmeasured(known, *wanted)
+        if missing[0]:
+            known = known.with_newer(engine.bandwidths(*missing))
+            self._bandwidths.write(self._key, known)
+        return Speeds(known, records)
+
+    def log(self, meta: ModelMeta, placement: Placement, gpus: tuple[str, ...]) -> SpeedLog:
+        setting = setting_of(placement, meta, self._bandwidths.read(self._key), gpus)
+        return SpeedLog(self._records, self._key, setting)

@@ -1,0 +1,353 @@
+"""Memory and speed of plans beside llama.cpp's own --fit, on a GPU held to smaller budgets.
+
+    python scripts/make_model.py --preset mixtral-8x7b --quant Q4_K /tmp/q4k.gguf
+    python scripts/bench/placement.py /tmp/q4k.gguf --tools llama.cpp-tools --results out.jsonl
+
+Every figure is a line of the results file; a cell that is there already is not measured again, so
+that a run can be broken off and gone on with. Each system's process is started anew for each cell,
+by turns. Prompts are of random tokens; that the model's router spreads them evenly over its experts
+is measured first, and part of the results. `--summary` prints what is there as tables.
+
+fit     llama-bench -fitt of the same llama.cpp, told to leave all but the budget free, and its own
+        margin of 1 GiB within the budget; its other defaults
+layers  llama-bench with as many whole layers as the budget holds
+run, chat  localmoe's engine, by the plan for that workload
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from synthetic.routing import expert_logits  # noqa: E402
+
+from localmoe.config import Settings, engine_environment, load_settings, parse_size
+from localmoe.engine.protocol import Request, Sampling, Timings
+from localmoe.errors import LocalMoeError
+from localmoe.load import LoadedModel, load_local
+from localmoe.models.meta import read_meta
+from localmoe.placement.forecast import Task, forecast
+from localmoe.placement.speeds import SpeedRecord
+from localmoe.planning import Planner
+
+MIB = 1 << 20
+N_PROMPT, N_GENERATED, N_CTX = 2048, 96, 4096
+MEMORY_BUDGETS = ("6GiB", "8GiB", "12GiB", "16GiB", "20GiB", "24GiB", "all")
+SPEED_BUDGETS = ("8GiB", "16GiB", "24GiB")
+ROUTING_TOKENS = 64
+
+
+def main() -> None:
+    arguments = parsed()
+    results = Results(arguments.results)
+    if not arguments.summary:
+        deadline = time.monotonic() + 60 * arguments.minutes
+        for model in arguments.models:
+            results.measure({"cell": "routing", "file": model.name}, lambda m=model: apart(m))
+        for cell in cells(arguments):
+            if time.monotonic() > deadline:
+                print("out of time: run it again to go on")
+                break
+            path = next(m for m in arguments.models if m.name == cell["file"])
+            results.measure(cell, lambda c=cell, p=path: measured(c, p, arguments.tools))
+    summary(results)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", type=Path, nargs="*")
+    parser.add_argument("--tools", type=Path, help="where llama-bench lies")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--parts", nargs="+", default=["speed", "memory"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--first-round", type=int, default=0, help="of 1 on: generation alone")
+    parser.add_argument("--summary", action="store_true")
+    return parser.parse_args()
+
+
+class Results:
+    """Cells and what was measured in them, a JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def measure(self, cell: dict[str, Any], measure: Any) -> None:
+        """Measure a cell that isn't there yet."""
+        if any(cell.items() <= row.items() for row in self.rows):
+            return
+        started = time.monotonic()
+        try:
+            found = measure()
+        except (LocalMoeError, subprocess.SubprocessError, ValueError) as error:
+            found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        row = {**cell, **found, "took_s": round(time.monotonic() - started, 1)}
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is measured, in order: speeds round by round, then memory."""
+    files = [model.name for model in arguments.models]
+    if "speed" in arguments.parts:
+        for turn in range(arguments.first_round, arguments.rounds):
+            for file in files:
+                for budget in SPEED_BUDGETS:
+                    for system in ("fit", "run", "chat", "layers"):
+                        if system != "layers" or turn == 0:
+                            yield {"cell": system, "file": file, "budget": budget, "round": turn}
+    if "memory" in arguments.parts:
+        for file in files:
+            for budget in MEMORY_BUDGETS:
+                for n_ctx in (4096, 32768):
+                    for kv in ("f16", "q8_0"):
+                        yield {"cell": "memory", "file": file, "budget": budget,
+                               "ctx": n_ctx, "kv": kv}  # fmt: skip
+
+
+def measured(cell: dict[str, Any], path: Path, tools: Path) -> dict[str, Any]:
+    if cell["cell"] == "memory":
+        return memory(cell, path)
+    if cell["cell"] in ("run", "chat"):
+        return ours(cell, path)
+    # its prompts take long and are far from ours: once is enough
+    return llama_bench(cell, path, tools, N_PROMPT if cell["round"] == 0 else 0)
+
+
+def settings_of(cell: dict[str, Any]) -> Settings:
+    budget = {} if cell["budget"] == "all" else {"vram": cell["budget"]}
+    return load_settings({**budget, "ctx_size": cell.get("ctx", N_CTX), "kv_type": cell.get("kv")})
+
+
+# ---- routing ----
+
+
+def apart(path: Path) -> dict[str, Any]:
+    """`routing` in a process of its own, which takes its device's context with it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(routing, path).result()
+
+
+def routing(path: Path) -> dict[str, Any]:
+    """How evenly random tokens meet the experts; shares are the worst of any layer."""
+    fewest, largest_pair = 10**9, 0.0
+    for logits in expert_logits(path, ROUTING_TOKENS).values():
+        if len(logits) < ROUTING_TOKENS:
+            continue  # the last layer computes one token alone
+        pairs = [tuple(sorted(row.argsort()[-2:].tolist())) for row in logits]
+        fewest = min(fewest, len({expert for pair in pairs for expert in pair}))
+        largest_pair = max(largest_pair, max(map(pairs.count, pairs)) / len(pairs))
+    even = fewest == logits.shape[1] and largest_pair <= 0.2
+    return {"experts_used": fewest, "largest_pair_share": largest_pair, "even": even}
+
+
+# ---- localmoe ----
+
+
+def ours(cell: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Load by the plan of a workload; then prompts (the first to warm up), and answers."""
+    rng = random.Random(cell["round"])
+    before, started = used_bytes(), time.perf_counter()
+    with load_local(path, settings_of(cell), workload=cell["cell"]) as loaded:
+        plan_and_load_s = time.perf_counter() - started
+        task = Task(n_prompt=N_PROMPT, n_generated=1)
+        expected_in = forecast(loaded.speed_log.setting, records_of(loaded), task)
+        task = Task(n_prompt=8, n_generated=N_GENERATED)
+        expected_out = forecast(loaded.speed_log.setting, records_of(loaded), task)
+        n_prompts = 3 if cell["cell"] == "chat" and cell["round"] == 0 else 1
+        prompts = [answer(loaded, rng, N_PROMPT, 1).prompt_tps for _ in range(n_prompts)]
+        n_answers = 2 if cell["round"] == 0 else 1
+        speeds = [answer(loaded, rng, 8, N_GENERATED).generation_tps for _ in range(n_answers)]
+        used = used_bytes() - before
+    place, budget = loaded.plan.placement, loaded.plan.memory[0].budget_bytes
+    return {
+        "load_s": round(loaded.load_s, 2),
+        "plan_and_load_s": round(plan_and_load_s, 2),
+        "pinned_bytes": loaded.loaded.n_pinned_bytes,
+        "prompt_tps": max(prompts),
+        "generation_tps": max(speeds),
+        "forecast_prompt_tps": expected_in.prompt_tps,
+        "forecast_generation_tps": expected_out.generation_tps,
+        "basis": expected_out.basis,
+        "used_mib": used // MIB,
+        "budget_mib": budget // MIB,
+        "n_ubatch": place.n_ubatch,
+        "load_mode": place.load_mode,
+        "cpu_layers": len(place.cpu_expert_layers),
+        "cpu_tensors": len(place.cpu_expert_tensors),
+    }
+
+
+def records_of(loaded: LoadedModel) -> Sequence[SpeedRecord]:
+    return loaded.speed_log.store.read(loaded.speed_log.key)
+
+
+def answer(loaded: LoadedModel, rng: random.Random, n_prompt: int, n: int) -> Timings:
+    """The timings of one answer to random tokens; one that ended early is asked again."""
+    n_vocab = loaded.meta.tokenizer.n_vocab
+    for _ in range(20):
+        tokens = tuple(rng.choices(range(300, n_vocab), k=n_prompt))
+        request = Request(tokens, Sampling(temperature=1.0, top_k=0, top_p=1, min_p=0, seed=1), n)
+        last = list(loaded.engine.generate(request))[-1]
+        if last.usage and last.timings and last.usage.completion_tokens == n:
+            loaded.speed_log.add(last)
+            return last.timings
+    raise ValueError("the model kept ending its answers")
+
+
+def memory(cell: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The plan's figure for the GPU, and the driver's with the model loaded and used."""
+    before = used_bytes()
+    with load_local(path, settings_of(cell), workload="chat") as loaded:
+        rng, place = random.Random(0), loaded.plan.placement
+        answer(loaded, rng, min(place.n_ubatch + 8, place.n_ctx - 16), 8)
+        used = used_bytes() - before
+        answer(loaded, rng, place.n_ctx - 100 if place.n_ctx <= 4096 else place.n_ubatch, 8)
+        deep = used_bytes() - before
+    gpus = loaded.plan.memory[:-1]
+    planned = sum(m.total_bytes for m in gpus)
+    budget = sum(m.budget_bytes for m in gpus)
+    in_ram = [t.n_bytes for t in loaded.meta.tensors if is_in_ram(t, place)]
+    return {
+        "planned_mib": planned // MIB,
+        "measured_mib": used // MIB,
+        "growth_mib": (deep - used) // MIB,
+        "budget_mib": budget // MIB,
+        "of_budget": round(used / budget, 4),
+        "smallest_left_mib": min(in_ram, default=0) // MIB,
+        "n_ubatch": place.n_ubatch,
+        "fine": abs(planned - used) <= max(0.01 * planned, 16 * MIB) and used <= budget,
+    }
+
+
+def is_in_ram(tensor: Any, place: Any) -> bool:
+    in_layer = tensor.layer in place.cpu_expert_layers and tensor.role == "experts"
+    return in_layer or tensor.name in place.cpu_expert_tensors
+
+
+def used_bytes() -> int:
+    """Memory in use on all NVIDIA cards, as their driver says."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return sum(int(line) * MIB for line in subprocess.check_output(command, text=True).split())
+
+
+# ---- llama.cpp's own ----
+
+
+def llama_bench(cell: dict[str, Any], path: Path, tools: Path, n_prompt: int) -> dict[str, Any]:
+    command = [str(tools / "llama-bench"), "-m", str(path), "-o", "jsonl", "-r", "1"]
+    command += ["-p", str(n_prompt if cell["cell"] == "fit" else 0), "-n", str(N_GENERATED)]
+    if cell["cell"] == "fit":
+        free = total_mib() - used_bytes() // MIB
+        leave = free - parse_size(cell["budget"]) // MIB + 1024
+        command += ["-fitt", str(leave), "-fitc", str(N_CTX)]
+    else:
+        n_layers = whole_layers(cell, path)
+        command += ["-ngl", str(n_layers)]
+    env = {**engine_environment(), "LD_LIBRARY_PATH": f"{tools}:{library_path()}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows:
+        raise ValueError(f"llama-bench: {done.stderr[-400:]}")
+    found: dict[str, Any] = {"command": " ".join(command[1:])}
+    for row in rows:
+        found["generation_tps" if row["n_gen"] else "prompt_tps"] = row["avg_ts"]
+    found["n_gpu_layers"] = rows[0].get("n_gpu_layers")
+    return found
+
+
+def whole_layers(cell: dict[str, Any], path: Path) -> int:
+    """The most layers, experts and all, that the budget holds by our own exact plan."""
+    meta, settings = read_meta(path), settings_of(cell)
+    lowest, highest = 1, meta.n_layers + 1
+    while lowest < highest:  # some fit, and more and more don't
+        middle = (lowest + highest + 1) // 2
+        wanted = settings.model_copy(
+            update={"n_gpu_layers": middle, "n_cpu_moe": 0, "ubatch_size": 512, "load_mode": "mmap"}
+        )
+        with Planner(wanted) as planner:
+            try:
+                planner.plan_to_load(path, meta)
+                lowest = middle
+            except LocalMoeError:
+                highest = middle - 1
+    return lowest
+
+
+def total_mib() -> int:
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.check_output(command, text=True).split()[0])
+
+
+def library_path() -> str:
+    return engine_environment().get("LD_LIBRARY_PATH", "")
+
+
+# ---- tables ----
+
+
+def summary(results: Results) -> None:
+    for row in results.rows:
+        if row["cell"] == "routing":
+            print(f"{row['file']}: {'even' if row.get('even') else 'UNEVEN'} routing: {row}")
+    print(f"\n{'file':<14}{'budget':>7}  system  prompt/s  x fit   generate/s  x fit  load s")
+    for file, budget in dict.fromkeys(
+        (r["file"], r["budget"]) for r in results.rows if "budget" in r
+    ):
+        speeds = {s: medians(results, s, file, budget) for s in ("fit", "layers", "run", "chat")}
+        for system, found in speeds.items():
+            if found:
+                print(speed_line(file, budget, system, found, speeds["fit"]))
+    memory_rows = [r for r in results.rows if r["cell"] == "memory"]
+    if memory_rows:
+        fine = sum(bool(r.get("fine")) for r in memory_rows)
+        print(f"\nmemory: {fine} of {len(memory_rows)} cells within max(1 %, 16 MiB) and budget")
+    for r in memory_rows:
+        print(json.dumps({k: v for k, v in r.items() if k not in ("cell", "took_s")}))
+
+
+def medians(results: Results, system: str, file: str, budget: str) -> dict[str, float]:
+    rows = [
+        r for r in results.rows
+        if (r["cell"], r["file"], r.get("budget")) == (system, file, budget)
+    ]  # fmt: skip
+    found = {}
+    for name in ("prompt_tps", "generation_tps", "load_s"):
+        values = [r[name] for r in rows if r.get(name)]
+        if values:
+            found[name] = statistics.median(values)
+    return found
+
+
+def speed_line(
+    file: str, budget: str, system: str, found: dict[str, float], fit: dict[str, float]
+) -> str:
+    def pair(name: str) -> str:
+        if name not in found:
+            return f"{'-':>9} {'-':>6}"
+        ratio = f"{found[name] / fit[name]:6.2f}" if fit.get(name) else f"{'-':>6}"
+        return f"{found[name]:>9.1f} {ratio}"
+
+    load = f"{found['load_s']:>7.1f}" if "load_s" in found else ""
+    return (
+        f"{file:<14}{budget:>7}  {system:<7}{pair('prompt_tps')}  {pair('generation_tps')} {load}"
+    )
+
+
+if __name__ == "__main__":
+    main()

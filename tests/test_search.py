@@ -1,0 +1,121 @@
+"""Which candidate is taken for which work."""
+
+from __future__ import annotations
+
+import pytest
+from make_model import SHAPES, make_model
+
+from localmoe.engine.rates import Bandwidths, DeviceRates
+from localmoe.errors import DoesNotFit
+from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.placement.hardware import Gpu, Machine
+from localmoe.placement.measured import NOTHING_MEASURED
+from localmoe.placement.plan import Plan, make_plan
+from localmoe.placement.request import PlanRequest
+from localmoe.placement.search import (
+    JOBS,
+    Open,
+    Speeds,
+    Workload,
+    pinned_bytes,
+    requests_of,
+    search,
+    within,
+)
+
+GIB = 1 << 30
+# an H100 with 16 cores beside it (docs/notes/forecast.md)
+H100 = Bandwidths(
+    (
+        DeviceRates("CPU", 16, 97e9, 2e-6, 2e9, 4e9),
+        DeviceRates("CUDA0", 0, 3.35e12, 3e-6, 1e12, 1e13, 50e9, 7.3e9, 20e-6),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> ModelMeta:
+    path = tmp_path_factory.mktemp("models") / "m.gguf"
+    return read_meta(make_model(path, SHAPES["mixtral-8x7b"], "Q4_K", header_only=True)[0])
+
+
+def machine(vram_gib: int, ram_gib: int = 64) -> Machine:
+    gpus = (Gpu("CUDA0", "a card", vram_gib * GIB, vram_gib * GIB),) if vram_gib else ()
+    return Machine(ram_gib * GIB, ram_gib * GIB, 16, gpus)
+
+
+def searched(
+    meta: ModelMeta,
+    on: Machine,
+    workload: Workload,
+    request: PlanRequest = PlanRequest(),  # noqa: B008
+    is_open: Open = Open(),  # noqa: B008
+) -> Plan:
+    requests = requests_of(request, bool(on.gpus), is_open)
+    names = tuple(gpu.name for gpu in on.gpus)
+    return search(
+        requests,
+        workload,
+        meta,
+        names,
+        Speeds(H100),
+        lambda r: make_plan(on, meta, NOTHING_MEASURED, r),
+    )
+
+
+@pytest.mark.parametrize("vram_gib", [8, 12, 16, 24])
+def test_conversations_get_fast_prompts_and_single_answers_fast_generation(
+    mixtral: ModelMeta, vram_gib: int
+) -> None:
+    run, chat = (searched(mixtral, machine(vram_gib), w) for w in ("run", "chat"))  # type: ignore[arg-type]
+    assert run.forecast
+    assert chat.forecast
+    assert chat.placement.n_ubatch > run.placement.n_ubatch
+    assert chat.placement.load_mode == "pinned"
+    assert pinned_bytes(chat) > 0
+    assert chat.forecast.prompt_tps > 2 * run.forecast.prompt_tps
+    assert run.forecast.generation_tps >= chat.forecast.generation_tps
+    for plan in (run, chat):
+        assert all(memory.total_bytes <= memory.budget_bytes for memory in plan.memory)
+
+
+def test_the_choice_is_told_with_what_was_not_taken(mixtral: ModelMeta) -> None:
+    plan = searched(mixtral, machine(16), "chat")
+    assert plan.reasons[-1].startswith(f"micro-batch {plan.placement.n_ubatch}, experts in RAM pin")
+    assert sum("by forecast" in text for text in plan.rejected) == 7
+
+
+def test_with_everything_on_the_gpu_nothing_is_pinned(mixtral: ModelMeta) -> None:
+    plan = searched(mixtral, machine(48), "chat")
+    assert pinned_bytes(plan) == 0
+    assert plan.placement.cpu_expert_layers == ()
+
+
+def test_what_a_person_fixed_stays(mixtral: ModelMeta) -> None:
+    fixed = PlanRequest(n_ubatch=768, load_mode="mmap")
+    plan = searched(mixtral, machine(16), "chat", fixed, Open(n_ubatch=False, load_mode=False))
+    assert (plan.placement.n_ubatch, plan.placement.load_mode) == (768, "mmap")
+    assert not any("by forecast" in text for text in plan.rejected)
+
+
+def test_without_a_gpu_there_is_one_candidate(mixtral: ModelMeta) -> None:
+    assert list(requests_of(PlanRequest(), False, Open())) == [PlanRequest()]
+    plan = searched(mixtral, machine(0), "chat")
+    assert plan.placement.load_mode == "mmap"
+    assert plan.forecast
+
+
+def test_what_fits_nowhere_is_refused_as_by_a_plan(mixtral: ModelMeta) -> None:
+    with pytest.raises(DoesNotFit) as by_search:
+        searched(mixtral, machine(8, ram_gib=16), "chat")
+    with pytest.raises(DoesNotFit) as by_plan:
+        make_plan(machine(8, 16), mixtral, NOTHING_MEASURED, PlanRequest())
+    assert str(by_search.value) == str(by_plan.value)
+
+
+def test_a_job_is_cut_to_what_the_context_holds() -> None:
+    task = within(JOBS["chat"].task, 1024)
+    assert task.n_prompt + task.n_generated <= 1024
+    whole = JOBS["chat"].task
+    ratio = whole.n_prompt / whole.n_generated
+    assert task.n_prompt / task.n_generated == pytest.approx(ratio, rel=0.05)
