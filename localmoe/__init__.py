@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Delta, LocalMoE, Reply
+    from .api import BatchResult, Delta, LocalMoE, Reply
     from .errors import LocalMoeError
 
 __version__ = "0.1.0"
-__all__ = ["Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
+__all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,19 @@ the list as it is. Every error is a LocalMoeError.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .config import load_settings
+from .engine.client import Engine
 from .engine.protocol import Delta, FinishReason, Timings, Usage
 from .errors import LocalMoeError, UsageError
-from .load import open_model
+from .load import open_model, open_vocabulary
+from .serving.batch import BatchResult, answers
+from .serving.batch_input import Defaults
+from .serving.batch_prompt import Encoder, LastingVocabulary
 from .serving.chat import Answer
 from .serving.prompt import Message, parse_messages
 
@@ -65,11 +70,13 @@ class Reply(dict[str, Any]):
 class LocalMoE:
     """A loaded model. Close it, or use it as a context manager; its process ends with it.
 
-    `model` is `demo` or the path of a GGUF file; `settings` are those of config.Settings, such as
-    `ctx_size=4096` or `n_gpu_layers="all"`.
+    `model` is a name of `localmoe list`, a repository of the Hub, or the path of a GGUF file;
+    `settings` are those of config.Settings, such as `ctx_size=4096` or `n_gpu_layers="all"`, or
+    `parallel=16` to answer batches so many requests at a time.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
+        self._model = model
         self._settings = load_settings(settings)
         self._loaded = open_model(model, self._settings)
 
@@ -87,6 +94,29 @@ class LocalMoE:
         chosen = self._loaded.options(self._with(dict(options)))
         prompt = self._loaded.model.encode(conversation(messages))
         return self._loaded.model.answer(prompt, chosen)
+
+    def batch(
+        self, requests: Iterable[Any], *, share: bool = True, **options: Unpack[Options]
+    ) -> Generator[BatchResult, None, None]:
+        """Answer many requests, each as it finishes; `index` says which one a result is of.
+
+        A request is a prompt, a list of messages, or an object as a line of `localmoe batch` has
+        it. What can't be asked is a result with an error. With `share`, requests that begin alike
+        pay for their beginning once. An engine that dies is started again.
+        """
+        loaded = self._loaded
+        chosen = loaded.options(self._with(dict(options)))
+        vocabulary = LastingVocabulary(lambda: open_vocabulary(loaded.meta.paths[0]))
+        encoder = Encoder(loaded.model.format, vocabulary, loaded.model.n_ctx)
+        defaults = Defaults(chosen, self._settings.system)
+        with closing(vocabulary):
+            yield from answers(requests, encoder, self._living_engine, defaults, share=share)
+
+    def _living_engine(self) -> Engine:
+        """The engine, started again where it died."""
+        if not self._loaded.engine.is_alive:
+            self._loaded = open_model(self._model, self._settings)
+        return self._loaded.engine
 
     def close(self) -> None:
         self._loaded.close()
@@ -120,4 +150,4 @@ def conversation(messages: Sequence[Any]) -> list[Message]:
     ]
 
 
-__all__ = ["Delta", "LocalMoE", "LocalMoeError", "Options", "Reply"]
+__all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Options", "Reply"]

@@ -20,7 +20,8 @@ def moe() -> Iterator[LocalMoE]:
 
 
 def test_the_public_names() -> None:
-    assert localmoe.__all__ == ["Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
+    names = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
+    assert localmoe.__all__ == names
     assert all(getattr(localmoe, name) for name in localmoe.__all__)
     with pytest.raises(AttributeError):
         localmoe.nothing_of_that_name  # noqa: B018
@@ -106,3 +107,25 @@ def test_a_stream_left_early_leaves_the_model_usable(moe: LocalMoE) -> None:
         if chunk.text:
             break
     assert isinstance(moe.chat(HI), Reply)
+
+
+def test_a_batch_gives_each_answer_as_it_finishes() -> None:
+    requests = ["Hi!", [{"role": "user", "content": "Bye!"}], {"prompt": "x", "colour": "red"}]
+    with LocalMoE("demo", parallel=2, ctx_size=256) as moe:
+        results = list(moe.batch(requests, max_tokens=8, temperature=0))
+        alone = moe.chat([{"role": "user", "content": "Hi!"}], max_tokens=8, temperature=0)
+    by_index = {result.index: result for result in results}
+    assert sorted(by_index) == [0, 1, 2]
+    assert by_index[0].text == alone["content"]
+    assert by_index[1].text
+    assert "colour" in by_index[2].error
+
+
+def test_a_batch_outlives_its_engine() -> None:
+    with LocalMoE("demo", parallel=2, ctx_size=256) as moe:
+        results = moe.batch([f"Tell me about {n}." for n in range(8)], max_tokens=8)
+        found = [next(results)]
+        moe._loaded.engine.kill()
+        found += results
+    assert sorted(result.index for result in found) == list(range(8))
+    assert all(not result.error for result in found)

@@ -42,15 +42,15 @@ def small_mixtral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 @pytest.mark.parametrize("command", [c for c in CODE if "localmoe " in c])
-def test_each_localmoe_command_runs(command: str, small_mixtral: None) -> None:
+def test_each_localmoe_command_runs(command: str, small_mixtral: None, tmp_path: Path) -> None:
     """As written, but that a chat has nobody to talk to and ends at once, and Mixtral is small."""
     if " rm " in command or " verify mixtral" in command:
         pull = [sys.executable, "-m", "localmoe", "pull", "mixtral", "-q"]
-        subprocess.run(pull, cwd=ROOT, check=True, timeout=60)
+        subprocess.run(pull, cwd=tmp_path, check=True, timeout=60)
     program = f"{shlex.quote(sys.executable)} -m localmoe "
     shell = re.sub(r"\blocalmoe ", lambda _: program, command, count=1)
     result = subprocess.run(
-        shell, shell=True, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        shell, shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
 

@@ -11,6 +11,7 @@ import click
 from .. import __version__
 from ..errors import LocalMoeError
 from . import render
+from .batch import batch
 from .convert import convert
 from .doctor import doctor
 from .house import pull, rm, verify
@@ -32,7 +33,7 @@ def cli(context: click.Context, debug: bool) -> None:
         render.greeting()
 
 
-COMMANDS = (run, chat, list_models, pull, plan, show, verify, rm, convert, prompt, doctor)
+COMMANDS = (run, chat, batch, list_models, pull, plan, show, verify, rm, convert, prompt, doctor)
 
 for command in COMMANDS:
     cli.add_command(command)
@@ -40,7 +41,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """The entry point. Exits with 0 done, 1 failed, 2 usage, 3 does not fit, 4 not fetched or
-    not verified, 130 interrupted."""
+    not verified, 5 a batch with errors, 130 interrupted."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this; what is written goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

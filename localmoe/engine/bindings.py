@@ -71,7 +71,6 @@ def overheard(lines: list[str]) -> Iterator[None]:
 ggml = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
 ggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
 ggml.ggml_backend_cpu_buffer_type.argtypes = []
-_lib = ggml
 
 
 def system_info() -> str:
@@ -126,6 +125,9 @@ class Model:
         if not handle:
             raise NativeError("llama.cpp could not load the model")
         self.handle = handle
+        self.is_recurrent = bool(
+            C.llama_model_is_recurrent(handle) or C.llama_model_is_hybrid(handle)
+        )
         self.vocab = Vocab(C.llama_model_get_vocab(handle))
 
     def free(self) -> None:
@@ -223,6 +225,7 @@ def _pointer(array: npt.NDArray[Any], c_type: Any) -> Any:
 class Context:
     """The KV cache and the buffers to compute with, for `n_seq` sequences of `n_ctx` tokens each.
 
+    With `n_cells` the cache is unified: all sequences share so many cells.
     Only the last token of each sequence in a batch gives logits, which keeps their buffer small.
     """
 
@@ -232,6 +235,7 @@ class Context:
         *,
         n_ctx: int,
         n_seq: int,
+        n_cells: int | None = None,
         n_batch: int,
         n_ubatch: int,
         n_threads: int,
@@ -239,7 +243,8 @@ class Context:
         flash_attention: str,
     ) -> None:
         params = C.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq
+        params.n_ctx = n_cells or n_ctx * n_seq
+        params.kv_unified = n_cells is not None
         params.n_seq_max = n_seq
         params.n_batch = n_batch
         params.n_ubatch = n_ubatch
@@ -259,6 +264,7 @@ class Context:
         self.handle = handle
         self.memory = C.llama_get_memory(handle)
         self.n_ctx: int = C.llama_n_ctx_seq(handle)
+        self.n_cells: int = C.llama_n_ctx(handle)
 
     def decode(self, batch: Batch, n_tokens: int) -> int:
         """Compute the first `n_tokens` of a batch: DECODE_OK, _NO_ROOM, _ABORTED or an error."""
@@ -281,6 +287,10 @@ class Context:
     def remove(self, sequence: int, start: int) -> bool:
         """Forget a sequence from position `start` on; False where only all of it can be."""
         return bool(C.llama_memory_seq_rm(self.memory, sequence, start, -1))
+
+    def copy(self, source: int, target: int) -> None:
+        """Add all that is held of a sequence to another; bookkeeping only in a unified cache."""
+        C.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
     def first_position(self, sequence: int) -> int:
         """The first position still held of a sequence (-1: nothing); sliding windows move it."""

@@ -50,6 +50,9 @@ class LoadedModel:
         self.context = open_context(self._model, placement)
         # llama.cpp rounds its cells up; what was asked for is what a request may use
         self.n_ctx = min(self.context.n_ctx, placement.n_ctx)
+        self.n_cells = self.context.n_cells
+        # a recurrent state is that of a whole sequence: no beginning can be had of it
+        self.can_share = not self._model.is_recurrent
         self.batch = bindings.Batch(placement.n_ubatch)
 
     @property
@@ -89,6 +92,14 @@ class LoadedModel:
         self.context.remove(sequence, 0)
         return 0
 
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold what another does, and nothing else; `keep` tells what it got.
+
+        With a unified cache both have the same cells then; else llama.cpp copies a whole stream.
+        """
+        self.context.remove(target, 0)
+        self.context.copy(source, target)
+
     def free(self) -> None:
         with suppress(AttributeError):
             self.context.free()
@@ -122,6 +133,7 @@ def open_context(model: bindings.Model, placement: Placement) -> bindings.Contex
         model,
         n_ctx=placement.n_ctx,
         n_seq=placement.n_seq,
+        n_cells=placement.n_ctx_total if placement.kv_unified else None,
         n_batch=max(placement.n_batch, placement.n_ubatch),
         n_ubatch=placement.n_ubatch,
         n_threads=placement.n_threads,

@@ -1,21 +1,22 @@
 """Requests and the sequences that answer them: what goes into the next batch, what comes out.
 
-`Scheduler.step()` is the whole loop. A sequence keeps what the cache holds of it when its request
-is done, so that the next request that begins alike goes on from there.
+`Scheduler.step()` is the whole loop. Requests that begin alike compute their common part once:
+the first of them does, the others wait for it and copy it. A sequence keeps what the cache holds of
+it when its request is done, so that later requests can go on from there.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .bindings import NativeError
 from .model import LoadedModel
+from .places import Places
 from .protocol import Delta, Failed, FinishReason, Request, Timings, Usage
 from .sampling import GrammarDeadEnd, Sampler
 from .text import TextStream
+from .waiting import WORTH_SHARING, Queue, Waiting, common_prefix
 
 
 class RequestRefused(Exception):
@@ -44,6 +45,8 @@ class Run:
     n_done: int
     arrived: float
     started: float
+    # requests that begin alike, each with how many tokens: they wait until those are computed
+    followers: list[tuple[int, Waiting]] = field(default_factory=list)
     n_drawn: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -68,32 +71,31 @@ class Scheduler:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
-        self._waiting: deque[tuple[int, Request, float]] = deque()
+        self._queue = Queue()
         self._running: dict[int, Run] = {}
-        # sequences that nothing runs in, with the tokens that the cache still holds of them
-        self._free: dict[int, list[int]] = {n: [] for n in range(model.placement.n_seq)}
+        self._places = Places(model)
+        self._lacks_room = False  # until a run ends
+        self._is_prompts_turn = False
         self._eog = frozenset(model.facts().eog)
         self._computing_prompt_of: int | None = None
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._queue and not self._running
 
     def add(self, id: int, request: Request) -> None:
         """Queue a request. Raises RequestRefused where it could never be answered."""
         self._check(request)
-        self._waiting.append((id, request, time.perf_counter()))
+        self._queue.add(Waiting(id, request, time.perf_counter()))
 
     def cancel(self, id: int, *, only_waiting: bool = False) -> list[Delta]:
         """End a request; gives its last delta, or nothing where it has ended already.
 
         With `only_waiting`, one that is being computed goes on.
         """
-        for entry in self._waiting:
-            if entry[0] == id:
-                self._waiting.remove(entry)
-                usage, timings = Usage(len(entry[1].tokens), 0, 0), Timings(0.0, 0.0, 0.0)
-                return [Delta(id, finish_reason="cancelled", usage=usage, timings=timings)]
+        if waiting := self._queue.remove(id) or self._take_follower(id):
+            usage, timings = Usage(len(waiting.request.tokens), 0, 0), Timings(0.0, 0.0, 0.0)
+            return [Delta(id, finish_reason="cancelled", usage=usage, timings=timings)]
         run = None if only_waiting else self._running.get(id)
         return [self._finish(run, "cancelled")] if run else []
 
@@ -148,25 +150,64 @@ class Scheduler:
             raise RequestRefused("The grammar is empty.", "It needs a rule named root.")
 
     def _admit(self) -> list[Failed]:
-        refused = []
-        while self._waiting and self._free:
-            id, request, arrived = self._waiting.popleft()
-            try:
-                sampler = Sampler(self._model.vocab, request.sampling, request.tokens)
-            except NativeError as error:
-                refused.append(Failed(id, str(error)))
-                continue
-            self._running[id] = self._start(id, request, arrived, sampler)
+        """Start waiting requests while there is room, but for those that wait for a beginning."""
+        refused: list[Failed] = []
+        n_following = self._let_followers_go()
+        while self._queue and len(self._places.free) > n_following and not self._lacks_room:
+            waiting = self._queue.pop()
+            if leader := self._leader_of(waiting):
+                leader[1].followers.append((leader[0], waiting))
+                n_following += 1
+            elif failed := self._start(waiting):
+                refused.append(failed)
         return refused
 
-    def _start(self, id: int, request: Request, arrived: float, sampler: Sampler) -> Run:
-        sequence, n_shared = self._closest(request.tokens) if request.share else (self._any(), 0)
-        del self._free[sequence]
-        # the last token of a prompt is always computed: its logits are what is wanted
-        n_kept = self._model.keep(sequence, min(n_shared, len(request.tokens) - 1))
+    def _let_followers_go(self) -> int:
+        """Queue those again whose beginning is computed; gives how many still wait for theirs."""
+        n_following = 0
+        for run in self._running.values():
+            for n_shared, waiting in run.followers:
+                if n_shared <= run.n_done:
+                    self._queue.add(waiting)
+            run.followers = [f for f in run.followers if f[0] > run.n_done]
+            n_following += len(run.followers)
+        return n_following
+
+    def _leader_of(self, waiting: Waiting) -> tuple[int, Run] | None:
+        """The run that is about to compute how this request begins, and how much of it."""
+        if not (waiting.request.share and self._model.can_share):
+            return None
+        tokens = waiting.request.tokens
+        n_most, leader, n_computed = 0, None, 0
+        for run in self._running.values():
+            n = min(common_prefix(run.tokens, tokens), len(tokens) - 1)
+            n_computed = max(n_computed, min(n, run.n_done))
+            if n > n_most:
+                n_most, leader = n, run
+        for held in self._places.free.values():
+            n_computed = max(n_computed, common_prefix(held, tokens))
+        is_worth_it = n_most - n_computed >= WORTH_SHARING
+        return (n_most, leader) if leader and is_worth_it else None
+
+    def _start(self, waiting: Waiting) -> Failed | None:
+        """Give a request a place, or put it back where there is no room; says why it can't run."""
+        request, n_prompt = waiting.request, len(waiting.request.tokens)
+        n_most = min(self._model.n_ctx, n_prompt + (request.max_tokens or self._model.n_ctx))
+        computed = {run.sequence: run.tokens[: run.n_done] for run in self._running.values()}
+        try:
+            sampler = Sampler(self._model.vocab, request.sampling, request.tokens)
+        except NativeError as error:
+            return Failed(waiting.id, str(error))
+        place = self._places.take(request.tokens, n_most, computed, share=request.share)
+        if place is None:
+            sampler.free()
+            self._queue.add(waiting)
+            self._lacks_room = True
+            return None
+        sequence, n_kept = place
         skip_space = request.starts_text and self._model.vocab.is_spm
-        return Run(
-            id=id,
+        self._running[waiting.id] = Run(
+            id=waiting.id,
             request=request,
             sequence=sequence,
             sampler=sampler,
@@ -174,27 +215,50 @@ class Scheduler:
             tokens=list(request.tokens),
             n_cached=n_kept,
             n_done=n_kept,
-            arrived=arrived,
+            arrived=waiting.arrived,
             started=time.perf_counter(),
         )
+        return None
 
-    def _closest(self, tokens: Seq[int]) -> tuple[int, int]:
-        """The free sequence that holds most of how these tokens begin, and how many it holds."""
-        shared = {n: common_prefix(held, tokens) for n, held in self._free.items()}
-        best = max(shared, key=lambda n: (shared[n], -len(self._free[n])))
-        return best, shared[best]
-
-    def _any(self) -> int:
-        return next(iter(self._free))
+    def _take_follower(self, id: int) -> Waiting | None:
+        for run in self._running.values():
+            for follower in run.followers:
+                if follower[1].id == id:
+                    run.followers.remove(follower)
+                    return follower[1]
+        return None
 
     # ---- computing ----
 
     def _fill_batch(self) -> list[tuple[Run, int]]:
-        """Lay the batch: a token of each generating sequence, then prompts; who got how many."""
+        """Lay the batch: a token of each generating sequence, then prompts; who got how many.
+
+        Where sequences have streams of their own llama.cpp would compute the two apart, and prompts
+        token by token as far as there are generating sequences beside: then they take turns.
+        """
+        generating = [run for run in self._running.values() if run.n_sampled]
+        prompts = [run for run in self._running.values() if not run.n_sampled]
+        if generating and prompts and not self._model.placement.kv_unified:
+            self._is_prompts_turn = not self._is_prompts_turn
+            generating, prompts = ([], prompts) if self._is_prompts_turn else (generating, [])
+        parts = self._lay_generating(generating)
+        return parts + self._lay_prompts(prompts, len(parts))
+
+    def _lay_generating(self, runs: list[Run]) -> list[tuple[Run, int]]:
+        batch, n = self._model.batch, min(len(runs), self._model.placement.n_ubatch)
+        # in order, as only streams next to each other are computed together
+        runs = sorted(runs, key=lambda run: run.sequence)[:n]
+        batch.tokens[:n] = [run.tokens[-1] for run in runs]
+        batch.positions[:n] = [run.n_done for run in runs]
+        batch.sequences[:n] = [run.sequence for run in runs]
+        batch.wants_logits[:n] = 1
+        return [(run, 1) for run in runs]
+
+    def _lay_prompts(self, runs: list[Run], at: int) -> list[tuple[Run, int]]:
+        """As much of prompts as the micro-batch holds, from its place `at` on."""
         batch, room = self._model.batch, self._model.placement.n_ubatch
         parts: list[tuple[Run, int]] = []
-        at = 0
-        for run in sorted(self._running.values(), key=lambda run: run.n_sampled == 0):
+        for run in runs:
             n = min(run.n_waiting, room - at)
             if n == 0:
                 break
@@ -271,7 +335,10 @@ class Scheduler:
     def _release(self, run: Run) -> None:
         run.sampler.free()
         del self._running[run.id]
-        self._free[run.sequence] = run.tokens[: run.n_done]
+        self._places.give_back(run.sequence, run.tokens[: run.n_done])
+        self._lacks_room = False
+        for _, waiting in run.followers:
+            self._queue.add(waiting)
 
 
 def timings_of(run: Run) -> Timings:
@@ -285,11 +352,3 @@ def timings_of(run: Run) -> Timings:
         prompt_tps=n_computed / prompt_s if prompt_s > 0 else 0.0,
         generation_tps=n_after_first / generation_s if generation_s > 0 else 0.0,
     )
-
-
-def common_prefix(a: Seq[int], b: Seq[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    n = min(len(a), len(b))
-    if tuple(a[:n]) == tuple(b[:n]):
-        return n
-    return next(i for i in range(n) if a[i] != b[i])

@@ -1,0 +1,354 @@
+"""`batch`: a file of requests, answered into a file that a crash can't harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from ..errors import UsageError
+from . import render
+from .batch_files import Files, Interrupts, check_files, opened_input
+from .options import json_option, load_options, sampling_options, settings_of, verbosity_options
+from .watching import watching
+
+if TYPE_CHECKING:
+    from ..config import Settings
+    from ..engine.client import Engine
+    from ..load import LoadedModel
+    from ..obtain import Finder, Found, Watch
+    from ..placement.crowd import Crowd
+    from ..serving.asking import Stop
+    from ..serving.backlog import Backlog
+    from ..serving.batch import Checked, Progress, Recovered
+    from ..serving.batch_input import Defaults
+    from ..serving.batch_output import FileOutput, StreamOutput
+    from ..serving.batch_prompt import Encoder, Side
+    from ..serving.manifest import Manifest
+
+EXIT_ITEM_ERRORS = 5
+EXIT_INTERRUPTED = 130
+GO_ON = "Run the same command again to go on."
+# what decides over answers; the rest is where and how fast
+ANSWER_SETTINGS = (
+    "system", "ctx_size", "kv_type", "max_tokens", "temperature", "top_k", "top_p", "min_p",
+    "repeat_penalty", "seed", "stop", "json_schema", "grammar",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-i",
+    "--input",
+    "input_",
+    default="-",
+    metavar="FILE",
+    help="Requests; - is stdin, the default.",
+)
+@click.option(
+    "-o", "--output", default="-", metavar="FILE", help="Answers; - is stdout, the default."
+)
+@click.option("--errors", type=click.Path(path_type=Path), help="Errors in a file of their own.")
+@click.option("--ordered", is_flag=True, help="At the end, sort the answers as the input is.")
+@click.option("--truncate", type=click.Choice(["head", "tail", "middle"]),
+              help="Where to cut prompts that are too long; else they are refused.")  # fmt: skip
+@click.option("--retry-errors", is_flag=True, help="Ask again what failed in an earlier run.")
+@click.option("--resume-anyway", is_flag=True, help="Go on although input or settings changed.")
+@click.option("--parallel", default="auto", metavar="auto|N", help="Requests computed at once.")
+@click.option("--no-share", is_flag=True, help="Compute each prompt whole, as if it were alone.")
+@load_options
+@sampling_options
+@json_option
+@verbosity_options
+def batch(
+    model: str,
+    input_: str,
+    output: str,
+    errors: Path | None,
+    ordered: bool,
+    truncate: Side | None,
+    retry_errors: bool,
+    resume_anyway: bool,
+    parallel: str,
+    no_share: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Answer a file of requests, one a line. The same command goes on where a run stopped.
+
+    A line is an OpenAI batch line, {"prompt": ...}, {"messages": [...]}, or plain text.
+    """
+    files = Files(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
+    check_files(files, as_json)
+    settings = settings_of(options)
+    company = Company(n_wanted(parallel), share=not no_share)
+    with watching(model, quiet, verbose) as watch:
+        return BatchCommand(model, files, settings, watch, company, quiet=quiet)(as_json)
+
+
+def n_wanted(given: str) -> int | None:
+    """The number of --parallel, None for `auto`. Raises UsageError on anything else."""
+    if given == "auto":
+        return None
+    if not (given.isdecimal() and 1 <= int(given) <= 256):
+        raise UsageError(f"--parallel is {given}.", "It is auto, or a number of 1 to 256.")
+    return int(given)
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """How many requests are wanted at once (None leaves it open), and whether they share work."""
+
+    n_at_once: int | None
+    share: bool
+
+
+class BatchCommand:
+    """One run of the command, step by step: check, ask, tell."""
+
+    def __init__(
+        self,
+        model: str,
+        files: Files,
+        settings: Settings,
+        watch: Watch,
+        company: Company,
+        *,
+        quiet: bool,
+    ) -> None:
+        from ..serving.asking import Stop
+
+        self._model = model
+        self._files = files
+        self._settings = settings
+        self._watch = watch
+        self._company = company
+        self._crowd: Crowd | None = None
+        self._quiet = quiet
+        self._stack = ExitStack()
+        self._checking = ExitStack()  # what is needed no longer once a model is loaded
+        self._stop = Stop()
+        self._interrupts = Interrupts(self._stop)
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self, as_json: bool) -> int:
+        """Run it; gives the exit code. Raises LocalMoeError."""
+        try:
+            with self._interrupts, self._stack:
+                return self._run(as_json)
+        except KeyboardInterrupt:
+            return self._interrupted()
+        finally:
+            if self._loaded is not None:
+                self._loaded.engine.kill()
+
+    def _run(self, as_json: bool) -> int:
+        from ..serving.backlog import Backlog
+        from ..serving.batch import Progress
+        from ..serving.batch_output import FileOutput
+        from .batch_view import summary, summary_lines
+
+        output = self._output
+        backlog = self._stack.enter_context(Backlog())
+        recovered, checked = self._check(output, backlog)
+        progress = self._ask(output, backlog) if checked.n_to_ask else Progress(0)
+        n_errors = checked.n_bad + progress.n_failed + (recovered.n_failed if recovered else 0)
+        if self._files.ordered and isinstance(output, FileOutput) and not self._stop.wanted:
+            output.put_in_order(backlog)
+        if as_json:
+            render.document(summary(checked, progress, n_errors, self._stop.wanted))
+        for line in summary_lines(progress, n_errors):
+            self._note(line)
+        if self._stop.wanted:
+            return self._interrupted()
+        return EXIT_ITEM_ERRORS if n_errors else 0
+
+    def _interrupted(self) -> int:
+        self._note(f"Stopped. {GO_ON}" if self._files.is_file else "Stopped.")
+        return EXIT_INTERRUPTED
+
+    def _note(self, text: str) -> None:
+        if not self._quiet:
+            render.note(text)
+
+    # ---- the check ----
+
+    def _check(
+        self, output: FileOutput | StreamOutput, backlog: Backlog
+    ) -> tuple[Recovered | None, Checked]:
+        """Look at what was answered before, and at every line of the input."""
+        from ..serving.batch import check_input, drop_superseded, recover
+        from ..serving.batch_input import form_of
+        from ..serving.batch_output import FileOutput
+        from .batch_view import check_line
+
+        recovered = None
+        if isinstance(output, FileOutput):
+            recovered = recover(output, backlog, retry_errors=self._files.retry_errors)
+        form = form_of(self._input_name, self._input)
+        with self._checking:
+            checked = check_input(
+                self._input, form, self._defaults, lambda: self._encoder, backlog, output
+            )
+        if isinstance(output, FileOutput) and output.changes:
+            drop_superseded(output, backlog)
+        self._note(check_line(checked, recovered))
+        return recovered, checked
+
+    @cached_property
+    def _input(self) -> BinaryIO:
+        return self._stack.enter_context(opened_input(self._files.input))
+
+    @property
+    def _input_name(self) -> str:
+        return "stdin" if self._files.input == "-" else self._files.input
+
+    @cached_property
+    def _output(self) -> FileOutput | StreamOutput:
+        from ..serving.batch_output import FileOutput, StreamOutput
+
+        if not self._files.is_file:
+            return StreamOutput(render.answer_text)
+        output = FileOutput(
+            Path(self._files.output),
+            self._manifest(),
+            errors=self._files.errors,
+            resume_anyway=self._files.resume_anyway,
+        )
+        return self._stack.enter_context(output)
+
+    def _manifest(self) -> Manifest:
+        from ..serving.manifest import Manifest, input_file
+
+        said = self._settings.model_dump(mode="json", include=set(ANSWER_SETTINGS))
+        settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
+            "truncate": self._files.truncate,
+            "errors": self._files.errors and self._files.errors.name,
+        }
+        source = input_file(self._input_name, self._input)
+        return Manifest(source, model_identity(self._found), settings)
+
+    @cached_property
+    def _defaults(self) -> Defaults:
+        from ..load import answer_options
+        from ..serving.batch_input import Defaults
+
+        found = self._found
+        options = answer_options(found.meta, self._settings, found.spec)
+        return Defaults(options, self._settings.system)
+
+    @cached_property
+    def _n_ctx(self) -> int:
+        """The most tokens that a request may have, its answer included."""
+        meta = self._found.meta
+        return self._finder.planner.plan_to_load(meta.paths[0], meta).placement.n_ctx
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
+        from ..config import engine_environment
+        from ..engine.rendering import Renderer
+        from ..load import format_of, open_vocabulary
+        from ..serving.batch_prompt import Encoder, LastingVocabulary, with_renderer
+
+        env, meta = engine_environment(), self._found.meta
+        n_ctx = self._n_ctx
+        vocabulary = LastingVocabulary(lambda: open_vocabulary(meta.paths[0]))
+        renderer = Renderer(env)
+        self._checking.callback(vocabulary.close)
+        self._checking.callback(renderer.close)
+        format = with_renderer(format_of(meta), renderer)
+        return Encoder(format, vocabulary, n_ctx, self._files.truncate)
+
+    # ---- the model ----
+
+    @cached_property
+    def _finder(self) -> Finder:
+        from ..obtain import Finder
+
+        return self._stack.enter_context(Finder(self._settings, self._watch, "batch"))
+
+    @cached_property
+    def _found(self) -> Found:
+        return self._finder.find(self._model)
+
+    @cached_property
+    def _fetched(self) -> Found:
+        try:
+            return self._finder.fetch(self._found)
+        finally:
+            self._finder.close()  # its engine would hold memory beside the model's
+
+    def _engine(self) -> Engine:
+        """An engine with the model loaded; another call ends the one before."""
+        from ..load import load_found
+
+        self._interrupts.is_asking = False  # while a model loads, nothing is lost by a Ctrl-C
+        if self._loaded is not None:
+            self._loaded.engine.kill()
+            if self._watch.warning:
+                self._watch.warning("The engine died; it is started again.")
+        self._loaded = load_found(self._fetched, self._settings, self._watch, "batch", self._crowd)
+        self._interrupts.is_asking = True
+        return self._loaded.engine
+
+    def _ask(self, output: FileOutput | StreamOutput, backlog: Backlog) -> Progress:
+        """Ask all that there is to ask, with a line on how far it is."""
+        from ..load import format_of, title
+        from ..serving.batch import RunOptions, run_batch
+        from .batch_files import crowd_of
+
+        meta = self._fetched.meta
+        options = RunOptions(title(meta), format_of(meta).answers_start_text, self._company.share)
+        self._crowd = crowd_of(backlog, self._n_ctx, self._company.n_at_once, self._company.share)
+        told = Told(self._stop, render.StatusLine(self._quiet), self._note)
+        try:
+            return run_batch(backlog, output, self._engine, options, self._stop, told)
+        finally:
+            self._interrupts.is_asking = False
+            told.line.done()
+
+
+class Told:
+    """Tells how far a batch is, and once that it is about to stop."""
+
+    def __init__(self, stop: Stop, line: render.StatusLine, note: Callable[[str], None]) -> None:
+        from .batch_view import Pace
+
+        self.line = line
+        self._stop = stop
+        self._note = line.around(note)
+        self._pace = Pace()
+        self._said_stop = False
+
+    def __call__(self, progress: Progress) -> None:
+        from .batch_view import progress_line
+
+        if self._stop.wanted and not self._said_stop:
+            self._said_stop = True
+            self._note("Stopping: finishing what is being computed; again to drop it.")
+        tps = self._pace(progress.seconds, progress.completion_tokens)
+        self.line.show(progress_line(progress, tps), takes_minutes=True)
+
+
+def model_identity(found: Found) -> dict[str, Any]:
+    """What tells a model from every other: its file's hash where it is known, else its date."""
+    from ..models.cache_layout import expected_sha256
+
+    paths = found.meta.paths
+    hashes = [file.sha256 for file in found.files] or [expected_sha256(path) for path in paths]
+    identity: dict[str, Any] = {
+        "model file": paths[0].name if found.is_here else found.files[0].base_name,
+        "model bytes": found.n_bytes,
+    }
+    if all(hashes):
+        return {**identity, "model sha256": hashes}
+    return {**identity, "model modified": [path.stat().st_mtime_ns for path in paths]}

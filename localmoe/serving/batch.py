@@ -1,0 +1,339 @@
+"""Batches: the lines of a file checked, asked, and answered into an output that survives anything.
+
+    with FileOutput(path, manifest) as output, Backlog() as backlog:
+        recover(output, backlog)
+        check_input(stream, form, defaults, encoder_of, backlog, output)
+        run_batch(backlog, output, engine_of, options, Stop())
+
+For a Python program that has its requests in a list there is `answers`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from ..engine.protocol import FinishReason, Request, Timings, Usage
+from .asking import Asking, BatchEngine, Outcome, Stop
+from .backlog import Ask, Backlog
+from .batch_body import ItemError, shown
+from .batch_input import (
+    BatchRequest,
+    Defaults,
+    Form,
+    is_blank,
+    request_of,
+    request_of_line,
+)
+from .batch_output import FileOutput, Output, Reply, answer_reply, error_reply
+from .batch_prompt import Encoder
+from .journal import Record
+from .lines import Line, digest, read_lines
+
+GROUP = 256
+
+
+@dataclass(slots=True)
+class Checked:
+    """What a check found: lines that ask something, and what became of them.
+
+    `n_done` were answered or had failed in an earlier run; `n_bad` can't be asked.
+    """
+
+    n_lines: int = 0
+    n_done: int = 0
+    n_bad: int = 0
+    n_to_ask: int = 0
+    n_truncated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the asking is. Counts are of this run; tokens are those of answered requests."""
+
+    n_total: int
+    n_answered: int = 0
+    n_failed: int = 0
+    n_deaths: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def n_ended(self) -> int:
+        return self.n_answered + self.n_failed
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What an output held: requests answered and failed before, and bytes cut off a torn end."""
+
+    n_answered: int
+    n_failed: int
+    n_cut_bytes: int
+
+
+def recover(output: FileOutput, backlog: Backlog, *, retry_errors: bool = False) -> Recovered:
+    """Note what was answered before. With `retry_errors` what failed is taken out, to be asked
+    again. Raises LocalMoeError where the output is damaged before its end.
+    """
+    n_answered = n_failed = 0
+
+    def note(record: Record) -> None:
+        nonlocal n_answered, n_failed
+        if record.is_error:
+            n_failed += 1
+        else:
+            n_answered += 1
+        if not (record.is_error and retry_errors):
+            backlog.mark_done(record.key)
+
+    n_cut_bytes = output.recover(note)
+    if n_failed and retry_errors:
+        output.drop(lambda record: not record.is_error)
+        n_failed = 0
+    return Recovered(n_answered, n_failed, n_cut_bytes)
+
+
+def drop_superseded(output: FileOutput, backlog: Backlog) -> None:
+    """Take out answers to requests that are asked differently now; to be called after the check.
+
+    Answers to requests that are not in the input any more stay.
+    """
+
+    def is_wanted(record: Record) -> bool:
+        return backlog.line_of(record.key) is not None or not backlog.is_named(record.name)
+
+    output.drop(is_wanted)
+
+
+# ---- the check -----------------------------------------------------------------------------------
+
+
+def check_input(
+    stream: BinaryIO,
+    form: Form,
+    defaults: Defaults,
+    encoder_of: Callable[[], Encoder],
+    backlog: Backlog,
+    output: Output,
+) -> Checked:
+    """Read the whole input: what can be asked goes into the backlog in tokens, what can't be asked
+    into the output as an error, what was answered before nowhere.
+
+    `encoder_of` is called once something has to be encoded.
+    """
+    checked = Checked()
+    bad: list[Reply] = []
+    for line in read_lines(stream):
+        if is_blank(line):
+            continue
+        checked.n_lines += 1
+        reply = _check_line(line, form, defaults, encoder_of, backlog, checked)
+        if reply is not None:
+            bad.append(reply)
+        if len(bad) >= GROUP:
+            output.write(bad)
+            bad.clear()
+    if bad:
+        output.write(bad)
+    return checked
+
+
+def _check_line(
+    line: Line,
+    form: Form,
+    defaults: Defaults,
+    encoder_of: Callable[[], Encoder],
+    backlog: Backlog,
+    checked: Checked,
+) -> Reply | None:
+    """Put a line where it belongs; gives its error where it can't be asked."""
+    key, name = None, line_name(line.number)
+    try:
+        request = request_of_line(line, form, defaults)
+        name = request.custom_id or name
+        _take_name(name, request.custom_id, line, backlog)
+        key = digest(b"named", name.encode(), line.digest)
+        backlog.take_key(key, line.number)
+        if backlog.is_done(key):
+            checked.n_done += 1
+            return None
+        tokens, n_cut = encoder_of().encode(request)
+    except ItemError as error:
+        if key is None:
+            name = error.custom_id or name
+            key = digest(b"line", b"%d" % line.number, line.digest)
+            backlog.take_key(key, line.number)
+        if backlog.is_done(key):
+            checked.n_done += 1
+            return None
+        checked.n_bad += 1
+        return error_reply(key, name, line.number, error)
+    backlog.add(Ask(line.number, name, key, request.is_chat, tokens, request.options, n_cut))
+    checked.n_to_ask += 1
+    checked.n_truncated += n_cut > 0
+    return None
+
+
+def _take_name(name: str, custom_id: str | None, line: Line, backlog: Backlog) -> None:
+    taken = backlog.take_name(name, line.number)
+    if taken != line.number:
+        message = f"The custom_id {shown(name)} is that of line {taken} already."
+        raise ItemError("duplicate_custom_id", message, custom_id)
+
+
+def line_name(number: int) -> str:
+    """What a request is called that has no custom_id."""
+    return f"line-{number}"
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """`model` is what answers name as theirs. With `share`, requests that begin alike share work.
+
+    `answers_start_text` is that of the model's prompt format.
+    """
+
+    model: str
+    answers_start_text: bool = False
+    share: bool = True
+
+
+def run_batch(
+    backlog: Backlog,
+    output: Output,
+    engine_of: Callable[[], BatchEngine],
+    options: RunOptions,
+    stop: Stop,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Ask all that the backlog holds and write what comes; what is counted is on disk.
+
+    Raises LocalMoeError where the output can't be written or no engine lives; what was written is
+    safe, and another run goes on from there.
+    """
+    asked = ((ask, engine_request(ask, options)) for ask in backlog.asks())
+    asking = Asking(asked, engine_of, stop)
+    progress = Progress(backlog.n_asks)
+    started = time.monotonic()
+    for outcomes in asking.outcomes():
+        if outcomes:
+            output.write([reply_of(outcome, options.model) for outcome in outcomes])
+        progress = advanced(progress, outcomes)
+        seconds = time.monotonic() - started
+        progress = replace(progress, n_deaths=asking.n_deaths, seconds=seconds)
+        if on_progress:
+            on_progress(progress)
+    return progress
+
+
+def engine_request(ask: Ask, options: RunOptions) -> Request:
+    return Request(
+        tokens=ask.tokens,
+        sampling=ask.options.sampling,
+        max_tokens=ask.options.max_tokens,
+        stop=ask.options.stop,
+        starts_text=ask.chat and options.answers_start_text,
+        stream=False,
+        share=options.share,
+    )
+
+
+def reply_of(outcome: Outcome[Ask], model: str) -> Reply:
+    ask = outcome.key
+    if outcome.answer is not None:
+        return answer_reply(ask, outcome.answer, model)
+    error = ItemError(outcome.code, outcome.message)
+    return error_reply(ask.key, ask.name, ask.line, error)
+
+
+def advanced(progress: Progress, outcomes: Iterable[Outcome[Ask]]) -> Progress:
+    """The progress with some more outcomes in it."""
+    used = [outcome.answer.usage for outcome in outcomes if outcome.answer is not None]
+    usages = [usage for usage in used if usage is not None]
+    return replace(
+        progress,
+        n_answered=progress.n_answered + len(usages),
+        n_failed=progress.n_failed + sum(outcome.answer is None for outcome in outcomes),
+        prompt_tokens=progress.prompt_tokens + sum(u.prompt_tokens for u in usages),
+        cached_tokens=progress.cached_tokens + sum(u.cached_tokens for u in usages),
+        completion_tokens=progress.completion_tokens + sum(u.completion_tokens for u in usages),
+    )
+
+
+# ---- for programs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """An answer to the request of this `index`, or in `error` a sentence on why there is none."""
+
+    index: int
+    custom_id: str | None
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: str = ""
+
+
+def answers(
+    requests: Iterable[object],
+    encoder: Encoder,
+    engine_of: Callable[[], BatchEngine],
+    defaults: Defaults,
+    *,
+    share: bool = True,
+) -> Iterator[BatchResult]:
+    """Results as they finish. A request is a prompt, a list of messages, or a line's object.
+
+    One that can't be asked is a result with an error. `encoder` must not depend on an engine that
+    may die; `engine_of` is called again when one has. Raises EngineError where none lives.
+    """
+    refused: list[BatchResult] = []
+    options = RunOptions("", encoder.format.answers_start_text, share)
+
+    def asked() -> Iterator[tuple[tuple[int, str | None], Request]]:
+        for index, value in enumerate(requests):
+            try:
+                request = request_of(as_line(value), defaults)
+                ask = ask_of(index, request, encoder)
+            except ItemError as error:
+                refused.append(BatchResult(index, error.custom_id, error=error.message))
+            else:
+                yield (index, request.custom_id), engine_request(ask, options)
+
+    for outcomes in Asking(asked(), engine_of).outcomes():
+        yield from [refused.pop(0) for _ in range(len(refused))]
+        yield from map(result_of, outcomes)
+    yield from refused
+
+
+def ask_of(index: int, request: BatchRequest, encoder: Encoder) -> Ask:
+    tokens, n_cut = encoder.encode(request)
+    return Ask(index, "", b"", request.is_chat, tokens, request.options, n_cut)
+
+
+def as_line(value: object) -> object:
+    """A request of a program in the form of a line."""
+    if isinstance(value, str):
+        return {"prompt": value}
+    return {"messages": value} if isinstance(value, (list, tuple)) else value
+
+
+def result_of(outcome: Outcome[tuple[int, str | None]]) -> BatchResult:
+    index, custom_id = outcome.key
+    last = outcome.answer
+    if last is None:
+        return BatchResult(index, custom_id, error=outcome.message)
+    return BatchResult(
+        index, custom_id, last.text, last.tokens, last.finish_reason, last.usage, last.timings
+    )

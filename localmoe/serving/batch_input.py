@@ -1,0 +1,214 @@
+"""The input of a batch: which form a file has, and what each of its lines asks.
+
+A file holds OpenAI batch lines (`custom_id`, `method`, `url`, `body`), plain ones
+(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them if wanted), or one prompt a
+line as text. A line that can't be asked is an ItemError of its own, whatever is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, BinaryIO, Literal
+
+from ..errors import PromptError, UsageError
+from .batch_body import ItemError, answer_options, check_text, shown
+from .chat import AnswerOptions
+from .lines import MAX_LINE_BYTES, Line, read_lines
+from .messages import Message, parse_messages
+
+Form = Literal["json", "text"]
+BOM = b"\xef\xbb\xbf"
+MAX_ID_CHARS = 512
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+ENVELOPE = ("custom_id", "method", "url", "body")
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds for every request that doesn't say otherwise."""
+
+    options: AnswerOptions = AnswerOptions()
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """What is asked: a conversation, or with no messages, a text to be continued as it stands."""
+
+    custom_id: str | None
+    messages: tuple[Message, ...]
+    text: str
+    options: AnswerOptions
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.messages)
+
+
+def form_of(name: str, stream: BinaryIO) -> Form:
+    """The form of a file, by its name or by its first line that isn't blank; it is rewound.
+
+    Raises UsageError on a JSON list, which is one value and not lines.
+    """
+    first = next((line.raw for line in read_lines(stream) if not is_blank(line)), None) or b""
+    stream.seek(0)
+    first = first.removeprefix(BOM).lstrip()
+    suffix = PurePath(name).suffix.lower()
+    if suffix == ".txt":
+        return "text"
+    if suffix in (".json", ".jsonl", ".ndjson") or first.startswith(b"{"):
+        if first.startswith(b"["):
+            raise UsageError(
+                f"{name} holds a JSON list; a batch wants one object a line.",
+                f"Try: jq -c '.[]' {name} > lines.jsonl",
+            )
+        return "json"
+    return "text"
+
+
+def is_blank(line: Line) -> bool:
+    return line.raw is not None and not line.raw.strip()
+
+
+def request_of_line(line: Line, form: Form, defaults: Defaults) -> BatchRequest:
+    """What a line asks. Raises ItemError, with the line's custom_id where it could be read."""
+    text = text_of(line)
+    if form == "text":
+        return request_of({"prompt": text}, defaults)
+    return request_of(json_of(text), defaults)
+
+
+def text_of(line: Line) -> str:
+    """A line as text; a byte order mark is allowed where a file begins. Raises ItemError."""
+    raw = line.raw
+    if raw is None:
+        raise ItemError(
+            "line_too_long",
+            f"The line has {line.n_bytes:,} bytes; {MAX_LINE_BYTES:,} are the most allowed.",
+        )
+    if raw.startswith(BOM):
+        if line.number > 1:
+            raise ItemError("invalid_json", "The line begins with a byte order mark.")
+        raw = raw.removeprefix(BOM)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ItemError(
+            "invalid_encoding", f"The line is not UTF-8: see its byte {error.start + 1}."
+        ) from None
+
+
+def json_of(text: str) -> object:
+    """A line's JSON value. Raises ItemError; NaN and Infinity are not JSON."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        message = f"The line is not JSON: {error.msg} at character {error.colno}."
+    except RecursionError:
+        message = "The line is nested too deeply."
+    except ValueError as error:
+        message = f"The line is not JSON: {str(error).split(';')[0]}."
+    raise ItemError("invalid_json", message)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def request_of(value: object, defaults: Defaults) -> BatchRequest:
+    """What a decoded line asks, or a request of a Python program. Raises ItemError."""
+    if not isinstance(value, Mapping):
+        raise ItemError("invalid_request", "The line is not a JSON object.")
+    custom_id = id_of(value)
+    try:
+        body, is_chat = _opened(value) if "body" in value or "url" in value else _plain(value)
+        options = answer_options(body, defaults.options)
+        if not is_chat:
+            return BatchRequest(custom_id, (), _text(body_prompt(value)), options)
+        return BatchRequest(custom_id, _messages(value, defaults.system), "", options)
+    except ItemError as error:
+        error.custom_id = custom_id
+        raise
+    except RecursionError:
+        raise ItemError("invalid_json", "The line is nested too deeply.", custom_id) from None
+
+
+def id_of(value: Mapping[str, Any]) -> str | None:
+    """The custom_id of a line, or of a plain one the id. Raises ItemError."""
+    given = value.get("custom_id")
+    if given is None and "body" not in value:
+        given = value.get("id")
+    if given is None:
+        return None
+    text = str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_ID_CHARS:
+        raise ItemError(
+            "invalid_custom_id", f"The custom_id must be a text of 1 to {MAX_ID_CHARS} characters."
+        )
+    try:
+        check_text("The custom_id", text)
+    except ItemError as error:
+        raise ItemError("invalid_custom_id", error.message) from None
+    return text
+
+
+def _opened(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The body of an OpenAI batch line without its prompt, and whether it is for a chat."""
+    for name in value:
+        if name not in ENVELOPE:
+            raise ItemError("unknown_parameter", f"The line has {shown(name)}, which isn't known.")
+    if value.get("method", "POST") != "POST":
+        raise ItemError("invalid_request", 'The "method" must be "POST".')
+    url, body = value.get("url"), value.get("body")
+    if url not in (CHAT, COMPLETION):
+        raise ItemError("invalid_url", f'The "url" must be "{CHAT}" or "{COMPLETION}".')
+    if not isinstance(body, dict):
+        raise ItemError("invalid_request", 'The "body" is not an object.')
+    name = "messages" if url == CHAT else "prompt"
+    if name not in body:
+        raise ItemError("invalid_request", f'The body has no "{name}", which {url} wants.')
+    return {key: given for key, given in body.items() if key != name}, url == CHAT
+
+
+def _plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The options of a plain line; what it asks is a chat, be it a single prompt or messages."""
+    names = [name for name in ("prompt", "messages") if name in value]
+    if len(names) != 1:
+        problem = "both a prompt and messages" if names else "neither a prompt nor messages"
+        raise ItemError("invalid_request", f"The line has {problem}.")
+    taken = ("custom_id", "id", "prompt", "messages")
+    return {key: given for key, given in value.items() if key not in taken}, True
+
+
+def body_prompt(value: Mapping[str, Any]) -> object:
+    prompt = value["body"]["prompt"]
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+
+def _text(prompt: object) -> str:
+    if not isinstance(prompt, str) or not prompt:
+        raise ItemError("invalid_request", 'The "prompt" must be one text that is not empty.')
+    check_text('The "prompt"', prompt)
+    return prompt
+
+
+def _messages(value: Mapping[str, Any], system: str | None) -> tuple[Message, ...]:
+    """The conversation of a line, behind the system message that holds for all if it has none."""
+    body = value.get("body", value)
+    given = body["messages"] if "messages" in body else _as_messages(body["prompt"])
+    try:
+        messages = parse_messages(given)
+    except PromptError as error:
+        raise ItemError("invalid_messages", str(error)) from None
+    if system is not None and not any(message.role == "system" for message in messages):
+        messages = [Message("system", system), *messages]
+    return tuple(messages)
+
+
+def _as_messages(prompt: object) -> list[dict[str, object]]:
+    if not isinstance(prompt, str):
+        raise ItemError("invalid_request", 'The "prompt" is not a text.')
+    return [{"role": "user", "content": prompt}]

@@ -1,0 +1,235 @@
+"""An output file that is its own journal: every line in it is whole, on disk, and said once.
+
+One process writes it, behind a lock. Lines are appended in a single write and are acknowledged only
+after an fsync; what a crash or a power cut leaves after the last whole line is cut off at the next
+start. Nothing is changed in place: a rewrite goes to a file beside it that then takes its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import LocalMoeError, UsageError
+from .lines import Line, read_lines
+
+MAX_RECORD_BYTES = 64 << 20
+COPY_BYTES = 1 << 20
+KEY = re.compile(r"batch_req_([0-9a-f]{32})")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A line of an output: where it is, and what it is about.
+
+    `key` stands for the name and the request; `name` is the custom_id, or made of the number of the
+    request's line, which is `line`.
+    """
+
+    offset: int
+    n_bytes: int
+    key: bytes
+    name: str
+    line: int
+    is_error: bool
+
+
+class Journal:
+    """An output, opened by this process alone. Close it, or use it as a context manager.
+
+    Raises UsageError where another process has it, or it can't be one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()  # of a link, the file that it names is rewritten
+        self._fd = -1
+        _refuse_odd(self.path)
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UsageError(
+                f"Another run is writing {path}.", "Wait for it, or choose another -o."
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path} can't be written: {error.strerror}.") from None
+        self._beside.unlink(missing_ok=True)  # of a rewrite that a crash cut short
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._close_file()
+        self._lock.release()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.path.exists() or self.path.stat().st_size == 0
+
+    # ---- reading ----
+
+    def recover(self, on_record: Callable[[Record], None]) -> int:
+        """Read every record and cut a torn tail off; gives the bytes that were cut.
+
+        Raises LocalMoeError naming the line where something before the end is damaged.
+        """
+        end = damaged = 0
+        for line, record in self._lines():
+            if record is None:
+                damaged = damaged or line.number
+                continue
+            if damaged:
+                raise LocalMoeError(
+                    f"Line {damaged} of {self.path} is damaged, and others follow it.",
+                    "Take that line out of the file; the request is then asked again.",
+                )
+            end = record.offset + record.n_bytes
+            on_record(record)
+        return self._open(end)
+
+    def records(self) -> Iterator[Record]:
+        """Every record of an output that was recovered."""
+        return (record for _, record in self._lines() if record is not None)
+
+    def _lines(self) -> Iterator[tuple[Line, Record | None]]:
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            for line in read_lines(file, MAX_RECORD_BYTES):
+                yield line, record_of(line)
+
+    # ---- writing ----
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Write whole lines behind the others; when this returns, they are on disk.
+
+        Raises LocalMoeError where there is no room; then the file is as it was.
+        """
+        block = b"".join(lines)
+        try:
+            n_written = os.write(self._fd, block)
+            while n_written < len(block):  # no room is what cuts a write short: this says it
+                n_written += os.write(self._fd, block[n_written:])
+            sync(self._fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._n_bytes)
+            raise self._failed(error) from None
+        self._n_bytes += len(block)
+
+    def rewrite(self, places: Iterable[tuple[int, int]]) -> None:
+        """Keep only the records at these places (offset, length), in this order."""
+        try:
+            with self._beside.open("wb") as new, self.path.open("rb") as old:
+                for offset, n_bytes in places:
+                    old.seek(offset)
+                    for n_left in range(n_bytes, 0, -COPY_BYTES):
+                        new.write(old.read(min(n_left, COPY_BYTES)))
+                new.flush()
+                sync(new.fileno())
+            self._close_file()
+            replace_file(self._beside, self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._beside.unlink(missing_ok=True)
+            raise self._failed(error) from None
+        self._open(self.path.stat().st_size)
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.new")
+
+    def _open(self, end: int) -> int:
+        """Open for appending with everything after `end` cut off; gives how much that was."""
+        self._close_file()
+        try:
+            is_new = not self.path.exists()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            self._fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self._n_bytes = end
+            n_cut = os.fstat(self._fd).st_size - end
+            if n_cut:
+                os.ftruncate(self._fd, end)
+            sync(self._fd)  # of a run that was killed, not all that can be read need be on disk
+            if is_new:
+                sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from None
+        return n_cut
+
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _failed(self, error: OSError) -> LocalMoeError:
+        return LocalMoeError(
+            f"{self.path} can't be written: {error.strerror}. All answers written so far are safe.",
+            "Mend that, and run the same command again: it goes on where it stopped.",
+        )
+
+
+def _refuse_odd(path: Path) -> None:
+    """Raises UsageError where an output can't be: only a file can be added to, cut and renamed."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise UsageError(f"There is no folder {path.parent}.", "Check -o.") from None
+        return
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} is not a file.", "Give a file, or -o - for standard output.")
+
+
+def record_of(line: Line) -> Record | None:
+    """The record that a line of an output is; None where it isn't a whole one."""
+    if line.raw is None or not line.whole:
+        return None
+    try:
+        value = json.loads(line.raw)
+        key = KEY.fullmatch(value["id"])
+        name, number, is_error = value["custom_id"], value["line"], value["error"] is not None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if not key or not isinstance(name, str) or not isinstance(number, int):
+        return None
+    return Record(line.offset, line.n_bytes, bytes.fromhex(key[1]), name, number, is_error)
+
+
+def sync(fd: int) -> None:
+    """Have what was written on the disk itself, beyond its own cache where the system can."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have names of files on disk; Windows has no such thing."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def replace_file(new: Path, old: Path) -> None:
+    """Let a file that is on disk take another's name, for good."""
+    os.replace(new, old)
+    sync_folder(old.parent)

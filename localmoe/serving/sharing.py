@@ -1,0 +1,57 @@
+"""How much requests share, to be known before a model is loaded: what a cache for them needs.
+
+sharing = sharing_of(prompts, max_tokens=256, n_seq=32)
+Placement(..., kv_unified=sharing.wants_unified, n_cells=sharing.n_cells)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..engine.waiting import common_prefix
+
+UNIFIED_CELLS = 16384
+"""Cells up to which a unified cache is faster whatever is shared: all that a step computes goes
+through the layers together, while every token passes by all cells (docs/notes/batching.md)."""
+
+UNIFIED_SHARE = 0.5
+"""The part of all prompt tokens from which sharing pays for a larger unified cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Counts of tokens. `n_shared` of `n_prompt` need not be computed again; `n_cells` is the most
+    that requests under way together hold, answers included."""
+
+    n_prompt: int
+    n_shared: int
+    n_cells: int
+
+    @property
+    def fraction(self) -> float:
+        """The part of all prompt tokens that is computed once for several."""
+        return self.n_shared / self.n_prompt if self.n_prompt else 0.0
+
+    @property
+    def wants_unified(self) -> bool:
+        """Whether sequences should have their cells in common, rather than streams of their own."""
+        return self.n_cells <= UNIFIED_CELLS or self.fraction >= UNIFIED_SHARE
+
+
+def sharing_of(prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int) -> Sharing:
+    """What prompts have in common when `n_seq` are answered at once, in the engine's order.
+
+    `max_tokens` is the length of the longest answer. Hundreds of prompts are enough to tell; all of
+    them are held in memory.
+    """
+    ordered = sorted(tuple(prompt) for prompt in prompts)
+    n_shared = n_cells = 0
+    together: deque[tuple[int, int]] = deque(maxlen=n_seq)  # (own, common) tokens of neighbours
+    for before, prompt in zip([(), *ordered], ordered, strict=False):
+        n_common = common_prefix(before, prompt)
+        n_shared += n_common
+        together.append((len(prompt) - n_common + max_tokens, n_common))
+        n_cells = max(n_cells, together[0][1] + sum(own for own, _ in together))
+    return Sharing(sum(map(len, ordered)), n_shared, n_cells)
