@@ -339,7 +339,9 @@ class Finder:
         unknown = [p for p, sha256 in wanted.items() if not self.store.is_verified(p, sha256)]
         expected = {path: Expected(sha256) for path, sha256 in wanted.items() if sha256}
         for verdict in self.store.verify(unknown, expected, self.watch.verifying):
-            if not verdict.is_ok and verdict.outcome != "unknown hash":
+            if verdict.outcome == "unknown hash" and verdict.sha256:
+                self.store.stamp(verdict.path, verdict.sha256)  # so it is read only once
+            elif not verdict.is_ok:
                 hint = f"Try: localmoe verify {found.called} --repair"
                 raise DownloadError(
                     f"{verdict.path.name} is not as it should be. {verdict.why}", hint

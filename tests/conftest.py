@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,10 @@ from make_model import SHAPES, make_model
 from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement
+
+
+# a shell lets what it runs in the background ignore Ctrl-C, and so would every program tested here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

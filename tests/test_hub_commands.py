@@ -628,3 +628,20 @@ def test_on_a_terminal_one_sees_that_the_hub_is_asked(hub: StandInHub) -> None:
 
 def hub_is_new(hub: StandInHub) -> bool:
     return len(hub.requests) == 1
+
+
+def test_a_copy_without_a_hash_is_read_once(
+    hub: StandInHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where there are no symbolic links, snapshots hold files that no name says the hash of."""
+    folder = tmp_path / "hf/hub/models--some--Copy-GGUF/snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    shutil.copy(DEMO, folder / "copy.Q4_K_M.gguf")
+    stamps = tmp_path / "state" / "verified"
+    for _ in range(2):
+        assert run_command(["run", "some/Copy-GGUF", "Hi!", "-n", "2", "-q"]) == 0
+    (stamp,) = (path for path in stamps.iterdir() if path.suffix == ".json")
+    before = stamp.stat().st_mtime_ns
+    assert run_command(["run", "some/Copy-GGUF", "Hi!", "-n", "2", "-q"]) == 0
+    assert stamp.stat().st_mtime_ns == before
+    assert capsys.readouterr().out

@@ -21,7 +21,7 @@ from standin_hub import StandInHub
 
 from localmoe.errors import LocalMoeError
 from localmoe.models.download import lock_of
-from localmoe.models.partial import Partial
+from localmoe.models.partial import Partial, leftovers
 from localmoe.models.pieces import PIECE_BYTES
 from localmoe.models.remote import HubAccess, RemoteFile
 from localmoe.models.removal import Removal
@@ -529,6 +529,12 @@ def test_a_removal_that_names_other_files_is_refused(
     outside.write_text("mine")
     ref = cache.repo() / "refs" / "main"
     assert store.remove(Removal((), (outside, ref, blob), 0, ())) == 0
+    partial = tmp_path / "elsewhere" / "blobs" / "a.localmoe-partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"abc")
+    (left,) = leftovers(partial.parent)
+    assert store.remove(Removal((), (), 0, (), (left,))) == 0
+    assert partial.exists()
     for path in (outside, ref, blob, cache.repo() / "blobs" / ".." / "refs" / "main"):
         with pytest.raises(LocalMoeError, match="lies outside the cache"):
             store.remove(Removal((path,), (), 0, ()))

@@ -76,14 +76,14 @@ def plan_removal(
     payloads = tuple(dict.fromkeys(_unused_payloads(cache, blobs)))
     doomed = (*links, *blobs, *payloads)
     sentences = [*_shared_names(leaving, staying), *_staying_bytes(cache, leaving, doomed, kept)]
+    sentences += [*map(_begun, partials), *_in_use(file.path for file in leaving)]
     return Removal(
         links,
         (*blobs, *payloads),
         _freed(doomed) + sum(left.n_bytes_here for left in partials),
-        (*([_others(cache)] if links else []), *sentences, *map(_begun, partials),
-         *_in_use(file.path for file in leaving)),
+        (_others(cache), *sentences) if links else tuple(sentences),
         tuple(partials),
-    )  # fmt: skip
+    )
 
 
 def remove(cache: Path, removal: Removal, stamps: Stamps) -> int:
@@ -93,11 +93,10 @@ def remove(cache: Path, removal: Removal, stamps: Stamps) -> int:
     removed again. Raises LocalMoeError.
     """
     folders = {_repo_folder(cache, link) for link in removal.links}
-    folders |= {_real(left.blob).parent.parent for left in removal.partials}
+    partials = [left for left in removal.partials if _is_blob(cache, _real(left.blob))]
+    folders |= {_real(left.blob).parent.parent for left in partials}
     kept = {file.blob for file in cached_files(cache) if file.path not in removal.links}
-    freed = sum(
-        _delete_partial(left) for left in removal.partials if _is_blob(cache, _real(left.blob))
-    )
+    freed = sum(map(_delete_partial, partials))
     for blob in removal.blobs:
         if _is_payload(cache, blob):
             freed += _delete_payload(cache, blob, stamps)
@@ -312,10 +311,8 @@ def _broken_off(left: Leftover) -> Iterator[None]:
             yield
     except Timeout:
         name = printable(left.name) or left.blob.name
-        raise LocalMoeError(
-            f"{name} is being downloaded right now.",
-            "End that download first.",
-        ) from None
+        what = f"{name} is being downloaded right now."
+        raise LocalMoeError(what, "End that download first.") from None
     except OSError as error:
         raise _undeletable(left.blob, error) from None
 

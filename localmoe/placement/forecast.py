@@ -137,11 +137,13 @@ def forecast(
     """The speeds of a task, corrected by what runs on this machine got."""
     task = task or Task()
     model = model_label(setting.meta)
-    prompt = correction(records, "prompt", regime_of(setting, task, "prompt"), model)
-    generation = correction(records, "generation", regime_of(setting, task, "generation"), model)
+    tps_in, tps_out = prompt_tps(setting, task), generation_tps(setting, task)
+    regimes = regime_of(setting, task, "prompt"), regime_of(setting, task, "generation")
+    prompt = correction(records, "prompt", regimes[0], model, tps_in)
+    generation = correction(records, "generation", regimes[1], model, tps_out)
     return Forecast(
-        prompt_tps=prompt_tps(setting, task) * prompt.factor,
-        generation_tps=generation_tps(setting, task) * generation.factor,
+        prompt_tps=tps_in * prompt.factor,
+        generation_tps=tps_out * generation.factor,
         basis="measured" if prompt.n_runs or generation.n_runs else "formula",
         prompt_error=prompt.error,
         generation_error=generation.error,

@@ -27,6 +27,8 @@ LAST_RECORDS = 9
 """A correction is the median of so many: enough against outliers, few enough to follow a change."""
 TOO_FAST = 1.5
 """On machines that were quiet, nothing was more than 1.25 times as fast as the formula."""
+COMPARABLE = 8.0
+"""Models whose speeds by formula are further apart teach nothing about each other."""
 LARGEST_RATIO = 20.0
 """A run that was this far off was suspended, or shared its machine: it teaches nothing."""
 
@@ -66,14 +68,32 @@ class Correction:
 
 
 def correction(
-    records: Sequence[SpeedRecord], kind: SpeedKind, regime: str, model: str
+    records: Sequence[SpeedRecord],
+    kind: SpeedKind,
+    regime: str,
+    model: str,
+    formula_tps: float | None = None,
 ) -> Correction:
-    """What earlier runs teach about one to come: of the nearest ones, the median ratio."""
-    mine = [record for record in records if record.kind == kind]
+    """What earlier runs teach about one to come: of the nearest ones, the median ratio.
+
+    `formula_tps` is the speed to be corrected: other models teach only where theirs is comparable.
+    """
+    mine = [
+        record
+        for record in records
+        if record.kind == kind and (record.model == model or is_comparable(record, formula_tps))
+    ]
     near = nearest(mine, regime, model)
     if not near:
         return Correction()
     return Correction(factor_of(near), median(past_errors(near)), len(near))
+
+
+def is_comparable(record: SpeedRecord, formula_tps: float | None) -> bool:
+    """A small model's time is fixed costs, a large one's is bytes: one says little of the other."""
+    if formula_tps is None:
+        return True
+    return 1 / COMPARABLE <= record.formula_tps / formula_tps <= COMPARABLE
 
 
 def nearest(records: Sequence[SpeedRecord], regime: str, model: str) -> list[SpeedRecord]:
