@@ -15,7 +15,6 @@ from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement
 
-
 # a shell lets what it runs in the background ignore Ctrl-C, and so would every program tested here
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
