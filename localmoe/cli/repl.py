@@ -37,15 +37,28 @@ class Repl:
         if not self._quiet:
             render.note(f"{self._name}. /? for help, Ctrl-D to leave.")
         read = terminal_reader() if self._at_terminal else line_reader()
-        while (line := read()) is not None:
-            if line.startswith("/") and self._at_terminal:
-                if self._command(line.strip()) == "exit":
-                    break
-            elif line.strip():
-                self._turn(line)
+        while self._goes_on(read):
+            pass
         if self._as_json:
             messages = [{"role": m.role, "content": m.content} for m in self._chat.messages]
             render.document({"messages": messages, "answers": self._answers})
+
+    def _goes_on(self, read: Callable[[], str | None]) -> bool:
+        """A line and what it asks for; False where the conversation is to end."""
+        try:
+            line = read()
+            if line is None:
+                return False
+            if line.startswith("/") and self._at_terminal:
+                return self._command(line.strip()) != "exit"
+            if line.strip():
+                self._turn(line)
+        except (
+            KeyboardInterrupt
+        ):  # at a terminal one that comes late, as an answer ends, is nothing
+            if not self._at_terminal:
+                raise
+        return True
 
     def _turn(self, text: str) -> None:
         answer = Answer()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from pydantic import TypeAdapter
 
 from ..engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
 from ..models.meta import ModelMeta
-from .measured import MeasurementKey
+from .measured import MeasurementKey, write_beside
 
 __all__ = ["CPU", "NO_BANDWIDTHS", "BandwidthStore", "Bandwidths", "DeviceRates", "ProductRate",
            "Rates", "rates_of", "threads_to_measure", "types_to_measure", "unmeasured"]  # fmt: skip
@@ -201,17 +199,7 @@ class BandwidthStore:
 
     def write(self, key: MeasurementKey, bandwidths: Bandwidths) -> None:
         """Keep rates; where that isn't possible, they are measured again next time."""
-        text = json.dumps(asdict(bandwidths), indent=1)
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=self._folder, delete=False
-            ) as file:
-                file.write(text)
-            try:
-                os.replace(file.name, self._path(key))
-            except OSError:
-                os.unlink(file.name)
+        write_beside(self._path(key), json.dumps(asdict(bandwidths), indent=1))
 
     def _path(self, key: MeasurementKey) -> Path:
         machine = MeasurementKey(key.machine, key.build, "bandwidths")

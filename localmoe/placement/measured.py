@@ -99,16 +99,21 @@ class MeasuredStore:
     def write(self, key: MeasurementKey, measured: Measured) -> None:
         """Keep measurements; where that isn't possible, they are taken again next time."""
         text = json.dumps({"key": asdict(key), **asdict(measured)}, indent=1)
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=self._folder, delete=False
-            ) as file:
-                file.write(text)
-            try:
-                os.replace(file.name, self._folder / key.file_name)
-            except OSError:
-                os.unlink(file.name)
+        write_beside(self._folder / key.file_name, text)
+
+
+def write_beside(path: Path, text: str) -> None:
+    """A small file, whole or as it was before; where it can't be written, nothing happens."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, delete=False
+        ) as file:
+            file.write(text)
+        try:
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
 
 
 def _point(raw: Mapping[str, Any]) -> ComputePoint:
