@@ -84,26 +84,14 @@ class Planner:
         """
         if self.machine != self.here:
             return self._searched(meta, self.machine, Speeds(), unmeasured_plan(self.machine, meta))
-        planned = self._measured_plan(path, meta)
-        speeds = self.learned.speeds(meta, self._n_threads, self._engine)
-        return self._searched(meta, self.here, speeds, planned)
+        return self._plan_here(path, meta, measure=True)
 
     def plan_to_load(self, path: Path, meta: ModelMeta) -> Plan:
         """The plan to load a model by, here and now. Raises DoesNotFit.
 
         Without a GPU to place anything on nothing is measured, so that the start is not held up.
         """
-        if self.uses_gpus:
-            planned = self._measured_plan(path, meta)
-            speeds = self.learned.speeds(meta, self._n_threads, self._engine)
-        else:
-            planned = unmeasured_plan(self.here, meta)
-            speeds = self.learned.speeds(meta, self._n_threads)
-        return self._searched(meta, self.here, speeds, planned)
-
-    @property
-    def uses_gpus(self) -> bool:
-        return bool(self.here.gpus) and self._request.n_gpu_layers != 0
+        return self._plan_here(path, meta, measure=self._may_use_gpus(self.here))
 
     def lost_bytes(self) -> int:
         """What other programs took of the GPUs since this planner looked at them."""
@@ -142,9 +130,14 @@ class Planner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _n_threads(self) -> int:
-        return self._request.n_threads or self.here.n_cores
+    def _may_use_gpus(self, machine: Machine) -> bool:
+        return bool(machine.gpus) and self._request.n_gpu_layers != 0
+
+    def _plan_here(self, path: Path, meta: ModelMeta, measure: bool) -> Plan:
+        planned = self._measured_plan(path, meta) if measure else unmeasured_plan(self.here, meta)
+        n_threads = self._request.n_threads or self.here.n_cores
+        speeds = self.learned.speeds(meta, n_threads, self._engine if measure else None)
+        return self._searched(meta, self.here, speeds, planned)
 
     def _look(self) -> Machine:
         """The machine now. The engine is asked the first time, and after the drivers: from then on
@@ -163,9 +156,10 @@ class Planner:
         speeds: Speeds,
         planned: Callable[[PlanRequest], Plan],
     ) -> Plan:
-        has_gpu = bool(machine.gpus) and self._request.n_gpu_layers != 0
         wanted = self._crowd.requests(self._request) if self._crowd else [self._request]
-        requests = (r for w in wanted for r in requests_of(w, has_gpu, self._open))
+        requests = (
+            r for w in wanted for r in requests_of(w, self._may_use_gpus(machine), self._open)
+        )
         return search(requests, self._workload, meta, gpu_names(machine), speeds, planned)
 
     def _measured_plan(self, path: Path, meta: ModelMeta) -> Callable[[PlanRequest], Plan]:

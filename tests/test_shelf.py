@@ -37,7 +37,7 @@ def entry(spec: ModelSpec, memory: Room, *here: Installed) -> Entry:
 def installed(name: str, commit: str = "a", *, lost: int = 0, label: str = "Q4_K_M") -> Installed:
     path = Path("/cache/models--a--b/snapshots") / commit / name
     blob = Path("/cache/models--a--b/blobs") / name
-    file = CachedFile("a/b", commit, name, path, blob, 3 * GIB, None)
+    file = CachedFile("a/b", commit, name, path, blob, 3 * GIB)
     return Installed("a/b", commit, label, (file,), tuple(f"s{n}" for n in range(lost)), True)
 
 

@@ -28,10 +28,7 @@ MAX_LINKS = 40  # on a path, as in Linux (path_resolution(7))
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """A name in a snapshot. `path` is that name, `blob` what it links to, or itself.
-
-    `last_read` is in seconds since 1970, None where the file system keeps no such time.
-    """
+    """A name in a snapshot. `path` is that name, `blob` what it links to, or itself."""
 
     repo: str
     commit: str
@@ -39,7 +36,6 @@ class CachedFile:
     path: Path
     blob: Path
     n_bytes: int
-    last_read: float | None
 
 
 def cached_files(cache: Path) -> Iterator[CachedFile]:
@@ -57,8 +53,6 @@ def _cached_file(folder: Path, snapshot: Path, path: Path) -> CachedFile:
         repo_of(folder), snapshot.name, path.relative_to(snapshot).as_posix(), path,
         blob=link_target(path) if path.is_symlink() else path,
         n_bytes=found.st_size,
-        # a file that was never read since it was written, or a disk that doesn't note it
-        last_read=found.st_atime if found.st_atime > found.st_mtime else None,
     )  # fmt: skip
 
 
@@ -70,12 +64,6 @@ def repo_folders(cache: Path) -> Iterator[Path]:
 def repo_of(folder: Path) -> str:
     """org/name of a repository's folder."""
     return folder.name.removeprefix("models--").replace("--", "/")
-
-
-def folder_of(cache: Path, repo: str) -> Path | None:
-    """The folder of org/name; None for what can't be the name of a repository."""
-    name = f"models--{repo.replace('/', '--')}"
-    return cache / name if REPO_FOLDER.fullmatch(name) else None
 
 
 def entries(folder: Path) -> list[Path]:

@@ -224,7 +224,7 @@ def lost_files(cache: Path) -> Iterator[CachedFile]:
                 if path.is_symlink() and expected_sha256(path) and not path.exists():
                     name = path.relative_to(snapshot).as_posix()
                     blob = link_target(path)
-                    yield CachedFile(repo_of(folder), snapshot.name, name, path, blob, 0, None)
+                    yield CachedFile(repo_of(folder), snapshot.name, name, path, blob, 0)
 
 
 def _size(path: Path) -> int:
