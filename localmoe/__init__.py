@@ -6,9 +6,10 @@ heavy is imported before it is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it, which takes a while to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api import BatchResult, Delta, LocalMoE, Reply
     from .errors import LocalMoeError
 

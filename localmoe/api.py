@@ -13,6 +13,7 @@ the list as it is. Every error is a LocalMoeError.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,14 +21,17 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from .config import load_settings
 from .engine.client import Engine
-from .engine.protocol import Delta, FinishReason, Timings, Usage
-from .errors import LocalMoeError, UsageError
-from .load import open_model, open_vocabulary
+from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
+from .errors import EngineError, LocalMoeError, UsageError
+from .load import LoadedModel, open_model, open_vocabulary
+from .revival import Revival
+from .serving.again import lasting
 from .serving.batch import BatchResult, answers
 from .serving.batch_input import Defaults
 from .serving.batch_prompt import Encoder, LastingVocabulary
 from .serving.chat import Answer
 from .serving.prompt import Message, parse_messages
+from .serving.schema import check_answer, check_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +48,7 @@ class Options(TypedDict, total=False):
     repeat_penalty: float
     seed: int
     stop: str | Sequence[str]
-    json_schema: str
+    json_schema: str | dict[str, Any] | bool
     grammar: str
 
 
@@ -52,7 +56,8 @@ class Reply(dict[str, Any]):
     """An assistant's message, {"role": ..., "content": ...}, that knows how it came about.
 
     `tokens` are the ones that were sampled: given back in a conversation, they are used as they
-    are, so that nothing of the history is encoded or computed twice.
+    are, so that nothing of the history is encoded or computed twice. `thinking` is what a reasoning
+    model thought before, which is no part of the message.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -61,6 +66,7 @@ class Reply(dict[str, Any]):
             raise LocalMoeError("The answer has no end.", "It was left before it was whole.")
         super().__init__(role="assistant", content=answer.text)
         self.text = answer.text
+        self.thinking = answer.thinking
         self.tokens = answer.message().tokens
         self.finish_reason: FinishReason = last.finish_reason
         self.usage: Usage = last.usage
@@ -72,13 +78,23 @@ class LocalMoE:
 
     `model` is a name of `localmoe list`, a repository of the Hub, or the path of a GGUF file;
     `settings` are those of config.Settings, such as `ctx_size=4096` or `n_gpu_layers="all"`, or
-    `parallel=16` to answer batches so many requests at a time.
+    `parallel=16` to answer batches so many requests at a time. An engine that dies is started
+    again, and what it was to answer begins anew.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._model = model
-        self._settings = load_settings(settings)
-        self._loaded = open_model(model, self._settings)
+        self._settings = load_settings(settings, model=model)
+        self._open: LoadedModel | None = open_model(model, self._settings)
+        self._revive = Revival(self._open, self._settings)
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        """Raises LocalMoeError after `close`."""
+        if self._open is None:
+            again = f"Open it again: LocalMoE({self._model!r})."
+            raise LocalMoeError("This model was closed.", again)
+        return self._open
 
     def chat(self, messages: Sequence[Any], **options: Unpack[Options]) -> Reply:
         """Answer a conversation. Raises LocalMoeError."""
@@ -90,10 +106,20 @@ class LocalMoE:
     def stream(
         self, messages: Sequence[Any], **options: Unpack[Options]
     ) -> Generator[Delta, None, None]:
-        """Answer piece by piece; the last piece has finish_reason, usage and timings."""
+        """Answer piece by piece; the last piece has finish_reason, usage and timings.
+
+        A piece has `kind` "text" or "thinking". After one with `anew`, what came before it is void:
+        the engine died, and the answer begins once more. Raises LocalMoeError behind the last
+        piece where the answer isn't what its JSON schema or grammar demands.
+        """
         chosen = self._loaded.options(self._with(dict(options)))
-        prompt = self._loaded.model.encode(conversation(messages))
-        return self._loaded.model.answer(prompt, chosen)
+        asked = conversation(messages)
+
+        def ask() -> Generator[Delta, None, None]:
+            model = self._loaded.model
+            return model.answer(model.encode(asked), chosen)
+
+        return with_form(lasting(ask, self._come_back), chosen.sampling)
 
     def batch(
         self, requests: Iterable[Any], *, share: bool = True, **options: Unpack[Options]
@@ -115,11 +141,19 @@ class LocalMoE:
     def _living_engine(self) -> Engine:
         """The engine, started again where it died."""
         if not self._loaded.engine.is_alive:
-            self._loaded = open_model(self._model, self._settings)
+            self._revive(EngineError("The engine stopped."))
         return self._loaded.engine
 
+    def _come_back(self, error: EngineError, has_begun: bool) -> None:
+        if self._open is None:  # closed while the answer came
+            raise error
+        self._revive(error)
+
     def close(self) -> None:
-        self._loaded.close()
+        """End the engine. Closing twice is no mistake."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def __enter__(self) -> LocalMoE:
         return self
@@ -136,7 +170,27 @@ class LocalMoE:
                 raise UsageError(f"There is no option {name}.", hint)
         if not isinstance(options.get("stop", ""), str):
             options["stop"] = tuple(options["stop"])
-        return load_settings({**self._settings.model_dump(exclude_unset=True), **options}, env={})
+        if isinstance(options.get("json_schema"), (dict, bool)):
+            options["json_schema"] = json.dumps(options["json_schema"])
+        form = {name: options.get(name) for name in ("json_schema", "grammar")}
+        if any(form.values()):
+            check_sampling(Sampling(grammar=form["grammar"], json_schema=form["json_schema"]))
+        else:
+            form = {}  # that of the model's own settings stays
+        said = {**self._settings.model_dump(exclude_unset=True), **options, **form}
+        return load_settings(said, env={})
+
+
+def with_form(
+    deltas: Generator[Delta, None, None], sampling: Sampling
+) -> Generator[Delta, None, None]:
+    """The answer, and at its end an error where it hasn't the form that it must have."""
+    answer = Answer()
+    with closing(deltas):
+        for delta in deltas:
+            answer.add(delta)
+            yield delta
+    check_answer(answer.text, answer.last.finish_reason if answer.last else None, sampling)
 
 
 def conversation(messages: Sequence[Any]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Settings: defaults, then LOCALMOE_* variables, then what the command line says.
+"""Settings: defaults, then config.yaml, then LOCALMOE_* variables, then the command line.
 
 The only reader of os.environ; everything else is handed what it needs.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from .config_file import FILE_NAME, Said, file_key, names_of, read_config
 from .engine.protocol import KvType
 from .errors import UsageError
 from .models.remote import HubAccess
@@ -23,12 +24,13 @@ PREFIX = "LOCALMOE_"
 HUB = "https://huggingface.co"
 YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000", "GGML_CUDA_REGISTER_HOST": "1"}
 """Compute threads that spin for long while they wait for each other lose most of their speed to
 any other busy program (docs/notes/busy-machine.md)."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -38,7 +40,8 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise UsageError(f"{text!r} is not a size.", "Write it like 8GiB or 7500MiB.")
+        shown = ascii(text if len(text) <= 40 else f"{text[:40]}...")
+        raise UsageError(f"{shown} is not a size.", "Write it like 8GiB or 7500MiB.")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -51,10 +54,26 @@ def _if_text(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-Size = Annotated[int, _if_text(parse_size), Field(ge=0)]
+def _if_flag() -> BeforeValidator:
+    """YAML reads a bare `on` or `off` as a truth value."""
+    words = {True: "on", False: "off"}
+    return BeforeValidator(lambda value: words[value] if isinstance(value, bool) else value)
+
+
+def _check_text(text: str) -> str:
+    bad = NOT_TEXT.search(text)
+    if bad:
+        what = "a NUL character" if bad[0] == "\0" else "bytes that are no UTF-8 text"
+        raise ValueError(f"it holds {what}")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Size = Annotated[int, _if_text(parse_size), Field(ge=0, le=2**62)]
 Sizes = Annotated[tuple[Size, ...], _if_text(parse_sizes)]
-Lines = Annotated[tuple[str, ...], _if_text(lambda text: (text,))]
-Layers = Literal["auto", "all"] | Annotated[int, Field(ge=0)]
+Lines = Annotated[tuple[Text, ...], _if_text(lambda text: (text,))]
+Layers = Literal["auto", "all"] | Count
 
 
 class Settings(BaseModel):
@@ -62,6 +81,9 @@ class Settings(BaseModel):
 
     Sizes are bytes. `parallel` is how many requests a loaded model answers at once (`batch` finds
     that by itself). `n_gpu_layers` counts the output matrix as one layer more, as llama.cpp does.
+    `think` says whether a reasoning model thinks and whether that is shown, `on_full` what a chat
+    does when its context is full, `save` whether it is kept, `plain` that Markdown stays text.
+    `tune` lets a model be timed for some seconds the first time that it runs on this CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,45 +92,84 @@ class Settings(BaseModel):
     vram: Sizes | None = None
     ram: Size | None = None
     n_gpu_layers: Layers = "auto"
-    n_cpu_moe: Annotated[int, Field(ge=0)] | None = None
+    n_cpu_moe: Count | None = None
     kv_type: KvType = "f16"
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
     ubatch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
     load_mode: Literal["auto", "mmap", "pinned"] = "auto"
     parallel: Annotated[int, Field(ge=1, le=256)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    seed: int | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Lines = ()
-    system: str | None = None
-    json_schema: str | None = None
-    grammar: str | None = None
+    system: Text | None = None
+    json_schema: Text | None = None
+    grammar: Text | None = None
     offline: bool = False
+    think: Annotated[Literal["on", "off", "hide"], _if_flag()] = "on"
+    on_full: Literal["stop", "drop", "summarize"] = "drop"
+    save: bool = True
+    plain: bool = False
+    tune: bool = True
 
 
-def load_settings(given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Settings:
-    """Settings from the environment with what was given on top. Raises UsageError.
+def load_settings(
+    given: Mapping[str, Any], env: Mapping[str, str] | None = None, model: str | None = None
+) -> Settings:
+    """Settings with what was given on top. Raises UsageError.
 
-    `given` may hold None for what was not said.
+    `given` may hold None for what was not said. `model`, a name, takes what config.yaml says of
+    it. With an `env`, that stands for the variables, and no file is read.
     """
-    values: dict[str, Any] = {}
+    return settings_of(settings_said(given, env, model))
+
+
+def settings_said(
+    given: Mapping[str, Any], env: Mapping[str, str] | None = None, model: str | None = None
+) -> dict[str, Said]:
+    """Every setting that was made, and where: what is nearest to the command counts."""
+    said: dict[str, Said] = {}
+    if env is None:
+        env = os.environ
+        said = config_said(model)
     for name in Settings.model_fields:
-        text = (os.environ if env is None else env).get(PREFIX + name.upper())
-        if text:
-            values[name] = text
-    from_env = set(values)
-    said = {name: value for name, value in given.items() if value is not None and value != ()}
+        if text := env.get(PREFIX + name.upper()):
+            said[name] = Said(text, PREFIX + name.upper())
+    for name, value in given.items():
+        if value is not None and value != ():
+            said[name] = Said(value, "")
+    return said
+
+
+def config_said(model: str | None) -> dict[str, Said]:
+    """What the config file says, of a model by its name. Raises UsageError."""
+    file = read_config(config_path(), Settings.model_fields)
+    # which name the catalog has for it is asked only where it matters
+    return file.said(names_of(model, config_folder()) if model and file.models else ())
+
+
+def settings_of(said: Mapping[str, Said]) -> Settings:
+    """The settings, checked. Raises UsageError naming where a bad one was said."""
     try:
-        return Settings(**{**values, **said})
+        return Settings(**{name: one.value for name, one in said.items()})
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0])
-        shown = PREFIX + name.upper() if name in from_env - set(said) else name
-        raise UsageError(f"{shown}: {problem['msg']}, not {problem['input']!r}.") from None
+        where = said[name].where if name in said else ""
+        shown = f"{where}: {file_key(name)}" if ":" in where else where or name
+        value = ascii(problem["input"])
+        value = value if len(value) <= 60 else f"{value[:60]}..."
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        raise UsageError(f"{shown}: {message}, not {value}.") from None
+
+
+def config_path() -> Path:
+    """The file of a person's own settings, which need not be there."""
+    return config_folder() / FILE_NAME
 
 
 def engine_environment() -> dict[str, str]:
@@ -119,8 +180,13 @@ def engine_environment() -> dict[str, str]:
 
 
 def state_folder() -> Path:
-    """Where measurements lie; what is there can be deleted at any time."""
+    """Where measurements lie, which can be deleted at any time, and chats (sessions_folder)."""
     return Path(os.environ.get(PREFIX + "STATE") or platformdirs.user_state_path("localmoe"))
+
+
+def sessions_folder() -> Path:
+    """Where chats are kept."""
+    return state_folder() / "sessions"
 
 
 def config_folder() -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .engine.client import Engine
 from .engine.protocol import Delta, Placement
+from .engine.rates import Tuning
 from .models.meta import ModelMeta
 from .placement.bandwidth import (
     BandwidthStore,
@@ -21,18 +22,25 @@ from .placement.search import Speeds
 from .placement.speeds import SpeedStore, measured_too_slow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SpeedLog:
     """Where a loaded model's speeds are kept: tell it the last delta of each answer."""
 
     store: SpeedStore
     key: MeasurementKey
     setting: Setting
+    n_answers: int = 0
 
     def add(self, last: Delta) -> None:
-        """Keep the speeds of an answer that had the engine to itself and was not stopped."""
+        """Keep the speeds of an answer that had the engine to itself and was not stopped.
+
+        While the first one is generated, repacked copies may still be made.
+        """
+        self.n_answers += 1
         if last.usage and last.timings and last.finish_reason in ("stop", "length"):
             records = records_of(self.setting, last.usage, last.timings, time.time())
+            if self.n_answers == 1 and self.setting.placement.repack != "off":
+                records = tuple(record for record in records if record.kind != "generation")
             self.store.add(self.key, records)
 
 
@@ -60,6 +68,13 @@ class Learned:
             self._bandwidths.write(self._key, known)
         return Speeds(known, records)
 
-    def log(self, meta: ModelMeta, placement: Placement, gpus: tuple[str, ...]) -> SpeedLog:
-        setting = setting_of(placement, meta, self._bandwidths.read(self._key), gpus)
+    def log(
+        self,
+        meta: ModelMeta,
+        placement: Placement,
+        gpus: tuple[str, ...],
+        tuning: Tuning | None = None,
+    ) -> SpeedLog:
+        known = self._bandwidths.read(self._key)
+        setting = setting_of(placement, meta, known, gpus, tuning=tuning)
         return SpeedLog(self._records, self._key, setting)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .config import Settings, engine_environment
-from .engine.client import Engine
+from .engine.client import Engine, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
 from .errors import EngineError, gib
 from .learning import SpeedLog
@@ -22,10 +23,13 @@ from .placement.pinned import pinned_spans
 from .placement.plan import Plan
 from .placement.search import Workload
 from .planning import Planner
+from .serving.answer import HarmonyMarkers, Markers, find_markers
 from .serving.chat import AnswerOptions, Model
-from .serving.prompt import PromptFormat, TemplateFacts, prompt_format
+from .serving.prompt import NO_THINKING, PromptFormat, TemplateFacts, prompt_format
+from .serving.text_format import TextFormat, no_template
 
 # general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
+MAX_REPEAT_LAST_N = 1 << 16
 HEADER_SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -38,9 +42,14 @@ HEADER_SAMPLING = {
 
 OUT_OF_MEMORY = (
     "out of memory", "failed to allocate", "unable to allocate", "cudamalloc", "was killed",
-    "could not make a context",
+    "could not make a context", "bad_alloc", "memoryerror", "cannot allocate memory",
+    "memory ran out",
 )  # fmt: skip
 """How llama.cpp, its backends and the end of its process say that memory ran out."""
+OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"  # read when a backend registers (ggml-cuda.cu)
+ASKS_FOR_THINKING = re.compile(r"{[%{][^}]*\b(enable_thinking|thinking)\b")
+QUICK_BYTES = 256 << 20
+"""A smaller model is timed in less than a second."""
 TAKEN_BYTES = 64 << 20
 """Less than this comes and goes with a desktop's windows."""
 
@@ -80,13 +89,20 @@ class LoadedModel:
 
 
 def open_model(
-    name: str, settings: Settings, watch: Watch | None = None, workload: Workload = "chat"
+    name: str,
+    settings: Settings,
+    watch: Watch | None = None,
+    workload: Workload = "chat",
+    n_prompt: int | None = None,
 ) -> LoadedModel:
-    """Find a model, fetch it where it isn't here, and load it by its plan. Raises LocalMoeError."""
+    """Find a model, fetch it where it isn't here, and load it by its plan. Raises LocalMoeError.
+
+    `n_prompt` is about how many tokens a single prompt has.
+    """
     watch = watch or Watch()
     with Finder(settings, watch) as finder:
         found = finder.fetch(finder.find(name))
-    return load_found(found, settings, watch, workload)
+    return load_found(found, settings, watch, workload, n_prompt=n_prompt)
 
 
 def load_local(
@@ -103,42 +119,69 @@ def load_found(
     watch: Watch,
     workload: Workload = "chat",
     crowd: Crowd | None = None,
+    n_prompt: int | None = None,
 ) -> LoadedModel:
     """Start an engine with a model that is here. Raises LocalMoeError.
 
     A plan that runs out of a GPU's memory is followed, once, by one that leaves more of it empty.
     """
     check_runs(found.meta)
+    check_path(str(found.meta.paths[0]))
     try:
-        return load_once(found, settings, watch, workload, crowd)
+        return load_once(found, settings, watch, workload, crowd, n_prompt)
     except OutOfMemory as error:
         if watch.warning:
             watch.warning(f"{error.message} Trying again with less on the GPU.")
-        return load_once(found, settings, watch, workload, crowd)
+        return load_once(found, settings, watch, workload, crowd, n_prompt)
+
+
+def load_to_talk(found: Found, settings: Settings, watch: Watch) -> LoadedModel:
+    """Load a model for a conversation. Raises LocalMoeError, where it only continues text, too."""
+    if isinstance(format_of(found.meta), TextFormat):
+        raise no_template()
+    return load_found(found, settings, watch, "chat")
 
 
 def load_once(
-    found: Found, settings: Settings, watch: Watch, workload: Workload, crowd: Crowd | None
+    found: Found,
+    settings: Settings,
+    watch: Watch,
+    workload: Workload,
+    crowd: Crowd | None,
+    n_prompt: int | None,
 ) -> LoadedModel:
     """Plan and load. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
     meta = found.meta
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
-    format = format_of(meta)
+    bound = settings.grammar is not None or settings.json_schema is not None
+    format = format_of(meta, think=settings.think != "off" and not bound)
     engine = Engine(engine_environment(), watch.log)
     try:
-        planner = Planner(settings, workload, watch.warning, engine, crowd)
+        planner = Planner(settings, workload, watch.warning, engine, crowd, n_prompt)
+        if watch.note and meta.file_bytes > QUICK_BYTES and planner.is_to_be_tuned(meta):
+            watch.note("Timing this model on the CPU, once (--no-tune leaves that out).")
         plan = planner.plan_to_load(path, meta)
         if plan.placement.n_gpu_layers:
             engine.close()
             check_nothing_was_taken(planner)
-            engine = Engine(engine_environment(), watch.log)
+            engine = Engine(environment_of(plan.placement), watch.log)
         loaded = start(engine, planner, meta, plan, watch)
     except BaseException:
         engine.kill()
         raise
     log = planner.speed_log(meta, plan)
-    model = Model(engine, format, loaded.n_ctx, log.add)
+    markers = find_markers(special_tokens(meta), engine)
+    remark = unstoppable(meta.chat_template, markers) if settings.think == "off" else ""
+    if remark and watch.note:
+        watch.note(remark)
+    model = Model(engine, format, loaded.n_ctx, log.add, markers)
     return LoadedModel(meta, plan, model, engine, loaded, log, found.spec)
+
+
+def environment_of(place: Placement) -> dict[str, str]:
+    """The environment of the engine that a plan is loaded in; what a person set there stays."""
+    edge = place.offload_min_batch
+    return {**({OFFLOAD_VARIABLE: str(edge)} if edge else {}), **engine_environment()}
 
 
 def check_nothing_was_taken(planner: Planner) -> None:
@@ -189,8 +232,8 @@ def open_vocabulary(path: Path) -> Engine:
         raise
 
 
-def format_of(meta: ModelMeta) -> PromptFormat:
-    """The prompt format of a model."""
+def format_of(meta: ModelMeta, *, think: bool = True) -> PromptFormat:
+    """The prompt format of a model; without `think` it asks for an answer at once, if it can."""
     words = meta.tokenizer
     facts = TemplateFacts(
         architecture=meta.architecture,
@@ -206,7 +249,20 @@ def format_of(meta: ModelMeta) -> PromptFormat:
         control_tokens=frozenset(words.control_tokens),
         user_tokens=frozenset(words.user_tokens),
     )
-    return prompt_format(facts, env=engine_environment())
+    return prompt_format(facts, env=engine_environment(), variables={} if think else NO_THINKING)
+
+
+def special_tokens(meta: ModelMeta) -> frozenset[str]:
+    return frozenset(meta.tokenizer.control_tokens).union(meta.tokenizer.user_tokens)
+
+
+def unstoppable(template: str, markers: Markers | None) -> str:
+    """What to tell a person who wants no thinking of a model that can't be asked for that."""
+    if isinstance(markers, HarmonyMarkers):
+        return "This model always thinks; its reasoning effort is set to low instead."
+    if markers is None or "think" not in template or ASKS_FOR_THINKING.search(template):
+        return ""
+    return "This model's prompt template has no way to turn its thinking off."
 
 
 def title(meta: ModelMeta) -> str:
@@ -214,16 +270,32 @@ def title(meta: ModelMeta) -> str:
     return meta.name or (meta.paths[0].stem if meta.paths else "the model")
 
 
+def is_sampling_value(name: str, value: object) -> bool:
+    """Whether a value of a header is within the bounds of what a person may set."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if name == "repeat_last_n":
+        return isinstance(value, int) and 0 <= value <= MAX_REPEAT_LAST_N
+    try:
+        Settings.model_validate({name: value})
+    except ValueError:  # pydantic's ValidationError
+        return False
+    return True
+
+
 def answer_options(
     meta: ModelMeta, settings: Settings, spec: ModelSpec | None = None
 ) -> AnswerOptions:
     """How to answer: what the person set, else what the model's header says, else the catalog,
-    else our defaults."""
+    else our defaults. A value of a header that no person could set is a slip of who made the file,
+    and says nothing."""
     fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
     said = {name: getattr(settings, name) for name in fields}
     chosen: dict[str, Any] = spec.sampling.model_dump(exclude_none=True) if spec else {}
     chosen |= {
-        name: meta.sampling[key] for key, name in HEADER_SAMPLING.items() if key in meta.sampling
+        name: meta.sampling[key]
+        for key, name in HEADER_SAMPLING.items()
+        if key in meta.sampling and is_sampling_value(name, meta.sampling[key])
     }
     chosen.update({name: value for name, value in said.items() if value is not None})
     sampling = replace(

@@ -11,6 +11,8 @@ from pathlib import Path
 from .config import Settings, engine_environment, state_folder
 from .engine.client import Engine
 from .engine.protocol import DeviceList, Request, Sampling
+from .engine.rates import Tuning
+from .errors import DoesNotFit, EngineError
 from .learning import Learned, SpeedLog
 from .models.catalog import DEMO
 from .models.meta import ModelMeta, read_meta
@@ -21,12 +23,31 @@ from .placement.invented import machine_like
 from .placement.measured import NOTHING_MEASURED, Measured, MeasuredStore, MeasurementKey
 from .placement.plan import Plan, make_plan
 from .placement.request import DEFAULT_UBATCH, PlanRequest
-from .placement.search import Open, Speeds, Workload, requests_of, search
+from .placement.search import (
+    Open,
+    Speeds,
+    Workload,
+    fallbacks,
+    job_of,
+    requests_of,
+    search,
+)
+from .placement.tuning import (
+    LIMIT_S,
+    UNTUNED,
+    Kept,
+    TuningStore,
+    best_threads,
+    best_ubatch,
+    threads_to_try,
+)
 
 CALIBRATION_TOKENS = 512
 SETBACK_BYTES, SETBACK_SHARE = 256 << 20, 0.02
 """What a plan leaves more after one that ran out of memory."""
 MAX_PROVED = 64
+WORTH_TUNING_BYTES = 64 << 20
+"""A smaller model answers sooner than it could be timed."""
 
 
 def plan_request(settings: Settings) -> PlanRequest:
@@ -50,7 +71,8 @@ class Planner:
     Asks and measures in an engine process: its own, or one that is lent and has not been asked for
     anything yet. Where there is a GPU, that process then holds memory of it, and another one has to
     load the model. Close it, or use it as a context manager. `on_warning` is told what is wrong
-    with this machine, such as a GPU that lies idle; `crowd` is what a batch will ask.
+    with this machine, such as a GPU that lies idle; `crowd` is what a batch will ask, `n_prompt`
+    how many tokens a single prompt has.
     """
 
     def __init__(
@@ -60,11 +82,17 @@ class Planner:
         on_warning: Callable[[str], None] | None = None,
         engine: Engine | None = None,
         crowd: Crowd | None = None,
+        n_prompt: int | None = None,
     ) -> None:
         self._request = plan_request(settings)
+        self._may_tune = settings.tune
         self._crowd = crowd
-        self._open = Open(settings.ubatch_size is None, settings.load_mode == "auto")
-        self._workload: Workload = workload
+        self._job = job_of(workload, n_prompt, settings.max_tokens)
+        self._open = Open(
+            n_ubatch=settings.ubatch_size is None,
+            load_mode=settings.load_mode == "auto",
+            kv_type="kv_type" not in settings.model_fields_set,
+        )
         self._engine, self._owns_engine = engine or Engine(engine_environment()), engine is None
         self._devices: DeviceList | None = None
         try:
@@ -75,6 +103,7 @@ class Planner:
         warn(self.here, on_warning)
         self.machine = machine_like(self.here, self._request)
         self._store = MeasuredStore(state_folder() / "measured")
+        self._tunings = TuningStore(state_folder() / "measured")
         self.learned = Learned(state_folder() / "measured", key_of(self.here, None))
 
     def plan(self, path: Path, meta: ModelMeta) -> Plan:
@@ -89,9 +118,22 @@ class Planner:
     def plan_to_load(self, path: Path, meta: ModelMeta) -> Plan:
         """The plan to load a model by, here and now. Raises DoesNotFit.
 
-        Without a GPU to place anything on nothing is measured, so that the start is not held up.
+        Without a GPU to place anything on, the model itself is timed on the CPU, once.
         """
-        return self._plan_here(path, meta, measure=self._may_use_gpus(self.here))
+        if self._may_use_gpus(self.here):
+            return self._plan_here(path, meta, measure=True)
+        if self.is_to_be_tuned(meta):
+            self._tune(path, meta)
+        return self._plan_here(path, meta, measure=False)
+
+    def is_to_be_tuned(self, meta: ModelMeta) -> bool:
+        """Whether `plan_to_load` will time a model on the CPU, which takes seconds."""
+        if self._may_use_gpus(self.here) or not self._may_tune:
+            return False
+        if meta.weights_bytes < WORTH_TUNING_BYTES:
+            return False
+        known = self._tunings.read(key_of(self.here, meta))
+        return known is None or not known.is_final
 
     def lost_bytes(self) -> int:
         """What other programs took of the GPUs since this planner looked at them."""
@@ -118,7 +160,8 @@ class Planner:
         self._store.write(key, replace(known, proved=proved))
 
     def speed_log(self, meta: ModelMeta, plan: Plan) -> SpeedLog:
-        return self.learned.log(meta, plan.placement, gpu_names(self.here))
+        tuning = self._tuning(meta)
+        return self.learned.log(meta, plan.placement, gpu_names(self.here), tuning)
 
     def close(self) -> None:
         if self._owns_engine:
@@ -133,11 +176,31 @@ class Planner:
     def _may_use_gpus(self, machine: Machine) -> bool:
         return bool(machine.gpus) and self._request.n_gpu_layers != 0
 
+    def _tune(self, path: Path, meta: ModelMeta) -> None:
+        """Time a model, in a process that may die of it; where it does, that isn't tried again."""
+        key = key_of(self.here, meta)
+        known = self._tunings.read(key)
+        wanted = self._request.n_threads
+        n_threads = (wanted,) if wanted else threads_to_try(self.here.n_cores)
+        try:
+            with Engine(engine_environment()) as engine:
+                tuning = engine.tune(str(path), n_threads, LIMIT_S)
+        except EngineError:
+            tuning = UNTUNED
+        self._tunings.write(key, known.or_better(tuning) if known else Kept(tuning))
+
     def _plan_here(self, path: Path, meta: ModelMeta, measure: bool) -> Plan:
         planned = self._measured_plan(path, meta) if measure else unmeasured_plan(self.here, meta)
         n_threads = self._request.n_threads or self.here.n_cores
         speeds = self.learned.speeds(meta, n_threads, self._engine if measure else None)
+        if not self._may_use_gpus(self.here):
+            speeds = replace(speeds, tuning=self._tuning(meta))
         return self._searched(meta, self.here, speeds, planned)
+
+    def _tuning(self, meta: ModelMeta) -> Tuning | None:
+        """What the model was timed with, if it was and that is wanted."""
+        found = self._tunings.read(key_of(self.here, meta)) if self._may_tune else None
+        return found.tuning if found and found.tuning.times else None
 
     def _look(self) -> Machine:
         """The machine now. The engine is asked the first time, and after the drivers: from then on
@@ -156,11 +219,22 @@ class Planner:
         speeds: Speeds,
         planned: Callable[[PlanRequest], Plan],
     ) -> Plan:
-        wanted = self._crowd.requests(self._request) if self._crowd else [self._request]
-        requests = (
-            r for w in wanted for r in requests_of(w, self._may_use_gpus(machine), self._open)
-        )
-        return search(requests, self._workload, meta, gpu_names(machine), speeds, planned)
+        has_gpu = self._may_use_gpus(machine)
+        request = tuned(self._request, speeds.tuning, self._open)
+        request = replace(request, alike=request.n_seq > 1 and not has_gpu)
+        refusals: list[DoesNotFit] = []
+        for wish, why in fallbacks(request, self._open):
+            wanted = self._crowd.requests(wish, has_gpu) if self._crowd else [wish]
+            requests = (
+                r for w in wanted for r in requests_of(w, has_gpu, self._open, self._job.name)
+            )
+            try:
+                plan = search(requests, self._job, meta, gpu_names(machine), speeds, planned)
+            except DoesNotFit as error:
+                refusals.append(error)
+            else:
+                return replace(plan, reasons=(*plan.reasons, why)) if why else plan
+        raise refusals[0]
 
     def _measured_plan(self, path: Path, meta: ModelMeta) -> Callable[[PlanRequest], Plan]:
         """Plans by what was measured here before, and measured now where that says nothing."""
@@ -180,6 +254,15 @@ class Planner:
             return fitted.plan
 
         return planned
+
+
+def tuned(request: PlanRequest, tuning: Tuning | None, is_open: Open) -> PlanRequest:
+    """A request with threads and micro-batch as a model's own timing says, where they are open."""
+    if tuning is None:
+        return request
+    n_threads = request.n_threads or best_threads(tuning)
+    n_ubatch = best_ubatch(tuning, request.n_ubatch) if is_open.n_ubatch else request.n_ubatch
+    return replace(request, n_threads=n_threads, n_ubatch=n_ubatch)
 
 
 def unmeasured_plan(machine: Machine, meta: ModelMeta) -> Callable[[PlanRequest], Plan]:

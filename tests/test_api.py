@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -129,3 +130,18 @@ def test_a_batch_outlives_its_engine() -> None:
         found += results
     assert sorted(result.index for result in found) == list(range(8))
     assert all(not result.error for result in found)
+
+
+def test_an_answer_has_the_form_of_its_schema_or_is_an_error(moe: LocalMoE) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    reply = moe.chat(HI, json_schema=schema, seed=1)
+    assert isinstance(json.loads(reply.text)["n"], int)
+    with pytest.raises(LocalMoeError, match="cut"):
+        moe.chat(HI, json_schema=schema, seed=1, max_tokens=2)
+
+
+def test_what_no_answer_could_be_held_to_is_refused_at_once(moe: LocalMoE) -> None:
+    with pytest.raises(UsageError, match="#/not"):
+        moe.chat(HI, json_schema={"not": {}})
+    with pytest.raises(UsageError, match="Leave one"):
+        moe.chat(HI, json_schema="{}", grammar='root ::= "a"')

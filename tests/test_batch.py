@@ -15,22 +15,27 @@ from typing import Any
 import pytest
 from soak import batch as soak
 
-from localmoe.config import engine_environment
+from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine, Inbox
 from localmoe.engine.protocol import (
     Delta,
     Failed,
     FromEngine,
+    Piece,
     Placement,
     Request,
     Sampling,
     Timings,
     Usage,
 )
-from localmoe.errors import EngineError
-from localmoe.load import format_of
+from localmoe.errors import EngineError, PromptError
+from localmoe.load import format_of, load_to_talk
 from localmoe.models.catalog import PACKAGE
+from localmoe.models.gguf import read_header
+from localmoe.models.gguf_writer import encode_header, raw_entries
 from localmoe.models.meta import read_meta
+from localmoe.models.names import ModelName
+from localmoe.obtain import Found, Watch
 from localmoe.serving import asking, batch
 from localmoe.serving.asking import Asking, Outcome, Stop
 from localmoe.serving.backlog import Backlog
@@ -390,7 +395,7 @@ def test_an_answer_is_an_openai_response_with_counts_and_timings(run: Run) -> No
         {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": chat},
         {"custom_id": "t", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 2}},
         {"prompt": "Hi!"},
-        {"custom_id": "g", "prompt": "Hi!", "grammar": "no grammar"},
+        {"custom_id": "g", "prompt": "Hi!", "grammar": 'root ::= "a"\n | "b"'},
     )
     run()
     records = run.records()
@@ -498,3 +503,55 @@ def test_answers_for_a_program_come_as_they_finish(encoder: Encoder, engine: Eng
 @posix
 def test_50_kills_lose_nothing_double_nothing_and_change_nothing(tmp_path: Path) -> None:
     assert "nothing lost" in soak.report(soak.DIRECT, tmp_path, n_kills=50, seed=3)
+
+
+# ---- base models ----
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model without its chat template."""
+    path = tmp_path_factory.mktemp("base") / "base.gguf"
+    with DEMO.open("rb") as source:
+        header = read_header(source)
+        entries = raw_entries(source, header)
+        del entries["tokenizer.chat_template"]
+        head = encode_header(
+            header.version, list(entries.values()), header.tensors, header.alignment
+        )
+        source.seek(header.data_offset)
+        path.write_bytes(head + source.read())
+    return path
+
+
+def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path) -> None:
+    """Completions and plain prompts need no template; only more than one message does."""
+    meta = read_meta(base_model)
+    words = meta.tokenizer
+    with Engine(engine_environment()) as engine:
+        engine.load(str(base_model), Placement(n_threads=1, n_ctx=256, n_seq=N_SEQ))
+        encoder = Encoder(format_of(meta), engine, 256)
+        requests = [
+            {"url": "/v1/completions", "body": {"prompt": "The weather is", "max_tokens": 4}},
+            {"prompt": "The weather is", "max_tokens": 4},
+            {"messages": [
+                {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi!"},
+            ]},
+        ]  # fmt: skip
+        found = {
+            result.index: result
+            for result in batch.answers(requests, encoder, lambda: engine, DEFAULTS)
+        }
+        plain = engine.tokenize([Piece("The weather is")])[0]
+    assert len(found[0].tokens) == 4
+    assert found[0].tokens == found[1].tokens
+    assert found[1].usage is not None
+    assert found[1].usage.prompt_tokens == len(plain) + bool(words.add_bos)
+    assert "no chat template" in found[2].error
+
+
+def test_a_base_model_is_not_talked_to(base_model: Path) -> None:
+    found = Found(ModelName(str(base_model), path=base_model), base_model, read_meta(base_model))
+    with pytest.raises(PromptError, match="no chat template") as error:
+        load_to_talk(found, load_settings({}), Watch())
+    assert "Instruct" in error.value.hint

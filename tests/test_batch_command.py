@@ -20,13 +20,7 @@ import pytest
 from localmoe.cli.batch_view import Pace, check_line, progress_line, summary, summary_lines
 from localmoe.serving.batch import Checked, Progress, Recovered
 
-PROGRAM = (
-    "from localmoe import cli\n"
-    "from localmoe.cli.batch import batch\n"
-    "cli.cli.add_command(batch)\n"
-    "cli.main()\n"
-)
-COMMAND = [sys.executable, "-c", PROGRAM, "batch", "demo"]
+COMMAND = [sys.executable, "-m", "localmoe", "batch", "demo"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
 
@@ -270,7 +264,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_with(source: Path, output: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
 
     source.write_text(lines(*(f"Number {n}?" for n in range(12)), temperature=0, max_tokens=2))
-    arguments = ["-i", str(source), "-o", str(output), "-q"]
+    arguments = ["-i", str(source), "-o", str(output), "-q", "--parallel", "2"]
     full = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 1
     assert "out.jsonl can't be written: File too large" in full.stderr
@@ -359,13 +353,28 @@ def test_progress_is_told_in_one_line() -> None:
     assert progress_line(Progress(500), 0.0) == "0 of 500 done"
 
 
-def test_a_pace_is_that_of_the_last_moments() -> None:
+def test_a_pace_does_not_jump_where_answers_end_together() -> None:
+    """48 tokens every 3 seconds are 16 tok/s, whenever one looks."""
+    pace = Pace()
+    seen = [pace(t / 4, 48 * (t // 12)) for t in range(12, 400)]
+    assert seen == pytest.approx([16.0] * len(seen))
+
+
+def test_a_single_lot_does_not_make_a_pace() -> None:
+    pace = Pace()
+    for second in range(1, 21):
+        pace(second, 20 * second)
+    assert 20 < pace(20.1, 400 + 40) < 40  # 400 tok/s, but for a tenth of a second
+
+
+def test_a_pace_follows_what_comes() -> None:
     pace = Pace()
     assert pace(1.0, 10) == 10.0
     assert pace(2.0, 20) == 10.0
-    for second in range(3, 60):
-        pace(float(second), 20 + 100 * second)
-    assert 95 < pace(60.0, 20 + 6000) < 105
+    for second in range(3, 20):
+        pace(float(second), 20 + 100 * (second - 2))
+    assert 95 < pace(20.0, 20 + 1800) < 100
+    assert 45 < pace(30.0, 20 + 1800) < 50  # nothing for 10 seconds
 
 
 def test_a_check_and_an_end_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,10 @@ def test_this_llama_takes_what_the_formula_says(
         exact = native_memory(str(path), place)["CPU"].compute
         work = Work(n_ctx, n_ubatch, n_seq)
         assert estimated_bytes(metas["mixtral-8x7b"], work) == pytest.approx(exact, rel=1e-3)
+        bare = replace(place, flash_attention="off")
+        exact = native_memory(str(path), bare)["CPU"].compute
+        work = replace(work, has_scores=True)
+        assert -0.01 < estimated_bytes(metas["mixtral-8x7b"], work) / exact - 1 < 0.06
 
 
 def kind_of(row: RecordedGpus) -> str:

@@ -31,6 +31,7 @@ def test_a_real_time_signal_has_a_number() -> None:
     [
         ("/a/b.cu:88: CUDA error: out of memory", "CUDA error: out of memory"),
         ("terminate called; what():  no such tensor", "what():  no such tensor"),
+        ("  what():  std::bad_alloc", "memory ran out"),
         ("all is well", ""),
     ],
 )

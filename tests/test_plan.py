@@ -26,6 +26,7 @@ from make_model import FAMILIES, SHAPES, make_model
 from native_memory import RecordedGpus, recorded_gpus
 from synthetic.families import with_layers
 
+from localmoe.engine.protocol import KvType
 from localmoe.errors import DoesNotFit
 from localmoe.models.meta import ModelMeta, read_meta
 from localmoe.models.tensors import TensorInfo
@@ -565,7 +566,7 @@ def test_ram_in_three_kinds() -> None:
         embeddings = meta.bytes_by_role["embedding"]  # read row by row, never copied to a GPU
         pinned = weights - embeddings if mode == "pinned" and with_gpu else 0
         assert (ram.pinned_bytes, ram.mapped_bytes) == (pinned, weights - pinned)
-        assert ram.repacked_bytes == 0
+        assert ram.repacked.n_bytes == 0
 
 
 def test_every_figure_says_where_it_comes_from() -> None:
@@ -610,3 +611,26 @@ def test_planning_imports_nothing_heavy() -> None:
 
 if __name__ == "__main__":
     TABLE.write_text(table(), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "kv_type", "alike", "flash"),
+    [
+        (1024, "f16", True, "off"),
+        (1024, "q8_0", True, "on"),
+        (32768, "q8_0", True, "on"),
+        (32768, "f16", False, "auto"),  # the scores of 512 tokens would take 2 GiB
+    ],
+)
+def test_answers_are_alike_where_there_is_room_for_it(
+    n_ctx: int, kv_type: KvType, alike: bool, flash: str
+) -> None:
+    wanted = PlanRequest(n_ctx=n_ctx, n_seq=4, kv_type=kv_type)
+    plain = make_plan(machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, wanted)
+    plan = make_plan(
+        machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, replace(wanted, alike=True)
+    )
+    assert (plan.placement.alike, plan.placement.flash_attention) == (alike, flash)
+    assert not plain.placement.alike
+    more = plan.memory[-1].compute.n_bytes - plain.memory[-1].compute.n_bytes
+    assert (more > 0) is (flash == "off")

@@ -29,7 +29,7 @@ def test_json_has_what_is_promised(mixtral: str) -> None:
     }  # fmt: skip
     card, ram = plan["memory"]
     for memory in (card, ram):
-        parts = ("weights_bytes", "kv_bytes", "compute_bytes", "overhead_bytes")
+        parts = [f"{part}_bytes" for part in ("weights", "kv", "compute", "overhead", "repacked")]
         assert sum(memory[part] for part in parts) == memory["total_bytes"]
         assert memory["total_bytes"] <= memory["budget_bytes"]
     assert {"mapped_bytes", "pinned_bytes", "resident_bytes"} <= set(ram)
@@ -90,3 +90,16 @@ def test_shards_are_planned_and_run_together(tmp_path: Path) -> None:
     }
     assert len(answers) == 1
     assert answers != {""}
+
+
+def test_a_smaller_cache_before_a_refusal(mixtral: str) -> None:
+    """What the person left open gives way, and the plan says so; what they fixed does not."""
+    whole = json.loads(localmoe("plan", mixtral, "--ram", "64GiB", "--json").stdout)
+    ram = whole["memory"][-1]
+    short = str(ram["total_bytes"] - ram["kv_bytes"] // 4)
+    found = json.loads(localmoe("plan", mixtral, "--ram", short, "--json").stdout)
+    assert found["placement"]["kv_type"] == "q8_0"
+    assert found["placement"]["n_ctx"] == whole["placement"]["n_ctx"]
+    assert any("at f16 nothing fits" in reason for reason in found["reasons"])
+    line = one_line_error(localmoe("plan", mixtral, "--ram", short, "-ctk", "f16"), 3)
+    assert "-ctk q8_0" in line

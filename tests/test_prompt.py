@@ -14,6 +14,7 @@ from localmoe.serving.prompt import (
     is_mistral,
     prompt_format,
 )
+from localmoe.serving.text_format import TextFormat
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 V0 = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
@@ -43,9 +44,8 @@ def test_without_a_template_the_name_decides(name: str, known: bool) -> None:
     facts = replace(MIXTRAL, chat_template=None, name=name)
     assert is_mistral(facts) is known
     if not known:
-        with pytest.raises(PromptError, match="no chat template") as error:
-            prompt_format(facts)
-        assert error.value.hint
+        assert prompt_format(facts) == TextFormat(bos=1)  # it can continue a text
+        assert prompt_format(replace(facts, add_bos=False)) == TextFormat()
 
 
 @pytest.mark.parametrize(

@@ -1,103 +1,296 @@
-"""The chat at a real (pseudo) terminal."""
+"""The chat at a real (pseudo) terminal, with the demo model in a real engine."""
 
 from __future__ import annotations
 
-import os
+import base64
+import json
+import random
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-pexpect = pytest.importorskip("pexpect")
+pytest.importorskip("pexpect")
 if sys.platform == "win32":
     pytest.skip("needs a pty", allow_module_level=True)
 
-READY = r">[^>]*\x1b\[\?25h"  # the prompt, and the cursor shown behind it
-ENDLESS = ["--temp", "1.5", "--min-p", "0", "--top-k", "0", "--top-p", "1", "--seed", "1"]
+from terminal import Terminal
+
+CHAT = ["chat", "demo"]
+GREEDY = ["--temp", "0"]
+PASTE, PASTED = "\x1b[200~", "\x1b[201~"
+CTRL_C, CTRL_D, CTRL_G, UP, ALT_ENTER = "\x03", "\x04", "\x07", "\x1b[A", "\x1b\r"
 
 
 @pytest.fixture
-def chat() -> Iterator[pexpect.spawn]:
-    command = ["-m", "localmoe", "chat", "demo", "--temp", "0"]
-    child = spawn(command)
-    yield child
-    child.close(force=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path))
+    monkeypatch.setenv("LOCALMOE_TUNE", "no")  # it takes seconds, once
+    return tmp_path
 
 
-def spawn(command: list[str]) -> pexpect.spawn:
-    """A chat at a terminal that is ready for a line; the terminal answers no questions."""
-    env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    child = pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=20, env=env)
-    child.expect(READY)
-    return child
+@pytest.fixture
+def chat(state: Path) -> Iterator[Terminal]:
+    yield from a_chat(*GREEDY)
 
 
-def engine_of(chat: pexpect.spawn) -> psutil.Process:
-    (engine,) = psutil.Process(chat.pid).children()
+def a_chat(*options: str, **env: str) -> Iterator[Terminal]:
+    terminal = Terminal([*CHAT, *options], **env)
+    try:
+        terminal.wait_prompt()
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> list[str]:
+    """Options for answers of so many words of nonsense."""
+    grammar = tmp_path / "long.gbnf"
+    grammar.write_text('root ::= ([a-z]{3,9} " "){40,40} [a-z]{3,9}')
+    return ["--grammar", str(grammar), "--temp", "1.5", "--seed", "1"]
+
+
+def engine_of(chat: Terminal) -> psutil.Process:
+    """The engine, once it is loaded."""
+    chat.enter("/plan")
+    (engine,) = psutil.Process(chat.child.pid).children()
     return engine
 
 
-def test_it_answers_and_remembers(chat: pexpect.spawn) -> None:
-    chat.sendline("Hi! How are you?")
-    chat.expect(r"\d+ tokens, [\d.]+ tok/s")
-    chat.expect(READY)
-    chat.sendline("/stats")
-    chat.expect(r"(\d+) of 1024 tokens of context used")
-    assert int(chat.match[1]) > 10
-    chat.sendline("/clear")
-    chat.expect_exact("A new conversation")
-    chat.sendline("/stats")
-    chat.expect_exact("0 of 1024 tokens")
+def said(state: Path, name: str) -> list[dict[str, str]]:
+    """The messages of a session, as its file has them."""
+    records = [json.loads(line) for line in (state / "sessions" / f"{name}.jsonl").open()]
+    return [record for record in records if record["type"] == "message"]
 
 
-def test_commands_and_leaving(chat: pexpect.spawn) -> None:
-    chat.sendline("/?")
-    chat.expect_exact("/clear")
-    chat.sendline("/nonsense")
-    chat.expect_exact("There is no command /nonsense")
+def after(text: str, mark: str) -> str:
+    return text.partition(mark)[2]
+
+
+def test_commands(chat: Terminal, state: Path) -> None:
+    assert "/clear" in chat.enter("/?")
+    assert "Did you mean /regen?" in chat.enter("/regn")
+    assert "Nothing was asked yet" in chat.enter("/regen")
+    answer = chat.enter("Hi! How are you?")
+    assert len(answer.split()) > 2
+    assert re.search(r"\d+ tokens, .* of 1,024 tokens of context used", chat.enter("/stats"))
+    chat.enter("/stats on")
+    assert "tok/s" in chat.enter("/regen")
+    chat.enter("/stats off")
+    assert "tok/s" not in chat.enter("What is your name?")
+    assert "Taken back: What is your name?" in chat.enter("/undo")
+    assert "tokens held" not in chat.enter("/show")
+    assert re.search(r"messages +2$", chat.text, re.MULTILINE)
+    assert "Be brief." in chat.enter("/system Be brief.")
+    assert "no system message" in chat.enter("/system none")
+    assert "temp is 0.5" in chat.enter("/set temp 0.5")
+    assert "Did you mean top-k?" in chat.enter("/set topk 5")
+    assert "temperature" in chat.enter("/set temp hot")
+    assert "think is hide" in chat.enter("/think hide")
+    assert "did not think" in chat.enter("/think")
+    assert "KV cache" in chat.enter("/plan")
+    assert "text models only" in chat.enter("/image")
+    chat.enter("/copy")
+    copied = re.search(r"\x1b]52;c;([^\x07]*)\x07", chat.raw)
+    assert copied
+    assert base64.b64decode(copied[1]).decode() in " ".join(chat.text.split())
+    assert "has 0" in chat.enter("/copy 1")
+    assert "Kept as here" in chat.enter("/save here")
+    assert "here" in chat.enter("/sessions")
+    assert "A new conversation" in chat.enter("/clear")
+    assert "0 of 1,024" in chat.enter("/stats")
+    assert "2 messages so far" in chat.enter("/load here")
+    assert "There is no session her." in chat.enter("/load her")
+    chat.enter("//exit")
+    assert said(state, "here")[-2]["content"] == "/exit"
+    assert "What was said so far is kept" in chat.enter("/model demo")
+    assert "No model is called nonsens" in chat.enter("/model nonsens")
     engine = engine_of(chat)
-    chat.sendline("/exit")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    chat.send("/exit\r")
+    assert chat.ends() == 0
+    assert "localmoe chat --session here" in chat.text
     engine.wait(5)
 
 
-def test_ctrl_d_leaves(chat: pexpect.spawn) -> None:
-    chat.sendeof()
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+def test_a_file_goes_before_a_message(chat: Terminal, state: Path, tmp_path: Path) -> None:
+    notes, long = tmp_path / "notes.txt", tmp_path / "long.txt"
+    notes.write_text("Cats purr.\n")
+    long.write_text("word " * 3000)
+    assert "of the context are free" in " ".join(chat.enter(f"/read {long}").split())
+    long.write_bytes(b"\0" * 100)
+    assert "is not a text" in " ".join(chat.enter(f"/read {long}").split())
+    assert "goes with your next message" in chat.enter(f"/read {notes}")
+    chat.enter("What do they do?")
+    chat.enter("/save a")
+    assert said(state, "a")[0]["content"] == (
+        "notes.txt:\n```\nCats purr.\n```\n\nWhat do they do?"
+    )
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    child = spawn(["-m", "localmoe", "chat", "demo", *ENDLESS])
-    for _ in range(3):
-        child.sendline("Tell me everything.")
-        child.expect_exact("\x1b[?2004l")  # the line is read; what follows is the answer
-        child.expect(r"\w+ ")
-        child.sendintr()
-        # or the answer was faster than the signal, which then may also take its figures' place
-        if child.expect([r"stopped|tokens", READY]) == 0:
-            child.expect(READY)
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
+def test_messages_of_many_lines(chat: Terminal, state: Path, tmp_path: Path) -> None:
+    chat.send('"""one\r')
+    chat.send("two\r")
+    chat.enter('three"""')
+    chat.enter(f"four{ALT_ENTER}five\\\rsix")
+    lines = [f"{n}" for n in range(200)]
+    chat.send(PASTE + "\r".join(lines) + PASTED)
+    chat.wait(lambda text: text.endswith(" 199"))
+    chat.enter()
+    chat.enter("/save many")
+    questions = [m["content"] for m in said(state, "many") if m["role"] == "user"]
+    assert questions == ["one\ntwo\nthree", "four\nfive\nsix", "\n".join(lines)]
 
 
-def test_ctrl_c_at_the_prompt_only_empties_the_line(chat: pexpect.spawn) -> None:
-    chat.send("half a thou")
-    chat.sendintr()
-    chat.sendline("/stats")
-    chat.expect_exact("0 of 1024 tokens")
+def test_the_editor_the_history_and_completion(state: Path, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\nprintf 'Hi\\nthere' > \"$1\"\n")
+    editor.chmod(0o755)
+    for chat in a_chat(*GREEDY, VISUAL=str(editor)):
+        chat.send(CTRL_G)
+        chat.wait_for("\n. there")
+        chat.enter()
+        chat.send("/re")
+        chat.wait_for("/?regen .*\n.*read|read .*\n.*regen")
+        chat.enter(CTRL_C, end="")
+    for chat in a_chat(*GREEDY):
+        chat.send(UP)
+        chat.wait_for("> Hi\n. there")
+    assert (state / "typed" / "history").stat().st_mode & 0o777 == 0o600
+    assert (state / "typed").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_killed_engine_is_a_line_and_the_terminal_is_usable(chat: pexpect.spawn) -> None:
-    engine_of(chat).send_signal(signal.SIGKILL)
-    chat.sendline("Hi!")
-    chat.expect(r"localmoe: The engine was killed[^\n]*\n")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 1
-    assert "Traceback" not in (chat.before or "")
+def test_ctrl_c_at_the_prompt_empties_the_line_then_says_how_to_leave(chat: Terminal) -> None:
+    chat.enter("half a thou", end=CTRL_C)
+    assert "Ctrl-D or /exit leaves" not in chat.text
+    chat.enter(end=CTRL_C)
+    assert "Ctrl-D or /exit leaves" in chat.text
+    chat.send(CTRL_D)
+    assert chat.ends() == 0
+
+
+def test_ctrl_c_at_random_moments_stops_the_answer_and_not_the_program(
+    state: Path, long: list[str]
+) -> None:
+    draw = random.Random(7)
+    for chat in a_chat(*long, "-n", "30"):
+        assert chat.enter("Hello.")
+        for n in range(20):
+            n_prompts = chat.n_prompts()
+            chat.send(f"Tell me everything, {n}.\r")
+            time.sleep(draw.uniform(0, 0.35))
+            started = time.monotonic()
+            chat.send(CTRL_C)
+            chat.wait_prompt(n_prompts + 1)
+            assert time.monotonic() - started < 5
+            if f"everything, {n}." in chat.line:  # taken back, and offered again
+                chat.enter(end=CTRL_C)
+            answer = chat.enter(f"And now, {n}?")
+            assert re.search(r"\w", answer), chat.text
+
+
+def test_what_is_typed_during_an_answer_is_asked_next(chat: Terminal, state: Path) -> None:
+    chat.send("Hi! How are you?\rWhat is your name?\r/save typed\r")
+    chat.wait_for("Kept as typed")
+    questions = [m["content"] for m in said(state, "typed") if m["role"] == "user"]
+    assert questions == ["Hi! How are you?", "What is your name?"]
+    assert chat.text.count("What is your name?") == 1  # not printed into the answer too
+
+
+def test_a_killed_engine_is_a_line_and_the_answer_goes_on(state: Path, long: list[str]) -> None:
+    for chat in a_chat(*long):
+        engine = engine_of(chat)
+        n_prompts = chat.n_prompts()
+        chat.send("Tell me everything.\r")
+        chat.wait(lambda text: len(after(text, "everything.").split()) > 3)
+        engine.send_signal(signal.SIGKILL)
+        chat.wait_for(r"The engine was killed(.|\n)*begins anew\.")
+        chat.wait_prompt(n_prompts + 1)
+        assert len(after(chat.text, "anew.").split()) > 3
+        assert chat.enter("Hello?")
+        assert "Traceback" not in chat.text
+        chat.send(CTRL_D)
+        assert chat.ends() == 0
+
+
+def test_an_engine_that_hangs_is_left_and_ended_by_another_ctrl_c(
+    state: Path, long: list[str]
+) -> None:
+    for chat in a_chat(*long):
+        engine = engine_of(chat)
+        n_prompts = chat.n_prompts()
+        chat.send("Tell me everything.\r")
+        chat.wait(lambda text: len(after(text, "everything.").split()) > 3)
+        engine.suspend()
+        chat.send(CTRL_C)
+        started = time.monotonic()
+        chat.wait_prompt(n_prompts + 1)
+        assert time.monotonic() - started < 3
+        chat.send("Hello?\r")
+        chat.wait_for("still being stopped; Ctrl-C ends it")
+        chat.send(CTRL_C)
+        chat.wait_prompt(n_prompts + 2)
+        assert len(after(chat.text, "Hello?").split()) > 3
+        assert not engine.is_running()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_the_exit_code(state: Path) -> None:
+    terminal = Terminal([*CHAT, "--ram", "1MiB"])
+    assert terminal.ends() == 3
+    assert terminal.text.count("localmoe: ") == 1
+    terminal = Terminal([*CHAT, "--session", "../x"])
+    assert terminal.ends() == 2
+
+
+def test_a_session_goes_on(state: Path) -> None:
+    for chat in a_chat(*GREEDY, "--session", "mine"):
+        chat.enter("My name is Tom, and I like long walks in the hills when it rains. " * 3)
+        chat.send(CTRL_D)
+        assert chat.ends() == 0
+    terminal = Terminal(["chat", "--continue", *GREEDY])
+    terminal.wait_prompt(2)
+    assert "mine: 2 messages so far" in terminal.text
+    assert "> My name is Tom, and" in terminal.text
+    terminal.enter("What is my name?")
+    terminal.enter("/show")
+    held = re.search(r"([\d,]+) of them held already", " ".join(terminal.text.split()))
+    assert held
+    assert int(held[1]) > 5
+    terminal.close()
+    assert [m["role"] for m in said(state, "mine")][:4] == ["user", "assistant"] * 2
+
+
+def test_nothing_is_kept_where_nothing_is_to_be_kept(state: Path) -> None:
+    for chat in a_chat(*GREEDY, "--no-save"):
+        chat.enter("Hi!")
+        chat.send(CTRL_D)
+        assert chat.ends() == 0
+    assert not (state / "sessions").exists()
+    assert not (state / "typed").exists()
+
+
+def test_a_resize_in_the_middle_of_an_answer(state: Path, long: list[str]) -> None:
+    terminal = Terminal([*CHAT, *long, "--session", "wide"], columns=50)
+    terminal.wait_prompt()
+    terminal.send("Tell me everything.\r")
+    terminal.wait(lambda text: len(after(text, "everything.").split()) > 20)
+    terminal.resize(70, 24)
+    terminal.wait_prompt(2)
+    answer = said(state, "wide")[-1]["content"]
+    shown = after(terminal.text, "everything.")
+    terminal.close()
+    marks = str.maketrans("", "", "*_`#>|-+~\\•│─\n ")
+    assert answer.translate(marks) in shown.translate(marks)
+
+
+def test_plain_text_is_not_drawn_again(state: Path) -> None:
+    for chat in a_chat(*GREEDY, "--plain"):
+        n_before = len(chat.raw)
+        assert len(chat.enter("Hi! How are you?").split()) > 5
+        answer = chat.raw[n_before:].split("\x1b[?2004l")[1].split("\x1b[?2004h")[0]
+        assert "\x1b[J" not in answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from make_model import FAMILIES, make_model
 from synthetic.families import with_layers
 
+from localmoe.config import engine_environment
+from localmoe.engine.client import Engine, Inbox
+from localmoe.engine.laying import WORTH_FILLING, spans
 from localmoe.engine.model import LoadedModel
 from localmoe.engine.places import Cells
-from localmoe.engine.protocol import Delta, Failed, Placement, Request, Sampling
+from localmoe.engine.protocol import Delta, Failed, KvType, Placement, Request, Sampling
 from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.waiting import MAX_PASSED, WORTH_SHARING, Queue, Waiting, common_prefix
 from localmoe.models.catalog import PACKAGE
@@ -27,8 +31,9 @@ GREEDY = Sampling(temperature=0)
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
 N_CTX = 256
 N_SEQ = 4
-PLACEMENT = Placement(n_threads=2, n_ctx=N_CTX, n_seq=N_SEQ, n_ubatch=128)
-STREAMS = {"unified": replace(PLACEMENT, kv_unified=True), "streams": PLACEMENT}
+PLACEMENT = Placement(n_threads=1, n_ctx=N_CTX, n_seq=N_SEQ, n_ubatch=128)
+ALIKE = replace(PLACEMENT, flash_attention="off", alike=True)
+STREAMS = {"unified": replace(PLACEMENT, kv_unified=True), "streams": PLACEMENT, "alike": ALIKE}
 
 
 def prompt(seed: int, n_tokens: int) -> tuple[int, ...]:
@@ -132,6 +137,56 @@ def test_conversations_do_not_push_each_other_out(scheduler: Scheduler) -> None:
             histories[n] = history + answer.tokens + prompt(id, 20)
 
 
+# ---- what goes together ----
+
+
+@given(st.integers(2, 40), st.sets(st.integers(0, 39), min_size=1))
+def test_no_stream_is_computed_alone(n_streams: int, running: set[int]) -> None:
+    sequences = sorted({n % n_streams for n in running})
+    found = spans(sequences, n_streams)
+    rows = [n for span in found for n in span]
+    assert set(sequences) <= set(rows) <= set(range(n_streams))
+    assert rows == sorted(set(rows))
+    assert all(len(span) > 1 for span in found)
+    assert len(rows) <= len(sequences) * (1 + WORTH_FILLING) + 1
+
+
+def shapes(scheduler: Scheduler, requests: Sequence[Request]) -> list[list[int]]:
+    """How many rows of each sequence every batch has had that was computed."""
+    model, found = scheduler._model, []
+    for id, request in enumerate(requests, 1):
+        scheduler.add(id, request)
+    while not scheduler.idle:
+        scheduler.step()
+        n_rows = model.batch.native.n_tokens
+        assert int(model.batch.wants_logits[:n_rows].sum()) >= 2
+        found.append(np.unique(model.batch.sequences[:n_rows], return_counts=True)[1].tolist())
+    return found
+
+
+def test_prompts_of_other_lengths_are_filled_up_and_computed_together(
+    models: dict[str, LoadedModel],
+) -> None:
+    lengths = (20, 31, 1, 26)
+    requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
+    assert shapes(fresh(models["alike"]), requests) == [[31] * 4]
+
+
+def test_much_filling_is_not_worth_it(models: dict[str, LoadedModel]) -> None:
+    lengths = (100, 10, 12, 90)
+    requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
+    assert shapes(fresh(models["alike"]), requests) == [[100], [12, 12], [90]]
+
+
+def test_a_lone_sequence_generates_beside_a_row_for_nothing(
+    models: dict[str, LoadedModel],
+) -> None:
+    scheduler = fresh(models["alike"])
+    answers(scheduler, [ask(prompt(1, 100))] * N_SEQ)  # what the others hold is not to be lost
+    assert shapes(scheduler, [ask(prompt(2, 40), max_tokens=3)]) == [[40], [1, 1], [1, 1]]
+    assert cached(answers(scheduler, [ask(prompt(1, 100) + prompt(3, 9))], first_id=9)) >= 100
+
+
 # ---- room ----
 
 
@@ -218,10 +273,43 @@ REQUESTS = [
 ]
 
 
-def test_answers_in_company_are_those_given_alone(scheduler: Scheduler) -> None:
-    """Requests of every length, some sharing. Where an answer differs, its two likeliest
+def asked(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    """Ask an engine all of them at once; their tokens."""
+    inbox: Inbox = queue.SimpleQueue()
+    ids = [engine.submit(request, inbox) for request in requests]
+    ended: dict[int, tuple[int, ...]] = {}
+    while len(ended) < len(ids):
+        message = inbox.get(timeout=60)
+        assert isinstance(message, Delta), message
+        if message.finish_reason:
+            ended[message.id] = message.tokens
+    return [ended[id] for id in ids]
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_answers_do_not_depend_on_company(kv_type: KvType) -> None:
+    """Requests of every length, some sharing, seven at once and each by itself: the same tokens.
+
+    In processes of their own, as llama.cpp chooses a kernel once for all.
+    """
+    flash = "on" if kv_type == "q8_0" else "off"
+    place = replace(ALIKE, n_seq=7, kv_type=kv_type, flash_attention=flash)
+    with Engine(engine_environment()) as many, Engine(engine_environment()) as one:
+        many.load(str(DEMO), place)
+        one.load(str(DEMO), replace(place, n_seq=2))
+        together = asked(many, REQUESTS)
+        alone = [asked(one, [replace(request, share=False)])[0] for request in REQUESTS]
+    assert together == alone
+
+
+@pytest.mark.parametrize("kind", ["unified", "streams"])
+def test_answers_in_company_are_those_given_alone(
+    models: dict[str, LoadedModel], kind: str
+) -> None:
+    """As on a GPU, where nothing is padded. Where an answer differs, its two likeliest
     tokens are as close as other micro-batches move the logits after the very same tokens."""
-    model = scheduler._model
+    model = models[kind]
+    scheduler = fresh(model)
     together = [a.tokens for a in answers(scheduler, REQUESTS)]
     apart = [replace(request, share=False) for request in REQUESTS]
     alone = [answers(fresh(model), [request])[0].tokens for request in apart]

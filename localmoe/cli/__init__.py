@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,15 +16,20 @@ from .. import __version__
 from ..errors import LocalMoeError
 from . import render
 from .batch import batch
+from .completion import TYPES, completion
+from .config import config
 from .convert import convert
 from .doctor import doctor
 from .house import pull, rm, verify
 from .listing import list_models
 from .look import prompt, show
 from .plan import plan
-from .talk import chat, run
+from .run import run
+from .sessions import sessions
+from .talk import chat
 
 EXIT_INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,26 +42,39 @@ def cli(context: click.Context, debug: bool) -> None:
         render.greeting()
 
 
-COMMANDS = (run, chat, batch, list_models, pull, plan, show, verify, rm, convert, prompt, doctor)
+COMMANDS = (
+    run, chat, batch, list_models, pull, plan, show, verify, rm, convert, prompt, doctor, config,
+    completion, sessions,
+)  # fmt: skip
 
 for command in COMMANDS:
     cli.add_command(command)
+    for part in (command, *getattr(command, "commands", {}).values()):
+        for parameter in part.params:
+            if parameter.name in TYPES:
+                parameter.type = TYPES[parameter.name]()
 
 
-def main() -> None:
-    """The entry point. Exits with 0 done, 1 failed, 2 usage, 3 does not fit, 4 not fetched or
-    not verified, 5 a batch with errors, 130 interrupted."""
+def main(takes_interrupts: bool = True) -> int:
+    """Run this program's command line; gives its exit code (see localmoe/__main__.py).
+
+    With `takes_interrupts`, Ctrl-C is a KeyboardInterrupt from here on.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this; what is written goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.exit(run_command(sys.argv[1:]))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return run_command(sys.argv[1:], takes_interrupts)
 
 
-def run_command(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int:
     """Run a command line; gives its exit code. Every error ends as one line on stderr."""
     try:
+        if takes_interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = cli.main(list(arguments), prog_name="localmoe", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -60,24 +82,37 @@ def run_command(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # who read has what they wanted; Python must not try to flush the rest at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 0
-    except click.ClickException as error:
-        render.error(error.format_message(), f"See: {usage_of(error)} --help")
-        return error.exit_code
-    except LocalMoeError as error:
-        if "--debug" in arguments:
-            raise
-        render.error(error.message, error.hint)
-        return error.exit_code
     except Exception as error:
-        if "--debug" in arguments:
+        if "--debug" in arguments and not isinstance(error, click.ClickException):
             raise
-        render.error(
-            f"Something unforeseen went wrong: {type(error).__name__}: {error}.",
-            "Run it as `localmoe --debug ...` and report what it prints.",
-        )
-        return 1
+        return told(error)
+
+
+def told(error: Exception) -> int:
+    """Say in one line what went wrong; gives the exit code."""
+    code, message, hint = 1, "", ""
+    if isinstance(error, click.ClickException):
+        code, message = error.exit_code, error.format_message()
+        hint = f"See: {usage_of(error)} --help"
+    elif isinstance(error, LocalMoeError):
+        code, message, hint = error.exit_code, error.message, error.hint
+    elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+        # what writes files says so itself, with the file's name
+        message = f"The output can't be written: {error.strerror}."
+        drop_stdout()
+    else:
+        message = f"Something unforeseen went wrong: {type(error).__name__}: {error}."
+        hint = "Run it as `localmoe --debug ...` and report what it prints."
+    with contextlib.suppress(OSError):  # of a stderr that is full too
+        render.error(message, hint)
+    return code
+
+
+def drop_stdout() -> None:
+    """Let all that stdout holds, and still gets, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage_of(error: click.ClickException) -> str:

@@ -88,7 +88,7 @@ def batch(
     """
     files = Files(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
     check_files(files, as_json)
-    settings = settings_of(options)
+    settings = settings_of(options, model)
     company = Company(n_wanted(parallel), share=not no_share)
     with watching(model, quiet, verbose) as watch:
         return BatchCommand(model, files, settings, watch, company, quiet=quiet)(as_json)

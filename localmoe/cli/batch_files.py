@@ -139,4 +139,4 @@ def crowd_of(backlog: Backlog, n_ctx: int, n_wanted: int | None, share: bool) ->
             sharing = sharing_of(prompts, max(answers, default=n_ctx), n)
             if n > 1 and sharing.wants_unified:
                 n_cells[n] = sharing.n_cells
-    return Crowd(choices, min(longest, n_ctx), n_cells)
+    return Crowd(choices, min(longest, n_ctx), n_cells, is_open=n_wanted is None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from typing import TYPE_CHECKING, Any
 
 from .watching import duration
@@ -10,23 +10,32 @@ from .watching import duration
 if TYPE_CHECKING:
     from ..serving.batch import Checked, Progress, Recovered
 
-PACE_SECONDS = 10.0
+PACE_SECONDS = 5.0
 
 
 class Pace:
-    """How many tokens a second came of late."""
+    """How many tokens a second come, smoothed over some seconds.
+
+    Tokens are counted when an answer ends, and answers often end together: each lot counts for the
+    time since the one before, with a weight that grows with that time.
+    """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque([(0.0, 0)])
+        self._tps = 0.0
+        self._seen = (0.0, 0)  # when the last lot came, and the tokens until then
 
     def __call__(self, seconds: float, n_tokens: int) -> float:
-        """Tokens per second of the last moments, given the time and the tokens so far."""
-        if n_tokens > self._seen[-1][1]:
-            self._seen.append((seconds, n_tokens))
-        while len(self._seen) > 2 and self._seen[1][0] < seconds - PACE_SECONDS:
-            self._seen.popleft()
-        before, n_before = self._seen[0]
-        return (n_tokens - n_before) / (seconds - before) if seconds > before else 0.0
+        """Tokens per second by now, given the time and the tokens so far."""
+        before, n_before = self._seen
+        since = seconds - before
+        if n_tokens > n_before and since > 0:
+            tps = (n_tokens - n_before) / since
+            weight = -math.expm1(-since / PACE_SECONDS) if n_before else 1.0
+            self._tps += weight * (tps - self._tps)
+            self._seen = (seconds, n_tokens)
+            return self._tps
+        # nothing for a while: it can't be that fast any more
+        return self._tps * min(1.0, PACE_SECONDS / since) if since > 0 else self._tps
 
 
 def progress_line(progress: Progress, tps: float) -> str:

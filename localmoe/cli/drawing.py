@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ..placement.plan import Memory, Plan
 
 BAR_WIDTH = 76
-PARTS = (("weights", "#"), ("kv", "="), ("compute", "+"), ("overhead", "~"))
-NAMES = {"weights": "weights", "kv": "KV cache", "compute": "compute", "overhead": "overhead"}
+PARTS = (("weights", "#"), ("kv", "="), ("compute", "+"), ("overhead", "~"),
+         ("repacked", "%"))  # fmt: skip
+NAMES = {"weights": "weights", "kv": "KV cache", "compute": "compute", "overhead": "overhead",
+         "repacked": "repacked copies"}  # fmt: skip
 FREE = "."
 LAYER_LETTERS = {"gpu": "G", "part": "p", "experts": "e", "ram": "r"}
 LEGEND = "G on a GPU   p experts partly in RAM   e experts in RAM   r in RAM"

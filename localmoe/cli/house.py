@@ -39,7 +39,7 @@ def pull(model: str, offline: bool | None, force: bool, as_json: bool, quiet: bo
     user/repo:Q4_K_M, user/repo/file.gguf, or a link to huggingface.co. Broken off, the same
     command goes on where it was.
     """
-    with finder(settings_of({"offline": offline}), model, quiet or as_json) as search:
+    with finder(settings_of({"offline": offline}, model), model, quiet or as_json) as search:
         found = search.find(model, must_fit=not force)
         search.note_newer(found)
         found = search.fetch(found, check_fit=not force)

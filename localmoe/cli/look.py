@@ -37,7 +37,7 @@ def show(model: str, offline: bool | None, as_json: bool) -> None:
 
     Of a model that isn't here, the header alone is fetched.
     """
-    with finder(settings_of({"offline": offline})) as search:
+    with finder(settings_of({"offline": offline}, model)) as search:
         found = search.find(model, must_fit=False)
     parts = found.meta.bytes_by_role
     if as_json:
@@ -124,10 +124,10 @@ def prompt(
     """The exact text and token ids that a conversation becomes. Loads the vocabulary alone."""
     from ..load import format_of, open_vocabulary
     from ..obtain import check_runs
-    from .talk import conversation_of
+    from .asked import conversation_of
 
     conversation = conversation_of(text, messages, system)
-    with finder(settings_of({"offline": offline})) as search:
+    with finder(settings_of({"offline": offline}, model)) as search:
         found = search.find(model, must_fit=False)
     meta = found.meta
     check_runs(meta, found.is_here)

@@ -44,6 +44,11 @@ load_options = group_of(
     click.option("-t", "--threads", type=int, metavar="N", help="CPU threads; all physical cores."),
     click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens."),
     click.option("--load-mode", type=click.Choice(["auto", "mmap", "pinned"])),
+    click.option(
+        "--tune/--no-tune",
+        default=None,
+        help="Time a model on the CPU the first time; on by default.",
+    ),
     offline_option,
 )
 
@@ -63,6 +68,20 @@ sampling_options = group_of(
     click.option("--grammar", metavar="FILE", help="Answer as this GBNF grammar allows."),
 )
 
+think_option = click.option(
+    "--think",
+    type=click.Choice(["on", "off", "hide"]),
+    help="Whether a reasoning model thinks before it answers: shown, not at all, or unseen.",
+)
+chat_options = group_of(
+    click.option(
+        "--on-full",
+        type=click.Choice(["stop", "drop", "summarize"]),
+        help="When the context is full: stop, or leave out the oldest turns, or sum them up.",
+    ),
+    click.option("--no-save", "save", flag_value=False, default=None, help="Keep no session."),
+    click.option("--plain", is_flag=True, default=None, help="Text as it comes, no Markdown."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 messages_option = click.option(
     "--messages", metavar="FILE", help="A conversation as JSON, like [{role, content}]; - is stdin."
@@ -73,37 +92,48 @@ verbosity_options = group_of(
 )
 
 
-def settings_of(options: dict[str, Any]) -> Any:
-    """Checked Settings of a command's options; files that they name are read."""
+def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
+    """Checked Settings of a command's options, on top of what is set for the model elsewhere.
+
+    Files that the options name are read, and what no answer could be held to is refused.
+    """
     from ..config import load_settings
 
-    schema, grammar = options.get("json_schema"), options.get("grammar")
-    if schema is not None:
-        options["json_schema"] = read_schema(schema)
-    if grammar is not None:
-        options["grammar"] = read_text(grammar)
-    return load_settings(options)
+    said = dict(options)
+    if said.get("json_schema") is not None:
+        said["json_schema"] = read_schema(said["json_schema"])
+    if said.get("grammar") is not None:
+        said["grammar"] = read_text(said["grammar"])
+    settings = load_settings(said, model=model)
+    if settings.json_schema is not None or settings.grammar is not None:
+        from ..engine.protocol import Sampling
+        from ..serving.schema import check_sampling
+
+        check_sampling(Sampling(json_schema=settings.json_schema, grammar=settings.grammar))
+    return settings
 
 
 def read_schema(given: str) -> str:
-    """A JSON schema from the command line or a file, checked to be JSON."""
-    text = given if given.lstrip().startswith(("{", "true", "false")) else read_text(given)
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"The JSON schema is not JSON: {error}.") from None
-    return text
+    """A JSON schema from the command line or a file."""
+    return given if given.lstrip().startswith(("{", "true", "false")) else read_text(given)
 
 
 def read_text(path: str) -> str:
     """A text file, or stdin for `-`, as UTF-8. Raises UsageError."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} can't be read: {reason}.") from None
+    return decoded(raw, "stdin" if path == "-" else path)
+
+
+def decoded(raw: bytes, name: str) -> str:
+    """Bytes from outside as text. Raises UsageError."""
+    try:
         return raw.decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{'stdin' if path == '-' else path} is not UTF-8 text.") from None
+        raise UsageError(f"{name} is not UTF-8 text.") from None
 
 
 def read_messages(path: str) -> Any:

@@ -49,7 +49,7 @@ def plan(
     from ..load import title
     from ..obtain import check_runs
 
-    with finder(settings_of(options), workload=workload) as search:
+    with finder(settings_of(options, model), workload=workload) as search:
         model_found = search.find(model)
         meta = model_found.meta
         check_runs(meta, model_found.is_here)
@@ -77,7 +77,7 @@ def document(found: Plan) -> dict[str, Any]:
 
 
 def memory_document(memory: Memory) -> dict[str, Any]:
-    parts = ("weights", "kv", "compute", "overhead")
+    parts = ("weights", "kv", "compute", "overhead", "repacked")
     figures = {part: getattr(memory, part) for part in parts}
     shown: dict[str, Any] = {
         "device": memory.device,
@@ -114,5 +114,4 @@ def server_flags(place: Placement, found: Found) -> Iterator[str]:
         yield from ("-ot", ",".join(patterns))
     if place.load_mode == "pinned":
         yield "--no-mmap"
-    if not place.repack:
-        yield "--no-repack"
+    yield "--no-repack"  # it can have one order only, and prompts suffer more from the other

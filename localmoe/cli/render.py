@@ -6,6 +6,7 @@ progress. What comes from a model, a file or a server is shorn of what could ste
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -27,8 +28,11 @@ localmoe runs Mixture-of-Experts models on the hardware you own. Try:
 
 localmoe --help lists every command."""
 
-# C0 but tab and newline, DEL, C1, and the controls of bidirectional text (Unicode UAX 9)
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# C0 but tab and newline, DEL, C1, the controls of bidirectional text (Unicode UAX 9), line ends of
+# Unicode's own, and halves of surrogate pairs, which can't be written
+STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 PROGRESS_AFTER_SECONDS = 0.4
 PLAIN_EVERY_SECONDS = 60.0
 
@@ -71,6 +75,39 @@ def answer_text(text: str) -> None:
     """A piece of an answer, at once. A pipe gets it as it is, a terminal what can't harm it."""
     sys.stdout.write(safe(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def screen(text: str) -> None:
+    """What was laid out for a terminal, with our own sequences in it, at once.
+
+    Its text has passed `safe` (inline.paint).
+    """
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def prepare_screen() -> bool:
+    """Get stdout ready for a conversation; whether it can be drawn on, not only written to."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="replace")  # in a Latin-1 terminal, too, an answer goes on
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    return console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
+
+
+def has_colour() -> bool:
+    """Whether a person wants colours (https://no-color.org)."""
+    from rich.console import Console
+
+    return not Console(file=sys.stdout).no_color
+
+
+def clipboard(text: str) -> None:
+    """Hand text to the terminal for its clipboard (OSC 52 of xterm's ctlseqs)."""
+    coded = base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
+    screen(f"\x1b]52;c;{coded}\x07")
 
 
 def document(value: Any) -> None:
@@ -135,8 +172,8 @@ class StatusLine:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def stats(last: Delta) -> None:
-    """One dim line on how an answer went."""
+def stats(last: Delta, context: str = "") -> None:
+    """One dim line on how an answer went; `context` says what is used of it."""
     if last.usage is None or last.timings is None:
         return
     parts = [
@@ -148,6 +185,8 @@ def stats(last: Delta) -> None:
         parts.append("cut short: no room for more (-n, -c)")
     if last.finish_reason == "cancelled":
         parts.append("stopped")
+    if context:
+        parts.append(context)
     note(", ".join(parts))
 
 

@@ -1,137 +1,311 @@
-"""The conversation at a terminal: reading lines, showing answers, a few commands."""
+"""The conversation at a terminal: a line is read, what it asks for is done, until it ends."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict
-from typing import Any
+import re
+import shutil
+import textwrap
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import PromptError, RequestError
-from ..serving.chat import Answer, Chat
+from ..engine.protocol import Delta
+from ..errors import LocalMoeError, PromptError, RequestError
+from ..serving.answer import Answer
 from . import render
+from .conversation import Conversation
+from .keys import unseen_keys
+from .turn import Ended, Interrupt, Note, Tick, Turn
+from .typing_line import Interrupted, Typing
 
-HELP = """\
-/clear   begin anew (a system message stays)
-/stats   how much of the context is used
-/exit    leave (Ctrl-D too)
-Ctrl-C   stop an answer; what came of it stays"""
+if TYPE_CHECKING:
+    from .answer_view import View
+    from .slash import Commands
+
+STOP_SECONDS = 0.8
+"""So long an answer that was stopped is waited for; then the prompt is back all the same."""
+WAKE_SECONDS = 0.1
+HOW_TO_LEAVE = "Ctrl-D or /exit leaves."
+Deltas = Generator[Delta, None, None]
 
 
 class Repl:
     """Asks for messages until there are no more, and shows the answers.
 
-    With a terminal it edits lines and shows figures; without one, each line of stdin is a message.
+    What commands may use: `conversation`, `view`, `last` (the last answer), `shows_stats`, `offer`
+    (text that the next line begins with) and `attached` (text that the next message begins with).
     """
 
-    def __init__(self, chat: Chat, name: str, *, as_json: bool, quiet: bool) -> None:
-        self._chat = chat
-        self._name = name
-        self._as_json = as_json
-        self._at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
-        self._quiet = quiet or not self._at_terminal
-        self._answers: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        conversation: Conversation,
+        commands: Commands,
+        *,
+        history: Path | None,
+        quiet: bool = False,
+        shows_stats: bool = False,
+    ) -> None:
+        self.conversation = conversation
+        self.commands = commands
+        self.shows_stats = shows_stats
+        self.last: Answer | None = None
+        self.offer = ""
+        self.attached = ""
+        self.edits = False  # the next message takes the last one's place
+        self._quiet = quiet
+        self._typing = Typing(history, lambda text: commands.complete(self, text), self._hint)
+        self._turn: Turn | None = None  # one that is still ending
+        self._view: View | None = None
+        conversation.on_note = self._note
 
     def run(self) -> None:
-        if not self._quiet:
-            render.note(f"{self._name}. /? for help, Ctrl-D to leave.")
-        read = terminal_reader() if self._at_terminal else line_reader()
-        while self._goes_on(read):
-            pass
-        if self._as_json:
-            messages = [{"role": m.role, "content": m.content} for m in self._chat.messages]
-            render.document({"messages": messages, "answers": self._answers})
+        """The whole conversation. Raises LocalMoeError where it can't go on."""
+        self._greet()
+        # not before: the imports of both would be in each other's way
+        self.conversation.loading.start(self._typing.fail)
+        with unseen_keys():
+            try:
+                while self._goes_on():
+                    pass
+            finally:
+                self._leave()
 
-    def _goes_on(self, read: Callable[[], str | None]) -> bool:
+    def say(self, text: str) -> None:
+        """Ask something; the answer is shown, and kept."""
+        chat = self.ready().chat
+        if self.edits:
+            chat.undo()
+            self.edits = False
+        message, self.attached = self.attached + text, ""
+        self.save(message)
+        self.answer(chat.ask(message), question=text)
+
+    def answer(self, deltas: Deltas, question: str = "") -> None:
+        """Show an answer as it comes; `question` is offered again where nothing came of it."""
+        turn, answer = Turn(deltas), Answer()
+        self.offer = ""
+        self.conversation.let_engine_return()
+        self.view.begin()
+        self._turn = turn
+        with turn.taking_interrupts():
+            ended = self._follow(turn.start(), answer)
+        self.view.finish()
+        self.last = answer
+        if ended is not None:
+            self._turn = None
+        self._close(answer, ended, question)
+
+    def ready(self) -> Conversation:
+        """The conversation, once its model is loaded and its last answer has ended."""
+        self.settle()
+        loading = self.conversation.loading
+        line = render.StatusLine()
+        try:
+            while not loading.wait(WAKE_SECONDS):
+                line.show(f"Loading {self.conversation.model_name} {loading.fraction:4.0%}")
+        finally:
+            line.done()
+        self.conversation.ready()
+        loading.say()
+        return self.conversation
+
+    def settle(self) -> None:
+        """Wait for an answer that was stopped; another Ctrl-C ends the engine."""
+        if self._turn is None:
+            return
+        with self._turn.taking_interrupts():
+            for event in self._turn.events():
+                if isinstance(event, Interrupt):
+                    self.conversation.kill_engine()
+                elif isinstance(event, Tick):
+                    self.view.waiting("the last answer is still being stopped; Ctrl-C ends it")
+        self.view.finish()
+        self._turn = None
+        self.conversation.let_engine_return()
+
+    @property
+    def view(self) -> View:
+        """What answers are shown with, by the settings. Its code is imported for the first."""
+        if self._view is None:
+            from .answer_view import AnswerView, PlainView
+
+            settings = self.conversation.settings
+            if settings.plain or not render.prepare_screen():
+                self._view = PlainView(render.answer_text)
+            else:
+                size, colour = shutil.get_terminal_size, render.has_colour()
+                self._view = AnswerView(render.screen, size, colour=colour)
+            self._view.shows_thinking = settings.think != "hide"
+        return self._view
+
+    def renew_view(self) -> None:
+        """Go by settings that have changed."""
+        self._view = None
+
+    # ---- a line ----
+
+    def _goes_on(self) -> bool:
         """A line and what it asks for; False where the conversation is to end."""
         try:
-            line = read()
-            if line is None:
-                return False
-            if line.startswith("/") and self._at_terminal:
-                return self._command(line.strip()) != "exit"
-            if line.strip():
-                self._turn(line)
-        except (
-            KeyboardInterrupt
-        ):  # at a terminal one that comes late, as an answer ends, is nothing
-            if not self._at_terminal:
-                raise
-        return True
-
-    def _turn(self, text: str) -> None:
-        answer = Answer()
+            is_loading = not self.conversation.loading.is_over
+            line = self._typing.read(self.offer, refresh=is_loading)
+        except Interrupted:
+            self.offer, self.edits, self.attached = "", False, ""
+            self.tell(HOW_TO_LEAVE)
+            return True
+        if line is None:
+            return False
+        self.offer = ""
         try:
-            with closing(self._chat.ask(text)) as deltas:
-                for delta in deltas:
-                    answer.add(delta)
-                    if not self._as_json:
-                        render.answer_text(delta.text)
-        except KeyboardInterrupt:
-            if not self._at_terminal:
-                raise
-            render.answer_text("\n")
-            render.note("stopped" if answer.text else "stopped; the question is taken back")
-            return
-        except (PromptError, RequestError) as error:
-            if not self._at_terminal:
+            return self._do(line)
+        except KeyboardInterrupt:  # one that comes while a model loads, or as an answer ends
+            self.offer = self.offer or line
+        except EOFError:  # /exit
+            return False
+        except LocalMoeError as error:
+            if self.conversation.loading.has_failed:
                 raise
             render.error(error.message, error.hint)
-            return
-        self._close_turn(answer)
+        return True
 
-    def _close_turn(self, answer: Answer) -> None:
-        assert answer.last
-        if self._as_json:
-            facts = asdict(answer.last)
-            self._answers.append({k: facts[k] for k in ("finish_reason", "usage", "timings")})
-            return
-        render.answer_text("\n")
-        if not self._quiet:
-            render.stats(answer.last)
+    def _do(self, line: str) -> bool:
+        """What a line asks for."""
+        self.conversation.let_engine_return()
+        if line.startswith("/") and not line.startswith("//"):
+            self.commands.run(self, line.strip())
+        elif line.strip():
+            self.say(line[1:] if line.startswith("//") else line.lstrip(" "))
+        return True
 
-    def _command(self, line: str) -> str:
-        """Do what a command says; gives "exit" where the conversation is to end."""
-        match line:
-            case "/exit" | "/quit" | "/bye":
-                return "exit"
-            case "/?" | "/help":
-                render.note(HELP)
-            case "/clear":
-                self._chat.clear()
-                render.note("A new conversation.")
-            case "/stats":
-                used, room = self._chat.n_tokens(), self._chat.model.n_ctx
-                render.note(f"{used} of {room} tokens of context used.")
-            case _:
-                render.note(f"There is no command {line.split()[0]}. /? lists them.")
-        return ""
+    # ---- an answer ----
 
-
-def terminal_reader() -> Callable[[], str | None]:
-    """Lines with editing and a history; None at Ctrl-D. Ctrl-C empties the line."""
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession("> ")
-
-    def read() -> str | None:
-        while True:
-            try:
-                return session.prompt()
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
+    def _follow(self, turn: Turn, answer: Answer) -> Ended | None:
+        """Show what happens in a turn; None where it takes long to stop."""
+        stopped_at: float | None = None
+        for event in turn.events():
+            if isinstance(event, Delta):
+                answer.add(event)
+                self.view.add(event)
+            elif isinstance(event, Note):
+                self.view.note(event.text)
+            elif isinstance(event, Interrupt):
+                if stopped_at is not None:
+                    self.conversation.kill_engine()
+                turn.stop()
+                stopped_at = stopped_at or time.monotonic()
+            elif isinstance(event, Ended):
+                return event
+            elif stopped_at is None:
+                self.view.waiting("reading")
+            if stopped_at is not None and time.monotonic() - stopped_at > STOP_SECONDS:
                 return None
+        return None
 
-    return read
+    def _close(self, answer: Answer, ended: Ended | None, question: str) -> None:
+        """What comes after an answer: figures, or why there are none."""
+        error = ended.error if ended else None
+        if not answer.text:
+            self.offer = question
+        if isinstance(error, (PromptError, RequestError)):
+            render.error(error.message, error.hint)
+        elif error is not None and self.conversation.was_killed:
+            self.tell("The engine was ended; the next message starts it again.")
+        elif error is not None:
+            raise error
+        elif answer.last is None:
+            self.tell("stopped" if answer.text else "stopped; the question is taken back")
+        elif self.shows_stats:
+            self.show_stats()
+        if ended is not None:
+            self.save()
+        if not self._quiet:
+            render.screen("\n")
+
+    def tell(self, text: str) -> None:
+        """A remark, dim, its lines broken between words; a table's second column stays one."""
+        width = shutil.get_terminal_size().columns - 1
+        render.note("\n".join(folded(line, width) for line in text.split("\n")))
+
+    def save(self, question: str = "") -> None:
+        """Keep what was said; that it can't be kept is no reason to stop talking."""
+        try:
+            self.conversation.save(question)
+        except LocalMoeError as error:
+            render.warning(f"{error.message} {error.hint}")
+            self.conversation.sessions = None
+
+    def show_stats(self) -> None:
+        """The line of figures on the last answer."""
+        last = self.last.last if self.last else None
+        if last is None or last.usage is None:
+            self.tell("Nothing was answered yet.")
+            return
+        used, room = last.usage.prompt_tokens + last.usage.completion_tokens, self.n_ctx
+        render.stats(last, f"{used:,} of {room:,} tokens of context used")
+
+    @property
+    def n_ctx(self) -> int:
+        return self.conversation.chat.model.n_ctx
+
+    # ---- beginning and end ----
+
+    def _greet(self) -> None:
+        if self._quiet:
+            return
+        conversation = self.conversation
+        render.note(f"{conversation.title}. /? for help, Ctrl-D to leave.")
+        if conversation.session is not None:
+            if conversation.messages:
+                self.show_recent()
+            self.offer = conversation.session.unanswered
+
+    def show_recent(self) -> None:
+        """Where a conversation that goes on had got to."""
+        conversation = self.conversation
+        said = [m for m in conversation.messages if m.role != "system"]
+        name = conversation.session.name if conversation.session else ""
+        self.tell(f"{name}: {len(said)} messages so far." if said else f"{name}: nothing yet.")
+        for message in said[-2:]:
+            if message.role == "user":
+                self.tell("> " + message.content.replace("\n", "\n. "))
+            else:
+                self.view.begin()
+                self.view.add(Delta(0, text=message.content))
+                self.view.finish()
+                render.screen("\n")
+
+    def _leave(self) -> None:
+        """Keep what was said, and say how to go on."""
+        conversation = self.conversation
+        if self._turn is not None:
+            conversation.kill_engine()
+            self.settle()
+        said = conversation.is_ready and any(m.role == "user" for m in conversation.messages)
+        if said:
+            self.save()
+        session = conversation.session
+        if said and session is not None and not self._quiet:
+            render.note(f"Continue with: localmoe chat --session {session.name}")
+
+    def _hint(self) -> str:
+        loading = self.conversation.loading
+        if not loading.is_over:
+            return f"loading {loading.fraction:.0%}; you can type already"
+        return "" if self.last or self.edits else "your message; /? for help"
+
+    def _note(self, text: str) -> None:
+        if self._turn is not None and not self._turn.is_over:
+            self._turn.note(text)
+        else:
+            self.tell(text)
 
 
-def line_reader() -> Callable[[], str | None]:
-    """Lines of a pipe or a file; None at its end."""
-
-    def read() -> str | None:
-        line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
-
-    return read
+def folded(line: str, width: int) -> str:
+    """A line broken between words; what follows is set in as far as its second column."""
+    column = re.match(r"\S.*?  +(?=\S)|(?=)", line)
+    indent = " " * (column.end() if column and column.end() < width // 2 else 0)
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, replace_whitespace=False, drop_whitespace=True,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

@@ -1,148 +1,140 @@
-"""`run` and `chat`: an answer, a conversation."""
+"""`chat`: a conversation."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
-from . import render
 from .options import (
+    chat_options,
+    group_of,
     json_option,
     load_options,
-    messages_option,
-    read_messages,
-    read_text,
     sampling_options,
     settings_of,
+    think_option,
     verbosity_options,
 )
-from .watching import watching
+from .watching import finder, watching
 
 if TYPE_CHECKING:
     from ..config import Settings
-    from ..load import LoadedModel
-    from ..placement.search import Workload
-    from ..serving.prompt import Message
+    from ..serving.session import Session, Sessions
+    from .conversation import Conversation
+
+session_options = group_of(
+    click.option("--continue", "continues", is_flag=True, help="Go on with the last session."),
+    click.option("--session", "session_name", metavar="NAME", help="Go on with it, or begin it."),
+)
 
 
 @click.command()
-@click.argument("model")
-@click.argument("prompt", required=False)
-@messages_option
+@click.argument("model", required=False)
 @load_options
 @sampling_options
+@think_option
+@chat_options
+@session_options
+@click.option("--stats", is_flag=True, help="Figures after each answer; /stats on in the chat.")
 @json_option
 @verbosity_options
-def run(
-    model: str,
-    prompt: str | None,
-    messages: str | None,
+def chat(
+    model: str | None,
+    continues: bool,
+    session_name: str | None,
+    stats: bool,
     as_json: bool,
     verbose: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """One answer: the answer alone on stdout. Without PROMPT, it is read from stdin.
-
-    MODEL is a name of `localmoe list`, with a quant like mixtral:Q5_K_M, or user/repo,
-    user/repo:Q4_K_M, user/repo/file.gguf, a link to huggingface.co, or the path of a GGUF file.
-    What isn't here is fetched first.
-    """
-    from ..config import config_folder
-    from ..models.catalog import read_catalog
-    from ..models.names import parse_name
-    from ..serving.chat import Answer
-
-    settings = settings_of(options)
-    # a wrong name is the first thing to say, before a prompt is waited for
-    parse_name(model, read_catalog(config_folder()))
-    conversation = conversation_of(prompt, messages, settings.system)
-    with load(model, settings, "run", verbose, quiet or as_json) as loaded:
-        encoded = loaded.model.encode(conversation)
-        answer = Answer()
-        with closing(loaded.model.answer(encoded, loaded.options(settings))) as deltas:
-            for delta in deltas:
-                answer.add(delta)
-                if not as_json:
-                    render.answer_text(delta.text)
-        finish_run(answer, loaded.load_s, as_json, quiet)
-
-
-def finish_run(answer: Any, load_s: float, as_json: bool, quiet: bool) -> None:
-    """What comes after an answer: its JSON document, or a line end and a line of figures."""
-    if as_json:
-        render.document(
-            {
-                "text": answer.text,
-                "finish_reason": answer.last.finish_reason,
-                "usage": asdict(answer.last.usage),
-                "timings": {"load_s": load_s, **asdict(answer.last.timings)},
-            }
-        )
-        return
-    render.answer_text("\n")
-    if sys.stderr.isatty() and not quiet:
-        render.stats(answer.last)
-
-
-@click.command()
-@click.argument("model", default="demo")
-@load_options
-@sampling_options
-@json_option
-@verbosity_options
-def chat(model: str, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> None:
     """A conversation. Ctrl-C stops an answer, Ctrl-D leaves; /? lists what else there is.
 
     MODEL is a name of `localmoe list`, with a quant like mixtral:Q5_K_M, or user/repo,
     user/repo:Q4_K_M, user/repo/file.gguf, a link to huggingface.co, or the path of a GGUF file;
     demo where none is given. What isn't here is fetched first.
 
+    What is said at a terminal is kept: --continue and --session go on with it.
+
     Without a terminal, each line of stdin is a message; with --json the whole conversation is
     printed as one JSON document at the end.
     """
-    from ..load import title
-    from ..serving.chat import Chat
+    settings = settings_of(options, model)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    is_named = continues or session_name is not None
+    sessions = stored(settings) if at_terminal or is_named else None
+    session = session_of(sessions, continues, session_name)
+    name = model or (session.model if session else "") or "demo"
+    if model is None:
+        settings = settings_of(options, name)  # what the config file says of that model
+    with conversation_with(name, settings, quiet or as_json, verbose) as conversation:
+        conversation.keep(sessions, session, session_name)
+        if verbose or not at_terminal:
+            conversation.load_now()
+        if at_terminal:
+            talk(conversation, quiet=quiet, shows_stats=stats)
+        else:
+            from .line_chat import chat_in_lines
+
+            chat_in_lines(conversation, as_json=as_json)
+
+
+@contextmanager
+def conversation_with(
+    name: str, settings: Settings, quiet: bool, verbose: bool
+) -> Iterator[Conversation]:
+    """A conversation with a model that is found and fetched, but not loaded yet."""
+    with finder(settings, name, quiet, "chat") as search:
+        found = search.fetch(search.find(name))
+    from .conversation import Conversation
+
+    with watching(name, quiet, verbose) as watch:
+        conversation = Conversation(found, settings, watch)
+        try:
+            yield conversation
+        finally:
+            conversation.close()
+
+
+def talk(conversation: Conversation, *, quiet: bool, shows_stats: bool) -> None:
+    """The conversation at a terminal."""
+    from ..config import sessions_folder
     from .repl import Repl
+    from .slash_facts import COMMANDS
 
-    settings = settings_of(options)
-    with load(model, settings, "chat", verbose, quiet or as_json) as loaded:
-        conversation = Chat(loaded.model, loaded.options(settings), system_message(settings.system))
-        Repl(conversation, title(loaded.meta), as_json=as_json, quiet=quiet).run()
-
-
-def load(
-    model: str, settings: Settings, workload: Workload, verbose: bool, quiet: bool
-) -> LoadedModel:
-    """Load a model with its progress shown."""
-    from ..load import open_model
-
-    with watching(model, quiet, verbose) as watch:
-        return open_model(model, settings, watch, workload)
+    folder = sessions_folder().parent / "typed"
+    history = folder / "history" if conversation.settings.save else None
+    Repl(conversation, COMMANDS, history=history, quiet=quiet, shows_stats=shows_stats).run()
 
 
-def conversation_of(prompt: str | None, messages: str | None, system: str | None) -> list[Message]:
-    """The conversation that a command line means. Raises UsageError."""
-    from ..serving.prompt import parse_messages
+def stored(settings: Settings) -> Sessions | None:
+    """Where sessions are kept; None where they aren't."""
+    if not settings.save:
+        return None
+    from ..config import sessions_folder
+    from ..serving.session import Sessions
 
-    if messages is not None:
-        if prompt is not None:
-            raise UsageError("Both a prompt and --messages were given.", "Leave one of them out.")
-        return [*system_message(system), *parse_messages(read_messages(messages))]
-    if prompt is None or prompt == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError("There is no prompt.", 'Try: localmoe run demo "Hi!"')
-        prompt = read_text("-").rstrip("\r\n")
-    user: list[object] = [{"role": "user", "content": prompt}]
-    return [*system_message(system), *parse_messages(user)]
+    return Sessions(sessions_folder())
 
 
-def system_message(text: str | None) -> list[Message]:
-    from ..serving.prompt import Message
-
-    return [] if text is None else [Message("system", text)]
+def session_of(sessions: Sessions | None, continues: bool, name: str | None) -> Session | None:
+    """The session that goes on; None where one begins. Raises UsageError."""
+    if continues and name is not None:
+        raise UsageError("Both --continue and --session were given.", "Leave one of them out.")
+    if (continues or name is not None) and sessions is None:
+        raise UsageError("A session can't go on where none is kept.", "Leave out --no-save.")
+    if sessions is None:
+        return None
+    if continues:
+        latest = sessions.latest()
+        if latest is None:
+            raise UsageError("No session is kept yet.", "Begin one: localmoe chat")
+        return latest
+    if name is not None and sessions.path(name).exists():
+        return sessions.open(name)
+    return None

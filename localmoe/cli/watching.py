@@ -11,6 +11,7 @@ from . import render
 
 if TYPE_CHECKING:
     from ..config import Settings
+    from ..load import LoadedModel
     from ..models.progress import Progress
     from ..obtain import Finder, Watch
     from ..placement.search import Workload
@@ -58,6 +59,21 @@ def finder(
 
     with watching(name, quiet) as watch, Finder(settings, watch, workload) as search:
         yield search
+
+
+def load(
+    model: str,
+    settings: Settings,
+    workload: Workload,
+    verbose: bool,
+    quiet: bool,
+    n_prompt: int | None = None,
+) -> LoadedModel:
+    """Load a model with its progress shown, for a prompt of about `n_prompt` tokens."""
+    from ..load import open_model
+
+    with watching(model, quiet, verbose) as watch:
+        return open_model(model, settings, watch, workload, n_prompt)
 
 
 def share(done: int, whole: int) -> str:

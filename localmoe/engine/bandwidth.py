@@ -37,7 +37,10 @@ READ_BYTES = 256 * MIB
 COPY_BYTES = 128 * MIB
 WEIGHT_BYTES = {False: 128 * MIB, True: 256 * MIB}
 """Weights that a token's products go over, on a CPU and on a GPU (an H100's cache has 50 MB)."""
-WIDTH, N_EXPERTS, N_USED = 2048, 8, 2
+N_EXPERTS, N_USED = 8, 2
+WIDTH, HEIGHT = {False: 2048, True: 4096}, {False: 2048, True: 8192}
+"""Of an expert's matrix. With a small one a GPU is timed at launching kernels: an H100 reads
+0.7 TB/s of the former, and more than twice as much of Mixtral 8x7B's (4096 x 14336)."""
 BATCH = {False: 128, True: 2048}
 """Tokens of a large product; every expert gets a quarter of them."""
 N_NODES = 256
@@ -129,9 +132,10 @@ class Place:
         batch goes over the first experts alone, each with as many tokens.
         """
         n_tokens = max(N_EXPERTS, int(BATCH[self._is_gpu] * self._scale))
+        width = WIDTH[self._is_gpu]
         with self._bench() as bench:
             weights = self._weights(bench, type_number)
-            token, tokens = bench.tensor(F32, WIDTH, 1, 1), bench.tensor(F32, WIDTH, 1, n_tokens)
+            token, tokens = bench.tensor(F32, width, 1, 1), bench.tensor(F32, width, 1, n_tokens)
             pairs = [bench.tensor(I32, N_USED, 1) for _ in range(N_EXPERTS // N_USED)]
             in_turn = bench.tensor(I32, N_USED, n_tokens)
             one = bench.graph(*(bench.expert_product(w, token, p) for w in weights for p in pairs))
@@ -147,7 +151,7 @@ class Place:
                 write_array(bench, pair, numbers[i * N_USED : (i + 1) * N_USED])
             n_bytes = sum(map(bench.n_bytes, weights))
             seconds = zip(self._seconds(bench, one), self._seconds(bench, many), strict=True)
-        operations = 2 * WIDTH * WIDTH * N_USED * n_tokens
+        operations = 2 * width * HEIGHT[self._is_gpu] * N_USED * n_tokens
         return [
             ProductRate(self._name, n, type_name, n_bytes / one_s, operations / many_s)
             for n, (one_s, many_s) in zip(self._n_threads, seconds, strict=True)
@@ -155,9 +159,10 @@ class Place:
 
     def _weights(self, bench: Bench, type_number: int) -> list[int]:
         """Experts of several layers, in all more than a cache holds."""
-        weights = [bench.tensor(type_number, WIDTH, WIDTH, N_EXPERTS)]
+        shape = WIDTH[self._is_gpu], HEIGHT[self._is_gpu], N_EXPERTS
+        weights = [bench.tensor(type_number, *shape)]
         n = self._size(WEIGHT_BYTES[self._is_gpu]) // bench.n_bytes(weights[0])
-        return weights + [bench.tensor(type_number, WIDTH, WIDTH, N_EXPERTS) for _ in range(1, n)]
+        return weights + [bench.tensor(type_number, *shape) for _ in range(1, n)]
 
     def _attention_rates(self, n_tokens: int) -> list[float]:
         """Values of K and V that heads meet in a second, all tokens together; 0 where the device
@@ -177,8 +182,8 @@ class Place:
     def _node_seconds(self) -> list[float]:
         with self._bench() as bench:
             first = last = bench.tensor(F32, 1024)
-            for _ in range(N_NODES):
-                last = bench.sum(last, first)
+            for _ in range(N_NODES // 2):  # several of one kind become one kernel of CUDA's
+                last = bench.product(bench.sum(last, first), first)
             graph = bench.graph(last)
             bench.allocate()
             bench.fill(first, ACTIVATION_FILL)

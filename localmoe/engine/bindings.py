@@ -16,7 +16,6 @@ from typing import Any, cast
 import llama_cpp.llama_cpp as C
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from .protocol import KvType, Sampling, Vocabulary
 
@@ -100,7 +99,6 @@ class Model:
         vocab_only: bool = False,
         n_gpu_layers: int = 0,
         load_mode: str = "mmap",
-        repack: bool = False,
         cpu_patterns: Sequence[str] = (),
         tensor_split: Sequence[float] = (),
         on_progress: Callable[[float], None] | None = None,
@@ -112,7 +110,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = LOAD_MODES["pinned" if no_alloc else load_mode]  # mmap would abort
         params.no_alloc = no_alloc
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = False  # repacked copies are engine/repacking.py's
         # llama.cpp reads these while it loads: they must live until then
         overrides = _tensor_overrides(cpu_patterns)
         split = (ctypes.c_float * C.llama_max_devices())(*tensor_split)
@@ -227,6 +225,8 @@ class Context:
 
     With `n_cells` the cache is unified: all sequences share so many cells.
     Only the last token of each sequence in a batch gives logits, which keeps their buffer small.
+    `on_node` is shown each node of a graph before it is computed (its address, and True); where it
+    says True, again with its result (and False), and what it says then is whether to go on.
     """
 
     def __init__(
@@ -241,6 +241,7 @@ class Context:
         n_threads: int,
         kv_type: KvType,
         flash_attention: str,
+        on_node: Callable[[int, bool], bool] | None = None,
     ) -> None:
         params = C.llama_context_default_params()
         params.n_ctx = n_cells or n_ctx * n_seq
@@ -253,6 +254,8 @@ class Context:
         params.type_k = params.type_v = GGML_TYPES[kv_type]
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]
         params.no_perf = True
+        self._on_node = node_callback(on_node)
+        params.cb_eval = self._on_node
         # Asked at every node of a graph by a compute thread, so it must not need Python: strlen of
         # one byte and its zero is 1 where the byte is set and 0 where it isn't.
         self._abort = ctypes.create_string_buffer(2)
@@ -262,6 +265,7 @@ class Context:
         if not handle:
             raise NativeError("llama.cpp could not make a context")
         self.handle = handle
+        self._n_vocab = model.vocab.n_tokens
         self.memory = C.llama_get_memory(handle)
         self.n_ctx: int = C.llama_n_ctx_seq(handle)
         self.n_cells: int = C.llama_n_ctx(handle)
@@ -281,8 +285,8 @@ class Context:
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
         """The logits of the batch's token at `index`; valid until the next decode."""
-        n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(C.llama_get_model(self.handle)))
-        return np.ctypeslib.as_array(C.llama_get_logits_ith(self.handle, index), (n_vocab,))
+        pointer = C.llama_get_logits_ith(self.handle, index)
+        return np.ctypeslib.as_array(pointer, (self._n_vocab,))
 
     def remove(self, sequence: int, start: int) -> bool:
         """Forget a sequence from position `start` on; False where only all of it can be."""
@@ -296,8 +300,18 @@ class Context:
         """The first position still held of a sequence (-1: nothing); sliding windows move it."""
         return int(C.llama_memory_seq_pos_min(self.memory, sequence))
 
+    def last_position(self, sequence: int) -> int:
+        return int(C.llama_memory_seq_pos_max(self.memory, sequence))
+
     def free(self) -> None:
         C.llama_free(self.handle)
+
+
+def node_callback(on_node: Callable[[int, bool], bool] | None) -> Any:
+    """What llama.cpp calls for each node; the caller keeps it alive."""
+    if on_node is None:
+        return C.ggml_backend_sched_eval_callback()
+    return C.ggml_backend_sched_eval_callback(lambda node, ask, _: on_node(node, ask))
 
 
 def _c_library() -> ctypes.CDLL:
@@ -337,14 +351,6 @@ def grammar_sampler(vocab: Vocab, grammar: str) -> Any:
     if not sampler:
         raise NativeError("the grammar is not valid GBNF, or has no rule named root")
     return sampler
-
-
-def grammar_of_schema(json_schema: str) -> str:
-    """GBNF for a JSON schema. Raises NativeError on what the converter can't express."""
-    try:
-        return cast(str, json_schema_to_gbnf(json_schema))
-    except Exception as error:  # the converter raises whatever its recursion meets
-        raise NativeError(f"the JSON schema can't become a grammar: {error!r}") from error
 
 
 def sample(chain: Any, context: Context, index: int) -> int:

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import BinaryIO, TypeVar, cast
 
-from ..errors import EngineError, RequestError
-from . import protocol
+from ..errors import EngineError, ModelFileError, RequestError
+from . import codec
 from .exits import engine_died
 from .protocol import (
     BandwidthsMeasured,
@@ -45,8 +45,11 @@ from .protocol import (
     ToEngine,
     Tokenize,
     Tokenized,
+    Tune,
+    Tuned,
 )
-from .rates import Bandwidths
+from .rates import Bandwidths, Tuning
+from .state_messages import RestoreState, SaveState, StateRestored, StateSaved
 
 N_LOG_LINES = 400
 STOP_SECONDS = 2.0
@@ -113,6 +116,7 @@ class Engine:
         on_progress: Callable[[float], None] | None = None,
     ) -> Loaded:
         """Load a model. Raises EngineError with llama.cpp's own reason."""
+        check_path(path)
         with self._ask(lambda id: Load(id, path, placement, vocab_only, tuple(pinned))) as inbox:
             while True:
                 answer = self._next(inbox)
@@ -128,6 +132,7 @@ class Engine:
 
     def probe(self, path: str, placement: Placement) -> BufferSizes:
         """What a placement would take beside the weights; nothing is allocated."""
+        check_path(path)
         with self._ask(lambda id: Probe(id, path, placement)) as inbox:
             return expect(Probed, self._next(inbox), EngineError).sizes
 
@@ -140,6 +145,11 @@ class Engine:
         wanted = tuple(n_threads), tuple(types)
         with self._ask(lambda id: MeasureBandwidth(id, *wanted)) as inbox:
             return expect(BandwidthsMeasured, self._next(inbox), EngineError).bandwidths
+
+    def tune(self, path: str, n_threads: Sequence[int], limit_s: float) -> Tuning:
+        """What this CPU makes of a model, which is loaded for it; takes seconds and some memory."""
+        with self._ask(lambda id: Tune(id, path, tuple(n_threads), limit_s)) as inbox:
+            return expect(Tuned, self._next(inbox), EngineError).tuning
 
     def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
         """Token ids of each piece apart, with no token added before or after."""
@@ -162,6 +172,17 @@ class Engine:
                 yield delta
                 if delta.finish_reason:
                     return
+
+    def save_state(self, path: str, key: str, tokens: Sequence[int], room_bytes: int) -> StateSaved:
+        """Write what is held of these tokens to a file, for a model of the same `key`."""
+        wanted = path, key, tuple(tokens), room_bytes
+        with self._ask(lambda id: SaveState(id, *wanted)) as inbox:
+            return expect(StateSaved, self._next(inbox), RequestError)
+
+    def restore_state(self, path: str, key: str) -> StateRestored:
+        """Hold again what such a file has."""
+        with self._ask(lambda id: RestoreState(id, path, key)) as inbox:
+            return expect(StateRestored, self._next(inbox), RequestError)
 
     def submit(self, request: Request, inbox: Inbox) -> int:
         """Ask for an answer that comes in pieces into `inbox`, which may serve many requests.
@@ -226,7 +247,7 @@ class Engine:
         if self._death:
             raise self._death
         assert self._process.stdin is not None
-        frame = protocol.encode(message)
+        frame = codec.encode(message)
         try:
             with self._lock:
                 self._process.stdin.write(frame)
@@ -251,8 +272,8 @@ class Engine:
     def _listen(self) -> None:
         """Give each message to who asked for it, until there is an end of it."""
         stdout = cast(BinaryIO, self._process.stdout)
-        with contextlib.suppress(protocol.ProtocolError, OSError):
-            while (message := protocol.read(stdout)) is not None:
+        with contextlib.suppress(codec.ProtocolError, OSError):
+            while (message := codec.read(stdout)) is not None:
                 self._deliver(cast(FromEngine, message))
         self._threads[1].join(STOP_SECONDS)  # the last words
         self._death = engine_died(self._wait(), self.log)
@@ -285,6 +306,17 @@ class Engine:
                     self._on_log(line)
                 except Exception:  # who listened is gone; the pipe must be drained all the same
                     self._on_log = None
+
+
+def check_path(path: str) -> None:
+    """Raises ModelFileError where a path is no text, and could not be told to the engine."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = ascii(os.path.basename(path))
+        raise ModelFileError(
+            f"The path of {name} is not UTF-8 text, and llama.cpp can't be told it.", "Rename it."
+        ) from None
 
 
 def expect(kind: type[Answer], answer: FromEngine, error: type[EngineError]) -> Answer:

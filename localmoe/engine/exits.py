@@ -51,6 +51,8 @@ CAUSES = (
     "Assertion",
     "Fatal Python error",
 )
+BAD_ALLOC = "std::bad_alloc"
+"""How C++ says that no memory could be had."""
 
 
 def engine_died(returncode: int | None, log: Sequence[str]) -> EngineError:
@@ -85,5 +87,6 @@ def native_cause(log: Sequence[str]) -> str:
     for mark in CAUSES:
         for line in reversed(log):
             if mark in line:
-                return line[line.index(mark) :].strip().rstrip(".")[:160]
+                cause = line[line.index(mark) :].strip().rstrip(".")[:160]
+                return "memory ran out" if BAD_ALLOC in cause else cause
     return ""

@@ -43,6 +43,7 @@ SIGNATURES: tuple[tuple[str, Any, list[Any]], ...] = (
     ("ggml_graph_overhead_custom", _size, [_size, ctypes.c_bool]),
     ("ggml_new_tensor_4d", _handle, [_handle, _int, _long, _long, _long, _long]),
     ("ggml_add", _handle, [_handle] * 3),
+    ("ggml_mul", _handle, [_handle] * 3),
     ("ggml_mul_mat_id", _handle, [_handle] * 4),
     ("ggml_flash_attn_ext", _handle, [_handle] * 5 + [_float] * 3),
     ("ggml_new_graph_custom", _handle, [_handle, _size, ctypes.c_bool]),
@@ -148,6 +149,10 @@ class Bench:
     def sum(self, a: int, b: int) -> int:
         """An operation that a CPU's threads all take part in, however little there is to do."""
         return int(self._lib.ggml_add(self._context, a, b))
+
+    def product(self, a: int, b: int) -> int:
+        """The same, of another kind: element by element."""
+        return int(self._lib.ggml_mul(self._context, a, b))
 
     def expert_product(self, experts: int, tokens: int, chosen: int) -> int:
         """Experts' matrices times tokens, each token with the experts that `chosen` says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,9 +12,14 @@ from . import bindings
 from .devices import host_memory
 from .pinning import PinnedPages, can_pin
 from .protocol import FileSpan, Placement, Vocabulary
+from .repacking import repacked
 
 # Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
 EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+# llama.cpp has two kernels for products with K-quants on x86 and takes one from 8 rows of an expert
+# on: set before the first product of a process, the second for all (ggml-cpu/tiled/tiled.cpp)
+ONE_KERNEL = "GGML_CPU_TILED_MM_FORCE"
 
 
 class ModelError(Exception):
@@ -44,8 +50,11 @@ class LoadedModel:
         else:
             self._pages = PinnedPages()
         self.placement = placement
+        if placement.alike:
+            os.putenv(ONE_KERNEL, "1")
         self._model = open_model(path, placement, on_progress)
         self._pages.pin(pinned)
+        self._repacked = repacked(self._model, placement.repack, placement.n_repacked_layers)
         self.vocab = self._model.vocab
         self.context = open_context(self._model, placement)
         # llama.cpp rounds its cells up; what was asked for is what a request may use
@@ -62,8 +71,24 @@ class LoadedModel:
     def facts(self) -> Vocabulary:
         return self.vocab.facts()
 
-    def decode(self, n_tokens: int) -> bool:
-        """Compute the first tokens of `batch`; False where it was aborted, the cache as before."""
+    @property
+    def lacks_copies(self) -> bool:
+        """Whether there are matrices still to be repacked, with which answers will be generated."""
+        return not self._repacked.is_whole
+
+    def make_copies(self) -> None:
+        """Repack the next few: some tenths of a second at most."""
+        self._repacked.make_some(self.placement.n_threads)
+
+    def decode(self, n_tokens: int, *, generating: bool = False) -> bool:
+        """Compute the first tokens of `batch`; False where it was aborted, the cache as before.
+
+        Repacked weights are for `generating`, all of them and from the first token on, so that an
+        answer does not depend on when they were made.
+        """
+        if generating:
+            self._repacked.make_all(self.placement.n_threads)
+        self._repacked.use(generating)
         status = self.context.decode(self.batch, n_tokens)
         if status == bindings.DECODE_OK:
             return True
@@ -84,8 +109,10 @@ class LoadedModel:
         """Keep at most the first `n_tokens` of a sequence; gives how many could be kept.
 
         A recurrent state can't be cut, and a sliding window may have moved past what is asked for
-        (llama_memory_seq_rm says true all the same): then nothing is kept.
+        (llama_memory_seq_rm says true all the same): then nothing is kept, unless it is all of it.
         """
+        if n_tokens > 0 and self.context.last_position(sequence) == n_tokens - 1:
+            return n_tokens
         kept = n_tokens > 0 and self.context.remove(sequence, n_tokens)
         if kept and self.context.first_position(sequence) == 0:
             return n_tokens
@@ -103,6 +130,7 @@ class LoadedModel:
     def free(self) -> None:
         with suppress(AttributeError):
             self.context.free()
+        self._repacked.free()
         self._pages.release()  # before the mapping goes
         self._model.free()
 
@@ -119,7 +147,6 @@ def open_model(
         path,
         n_gpu_layers=placement.n_gpu_layers,
         load_mode=placement.load_mode,
-        repack=placement.repack,
         cpu_patterns=cpu_patterns(placement),
         tensor_split=placement.tensor_split,
         on_progress=on_progress,

@@ -5,7 +5,7 @@ A sequence that nothing runs in keeps what it holds until its place, or its cell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,36 @@ class Places:
         """End the use of a sequence that holds these tokens now."""
         self._cells.cut(sequence, len(tokens))
         self.free[sequence] = tokens
+
+    def shorten(self, sequence: int, n_tokens: int) -> None:
+        """Leave a free sequence its first tokens only."""
+        n_kept = self._model.keep(sequence, n_tokens)
+        self._cells.cut(sequence, n_kept)
+        self.free[sequence] = self.free[sequence][:n_kept]
+
+    def fill(self, tokens: list[int], fill: Callable[[int], bool]) -> bool:
+        """Let the sequence that holds least have these tokens' state, which `fill` gives to it.
+
+        False where there is no room, or it could not; then it holds nothing.
+        """
+        if not self.free:
+            return False
+        sequence = min(self.free, key=lambda n: len(self.free[n]))
+        self.shorten(sequence, 0)
+        del self.free[sequence]
+        filled = self._make_room(sequence, len(tokens)) and fill(sequence)
+        self.free[sequence] = tokens if filled else []
+        if not filled:
+            self.shorten(sequence, 0)
+        return filled
+
+    def end_of(self, sequence: int) -> int:
+        """The position behind what a free sequence holds; what fills its stream is given up."""
+        if len(self.free[sequence]) >= self._model.n_ctx:
+            self._model.keep(sequence, 0)
+            self._cells.cut(sequence, 0)
+            self.free[sequence] = []
+        return len(self.free[sequence])
 
     def _choose(
         self, tokens: Sequence[int], running: Mapping[int, Sequence[int]], share: bool

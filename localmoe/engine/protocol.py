@@ -1,26 +1,21 @@
-"""The messages between a client and the engine process, and their codec.
+"""The messages between a client and the engine process; codec.py writes and reads them.
 
-A message is a frozen dataclass; on the wire it is JSON in a frame of a four-byte big-endian length
-and that many bytes of UTF-8. Never pickle: the engine reads untrusted files. Every message to the
-engine carries an id chosen by the client, and every answer repeats it, so that one connection can
-have many requests under way, and one engine can come to serve several connections.
+A message is a frozen dataclass. Every message to the engine carries an id chosen by the client, and
+every answer repeats it, so that one connection can have many requests under way, and one engine can
+come to serve several connections.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Annotated, BinaryIO, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter
-
-from .rates import Bandwidths
+from .rates import Bandwidths, Tuning
+from .state_messages import StateAnswer, StateWish
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+RepackMode = Literal["off", "experts", "all"]
 FinishReason = Literal["stop", "length", "cancelled"]
-
-MAX_FRAME_BYTES = 256 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +24,12 @@ class Placement:
 
     `n_gpu_layers` counts as llama.cpp does: the last layers, and the output matrix as one more.
     Experts of `cpu_expert_layers` (whole layers) and `cpu_expert_tensors` (by name) stay in RAM.
+    `repack` says of which matrices of the first `n_repacked_layers` layers there is a second copy,
+    repacked, to generate with (engine/repacking.py).
     `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells. Where `kv_unified`, all share
     them, and `n_cells` may be less than every sequence would fill; 0 is as many.
+    From `offload_min_batch` tokens on a GPU computes with experts in RAM, which are copied to it;
+    0 leaves that to llama.cpp. It must be in the process's environment.
     """
 
     n_threads: int
@@ -44,10 +43,13 @@ class Placement:
     n_batch: int = 512
     n_ubatch: int = 512
     load_mode: Literal["mmap", "pinned"] = "mmap"
-    repack: bool = False
+    repack: RepackMode = "off"
+    n_repacked_layers: int = 0
     flash_attention: Literal["auto", "on", "off"] = "auto"
     kv_unified: bool = False
     n_cells: int = 0
+    alike: bool = False
+    offload_min_batch: int = 0
 
     @property
     def n_ctx_total(self) -> int:
@@ -82,7 +84,8 @@ class Request:
     `max_tokens` None means until the context is full. `starts_text` says that the answer begins a
     text of its own, so that a SentencePiece vocabulary's space before its first word is left out.
     Without `stream` there is one delta only, the last, with all text and tokens. Without `share`
-    the prompt is computed whole, whatever is held of it.
+    the prompt is computed whole, whatever is held of it. `markers` are tokens that part a text from
+    another (thinking from answer): they have no text, and text that is held back ends at one.
     """
 
     tokens: tuple[int, ...]
@@ -92,6 +95,7 @@ class Request:
     starts_text: bool = False
     stream: bool = True
     share: bool = True
+    markers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,18 @@ class MeasureBandwidth:
     type: Literal["measure_bandwidth"] = "measure_bandwidth"
 
 
+@dataclass(frozen=True, slots=True)
+class Tune:
+    """Time a model on the CPU, for about `limit_s` seconds: with these numbers of threads, the
+    likeliest first."""
+
+    id: int
+    path: str
+    n_threads: tuple[int, ...]
+    limit_s: float
+    type: Literal["tune"] = "tune"
+
+
 # ---- from the engine -----------------------------------------------------------------------------
 
 
@@ -316,12 +332,22 @@ class BandwidthsMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuned:
+    id: int
+    tuning: Tuning
+    type: Literal["tuned"] = "tuned"
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of an answer: its text and the tokens sampled, and the counts so far.
 
     While a prompt is computed, deltas without text tell how far it is. Text lags behind tokens
-    where a character or a stop string may be going on. The last one has a finish reason, usage
-    and timings; `stopped_by` is the stop string that ended the answer (and is not in its text).
+    where a character or a stop string may be going on: then `is_held`. The last one has a finish
+    reason, usage and timings; `stopped_by` is the stop string that ended the answer (and is not in
+    its text). `kind` and `anew` are not the engine's: serving sets them (answer.py, again.py).
+    After one with `anew`, what came before of the answer is void: its engine died, and it begins
+    once more.
     """
 
     id: int
@@ -333,6 +359,9 @@ class Delta:
     stopped_by: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    is_held: bool = False
+    kind: Literal["text", "thinking"] = "text"
+    anew: bool = False
     type: Literal["delta"] = "delta"
 
 
@@ -346,7 +375,8 @@ class Failed:
     type: Literal["failed"] = "failed"
 
 
-ToEngine = Load | Probe | Tokenize | Detokenize | Generate | Cancel | ListDevices | MeasureBandwidth
+Measuring = Probe | ListDevices | MeasureBandwidth | Tune
+ToEngine = Load | Tokenize | Detokenize | Generate | Cancel | Measuring | StateWish
 FromEngine = (
     Progress
     | Loaded
@@ -355,41 +385,9 @@ FromEngine = (
     | Detokenized
     | DeviceList
     | BandwidthsMeasured
+    | Tuned
     | Delta
     | Failed
+    | StateAnswer
 )
 Message = ToEngine | FromEngine
-
-_codec: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
-
-
-class ProtocolError(Exception):
-    """Bytes that are not a message."""
-
-
-def encode(message: Message) -> bytes:
-    """A message as a frame."""
-    payload = _codec.dump_json(message, exclude_defaults=False)
-    return _LENGTH.pack(len(payload)) + payload
-
-
-def read(stream: BinaryIO) -> Message | None:
-    """The next message of a blocking stream; None at its end.
-
-    Raises ProtocolError where a frame is cut short, too large or not a message.
-    """
-    head = stream.read(_LENGTH.size)
-    if not head:
-        return None
-    if len(head) < _LENGTH.size:
-        raise ProtocolError("a frame was cut short")
-    (n_bytes,) = _LENGTH.unpack(head)
-    if n_bytes > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {n_bytes} bytes; at most {MAX_FRAME_BYTES} are allowed")
-    payload = stream.read(n_bytes)
-    if len(payload) < n_bytes:
-        raise ProtocolError("a frame was cut short")
-    try:
-        return _codec.validate_json(payload)
-    except ValueError as error:
-        raise ProtocolError(f"not a message: {error}") from error

@@ -61,3 +61,36 @@ class Bandwidths:
         pairs = (*self.products, *newer.products)
         products = {(p.device, p.n_threads, p.type): p for p in pairs}
         return Bandwidths(tuple(devices.values()), tuple(products.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds that a model's first layers took for a batch of `n_tokens` with so many threads."""
+
+    n_threads: int
+    n_tokens: int
+    repacked: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RepackableLayer:
+    """Bytes of a layer that can be repacked on this CPU."""
+
+    expert_bytes: int = 0
+    dense_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a CPU made of a model's first `n_layers` layers, and what of it can be repacked.
+
+    `repackable` has every layer, and what is outside of layers at its end. `others_share` of the
+    processor's time went to other programs meanwhile: much of it, and the times say little.
+    """
+
+    n_layers: int
+    times: tuple[StepTime, ...]
+    repackable: tuple[RepackableLayer, ...]
+    repack_bytes_per_s: float
+    others_share: float = 0.0

@@ -11,10 +11,12 @@ import time
 from dataclasses import dataclass, field
 
 from .bindings import NativeError
+from .laying import Laid, Layout
 from .model import LoadedModel
 from .places import Places
 from .protocol import Delta, Failed, FinishReason, Request, Timings, Usage
 from .sampling import GrammarDeadEnd, Sampler
+from .states import States
 from .text import TextStream
 from .waiting import WORTH_SHARING, Queue, Waiting, common_prefix
 
@@ -74,8 +76,9 @@ class Scheduler:
         self._queue = Queue()
         self._running: dict[int, Run] = {}
         self._places = Places(model)
+        self.states = States(model, self._places)
         self._lacks_room = False  # until a run ends
-        self._is_prompts_turn = False
+        self._layout = Layout(model, self._places)
         self._eog = frozenset(model.facts().eog)
         self._computing_prompt_of: int | None = None
 
@@ -107,14 +110,13 @@ class Scheduler:
     def step(self) -> list[Delta | Failed]:
         """Admit, build one batch, compute it, sample: what is new of each answer."""
         news: list[Delta | Failed] = [*self._admit()]
-        parts = self._fill_batch()
-        if not parts or not self._compute(parts):
+        laid = self._layout.lay(self._running.values())
+        if not laid.parts or not self._compute(laid):
             return news
-        index = -1
-        for run, n_tokens in parts:
-            index += n_tokens
-            run.n_done += n_tokens
-            new = self._progress(run) if run.n_waiting else self._sample(run, index)
+        for part in laid.parts:
+            run = part.run
+            run.n_done += part.n_tokens
+            new = self._progress(run) if run.n_waiting else self._sample(run, part.last)
             if run.request.stream or isinstance(new, Failed) or new.finish_reason:
                 news.append(new)
             else:
@@ -230,57 +232,19 @@ class Scheduler:
 
     # ---- computing ----
 
-    def _fill_batch(self) -> list[tuple[Run, int]]:
-        """Lay the batch: a token of each generating sequence, then prompts; who got how many.
-
-        Where sequences have streams of their own llama.cpp would compute the two apart, and prompts
-        token by token as far as there are generating sequences beside: then they take turns.
-        """
-        generating = [run for run in self._running.values() if run.n_sampled]
-        prompts = [run for run in self._running.values() if not run.n_sampled]
-        if generating and prompts and not self._model.placement.kv_unified:
-            self._is_prompts_turn = not self._is_prompts_turn
-            generating, prompts = ([], prompts) if self._is_prompts_turn else (generating, [])
-        parts = self._lay_generating(generating)
-        return parts + self._lay_prompts(prompts, len(parts))
-
-    def _lay_generating(self, runs: list[Run]) -> list[tuple[Run, int]]:
-        batch, n = self._model.batch, min(len(runs), self._model.placement.n_ubatch)
-        # in order, as only streams next to each other are computed together
-        runs = sorted(runs, key=lambda run: run.sequence)[:n]
-        batch.tokens[:n] = [run.tokens[-1] for run in runs]
-        batch.positions[:n] = [run.n_done for run in runs]
-        batch.sequences[:n] = [run.sequence for run in runs]
-        batch.wants_logits[:n] = 1
-        return [(run, 1) for run in runs]
-
-    def _lay_prompts(self, runs: list[Run], at: int) -> list[tuple[Run, int]]:
-        """As much of prompts as the micro-batch holds, from its place `at` on."""
-        batch, room = self._model.batch, self._model.placement.n_ubatch
-        parts: list[tuple[Run, int]] = []
-        for run in runs:
-            n = min(run.n_waiting, room - at)
-            if n == 0:
-                break
-            end = at + n
-            batch.tokens[at:end] = run.tokens[run.n_done : run.n_done + n]
-            batch.positions[at:end] = range(run.n_done, run.n_done + n)
-            batch.sequences[at:end] = run.sequence
-            batch.wants_logits[at:end] = 0
-            batch.wants_logits[end - 1] = n == run.n_waiting
-            parts.append((run, n))
-            at = end
-        return parts
-
-    def _compute(self, parts: list[tuple[Run, int]]) -> bool:
+    def _compute(self, laid: Laid) -> bool:
         """Decode the batch; False where `interrupt` ended it and nothing was computed."""
         self._model.context.allow()
-        if len(parts) == 1 and parts[0][0].n_sampled == 0:
-            self._computing_prompt_of = parts[0][0].id
+        if len(laid.parts) == 1 and laid.parts[0].run.n_sampled == 0:
+            self._computing_prompt_of = laid.parts[0].run.id
+        generating = all(part.run.n_sampled for part in laid.parts)
         try:
-            return self._model.decode(sum(n for _, n in parts))
+            if not self._model.decode(laid.n_rows, generating=generating):
+                return False
         finally:
             self._computing_prompt_of = None
+        self._layout.forget_padding(laid)
+        return True
 
     # ---- answering ----
 
@@ -299,7 +263,8 @@ class Scheduler:
         if token in self._eog:
             return self._finish(run, "stop")
         run.tokens.append(token)
-        text = run.text.feed(self._model.vocab.piece(token))
+        is_marker = token in run.request.markers
+        text = run.text.finish() if is_marker else run.text.feed(self._model.vocab.piece(token))
         if run.text.stopped_by is not None:
             return self._finish(run, "stop", text, (token,))
         full = len(run.tokens) >= self._model.n_ctx
@@ -311,6 +276,7 @@ class Scheduler:
             tokens=(token,),
             prompt_tokens=run.n_prompt,
             completion_tokens=run.n_sampled,
+            is_held=run.text.is_holding,
         )
 
     def _finish(

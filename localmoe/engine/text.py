@@ -25,8 +25,13 @@ class TextStream:
         """More bytes; gives the text that they make certain. Sets `stopped_by` at a stop string."""
         return self._take(self._decoder.decode(raw))
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether text that was fed hasn't come out yet."""
+        return bool(self._held or self._decoder.getstate()[0])
+
     def finish(self) -> str:
-        """No more bytes come: the text that was still held back."""
+        """No more bytes of this text come: what was still held back of it."""
         text = self._take(self._decoder.decode(b"", final=True))
         if self.stopped_by is None:
             text, self._held = text + self._held, ""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from . import bindings, protocol
+from . import bindings, codec
 from .bandwidth import measure
 from .devices import devices
 from .model import LoadedModel, ModelError
@@ -42,8 +42,12 @@ from .protocol import (
     Progress,
     Tokenize,
     Tokenized,
+    Tune,
+    Tuned,
 )
 from .scheduler import RequestRefused, Scheduler
+from .state_messages import RestoreState, SaveState, StateRestored, StateSaved
+from .tuning import tune
 
 PROGRESS_STEP = 0.01
 """Loading is reported each time that this much more of a model is there."""
@@ -82,6 +86,7 @@ class Worker:
         self._writer = writer
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._vocab: bindings.Vocab | None = None
+        self._model: LoadedModel | None = None
         self._scheduler: Scheduler | None = None
         self._reasons: list[str] = []
 
@@ -97,8 +102,8 @@ class Worker:
     # ---- messages ----
 
     def _listen(self) -> None:
-        with contextlib.suppress(protocol.ProtocolError, OSError):
-            while (message := protocol.read(self._reader)) is not None:
+        with contextlib.suppress(codec.ProtocolError, OSError):
+            while (message := codec.read(self._reader)) is not None:
                 self._inbox.put(message)
                 if isinstance(message, Cancel) and not message.only_waiting and self._scheduler:
                     self._scheduler.interrupt(message.id)
@@ -108,6 +113,8 @@ class Worker:
     def _handle_waiting(self) -> None:
         """Handle what has come in; wait for something where there is nothing to compute."""
         idle = self._scheduler is None or self._scheduler.idle
+        while idle and self._model and self._model.lacks_copies and self._inbox.empty():
+            self._model.make_copies()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._send(self._answer(self._inbox.get(block=idle)))
@@ -143,6 +150,14 @@ class Worker:
                 return [*scheduler.cancel(id, only_waiting=only_waiting)] if scheduler else []
             case MeasureBandwidth(id, n_threads, types):
                 return [BandwidthsMeasured(id, measure(bindings.ggml, n_threads, types))]
+            case Tune(id, path, n_threads, limit_s):
+                return [Tuned(id, tune(path, n_threads, limit_s))]
+            case SaveState(id, path, key, tokens, room_bytes):
+                states = loaded(self._scheduler).states
+                return [StateSaved(id, *states.save(Path(path), key, tokens, room_bytes))]
+            case RestoreState(id, path, key):
+                states = loaded(self._scheduler).states
+                return [StateRestored(id, *states.restore(Path(path), key))]
             case ListDevices(id):
                 return [DeviceList(id, devices(), bindings.system_info())]
             case _:
@@ -150,7 +165,7 @@ class Worker:
 
     def _send(self, messages: list[FromEngine]) -> None:
         if messages:
-            self._writer.write(b"".join(map(protocol.encode, messages)))
+            self._writer.write(b"".join(map(codec.encode, messages)))
             self._writer.flush()
 
     # ---- work ----
@@ -162,7 +177,7 @@ class Worker:
             vocab = self._vocab = bindings.Model(load.path, vocab_only=True).vocab
             return Loaded(load.id, vocab.facts(), 0, time.perf_counter() - started)
         report = self._progress_of(load.id)
-        model = LoadedModel(load.path, load.placement, load.pinned, report)
+        model = self._model = LoadedModel(load.path, load.placement, load.pinned, report)
         self._vocab, self._scheduler = model.vocab, Scheduler(model)
         took_s = time.perf_counter() - started
         return Loaded(load.id, model.facts(), model.n_ctx, took_s, model.n_pinned_bytes)

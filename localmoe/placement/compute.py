@@ -16,6 +16,8 @@ from .measured import ComputePoint, Figure
 FLOAT = 4
 MASK = 2
 """Bytes of an entry of the attention mask: f16, with flash attention."""
+CELLS = 256
+"""A sequence's cells come in multiples of it."""
 PIPELINE_COPIES = 4
 """Copies of a graph's inputs where several GPUs hold everything (GGML_SCHED_MAX_COPIES)."""
 
@@ -57,11 +59,13 @@ def widest_square(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a micro-batch is: `n_ctx` tokens of context for each of `n_seq` sequences."""
+    """What a micro-batch is: `n_ctx` tokens of context for each of `n_seq` sequences. Without
+    flash attention it `has_scores`, of every token for every one of its context."""
 
     n_ctx: int
     n_ubatch: int
     n_seq: int
+    has_scores: bool = False
 
 
 def estimated_bytes(meta: ModelMeta, work: Work, on_gpu: bool = False) -> int:
@@ -73,7 +77,19 @@ def estimated_bytes(meta: ModelMeta, work: Work, on_gpu: bool = False) -> int:
     n_values = values_per_token(meta)
     if on_gpu and has_ffn_beside_experts(meta):
         n_values = max(n_values, (3 * meta.n_experts_used + 2) * meta.n_embd)
-    return work.n_ubatch * (FLOAT * n_values + mask_bytes(meta, work))
+    n_bytes = FLOAT * n_values + mask_bytes(meta, work)
+    if work.has_scores:
+        queries = max(meta.n_heads, default=0) * meta.head_dim_k
+        attention = scores_bytes(meta, work.n_ctx) + FLOAT * (3 * queries + 4 * meta.n_embd)
+        # the mask is there all the time, and is of f32 then
+        n_bytes = max(n_bytes + mask_bytes(meta, work), attention)
+    return work.n_ubatch * n_bytes
+
+
+def scores_bytes(meta: ModelMeta, n_ctx: int) -> int:
+    """A token's attention scores in all heads of a layer, and its row of a mask of f32."""
+    n_cells = -(-n_ctx // CELLS) * CELLS
+    return FLOAT * n_cells * (max(meta.n_heads, default=0) + 1)
 
 
 def values_per_token(meta: ModelMeta) -> int:

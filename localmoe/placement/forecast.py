@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..engine.protocol import Placement, Timings, Usage
+from ..engine.rates import Tuning
 from ..models.meta import ModelMeta
 from .bandwidth import CPU, Bandwidths, Rates, rates_of
 from .parts import LayerWork, Part, layers_of, parts_of
 from .speeds import SpeedKind, SpeedRecord, correction
+from .tuning import repacked_ratio
 
 OFFLOAD_MIN_BATCH = 32
 """From so many tokens on a GPU multiplies with weights in RAM, copied over
@@ -43,6 +45,8 @@ ENGINE_STEP_S, SAMPLING_S = 0.45e-3, 55e-6
 (docs/notes/engine-speed.md)."""
 DISK_BYTES_PER_S = 1.5e9
 """Pages of a mapped file that RAM doesn't hold, from an NVMe disk: formula, never measured."""
+LEAST_HOST_SHARE = 0.1
+"""Where the CPU does less of the work, it isn't to blame for what is wrong with a forecast."""
 MIN_PROMPT_TOKENS, MIN_GENERATED_TOKENS = 64, 16
 """A shorter run's speed says more about its beginning than about the machine."""
 
@@ -75,7 +79,8 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A placement on a machine, ready to be asked for the time of a step."""
+    """A placement on a machine, ready to be asked for the time of a step. `tuning` is what the CPU
+    was timed with on the model itself."""
 
     placement: Placement
     meta: ModelMeta
@@ -85,6 +90,7 @@ class Setting:
     rates: Mapping[str, Rates]
     offload_min_batch: int = OFFLOAD_MIN_BATCH
     missing_share: float = 0.0
+    tuning: Tuning | None = None
 
     def is_offloaded(self, device: str, n_tokens: int) -> bool:
         """Whether a GPU does the work with weights that lie in RAM."""
@@ -100,8 +106,9 @@ def setting_of(
     meta: ModelMeta,
     bandwidths: Bandwidths,
     gpus: Sequence[str] | None = None,
-    offload_min_batch: int = OFFLOAD_MIN_BATCH,
+    offload_min_batch: int | None = None,
     ram_bytes: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Setting:
     """A placement on a machine. `gpus` are the names of those that the engine sees, by default
     those that were measured; `ram_bytes` what may hold pages of a mapped file, by default enough.
@@ -119,8 +126,9 @@ def setting_of(
         parts=parts,
         layers=layers_of(placement, meta, names),
         rates={name: rates_of(bandwidths, name, placement.n_threads) for name in (CPU, *names)},
-        offload_min_batch=offload_min_batch,
+        offload_min_batch=offload_min_batch or placement.offload_min_batch or OFFLOAD_MIN_BATCH,
         missing_share=missing,
+        tuning=tuning,
     )
 
 
@@ -140,7 +148,8 @@ def forecast(
     tps_in, tps_out = prompt_tps(setting, task), generation_tps(setting, task)
     regimes = regime_of(setting, task, "prompt"), regime_of(setting, task, "generation")
     prompt = correction(records, "prompt", regimes[0], model, tps_in)
-    generation = correction(records, "generation", regimes[1], model, tps_out)
+    share = host_share(setting, task)
+    generation = correction(records, "generation", regimes[1], model, tps_out, share)
     return Forecast(
         prompt_tps=tps_in * prompt.factor,
         generation_tps=tps_out * generation.factor,
@@ -154,20 +163,24 @@ def prompt_tps(setting: Setting, task: Task) -> float:
     """By formula alone: the prompt's micro-batches, the last one with a token's logits."""
     if task.n_prompt <= 0:
         return 0.0
+    n_all = task.n_prompt * task.n_at_once  # those of several sequences share micro-batches
     seconds, done = 0.0, 0
-    while done < task.n_prompt:
-        n = min(setting.placement.n_ubatch, task.n_prompt - done)
+    while done < n_all:
+        n = min(setting.placement.n_ubatch, n_all - done)
         done += n
-        seen = task.n_cached + done - (n - 1) / 2
-        seconds += step_seconds(setting, n, seen, n_outputs=int(done == task.n_prompt))
-    return task.n_prompt / seconds
+        seen = task.n_cached + (done - (n - 1) / 2) / task.n_at_once
+        seconds += step_seconds(setting, n, seen, n_outputs=int(done == n_all))
+    return n_all / seconds
 
 
 def generation_tps(setting: Setting, task: Task) -> float:
     """By formula alone, at the depth in the middle of what is generated."""
     seen = task.n_cached + task.n_prompt + task.n_generated / 2
-    n = task.n_at_once
-    return n / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
+    n, place = task.n_at_once, setting.placement
+    seconds = step_seconds(setting, n, seen, n_outputs=n, one_each=True)
+    if setting.tuning:
+        seconds *= repacked_ratio(setting.tuning, place.repack, place.n_repacked_layers, n)
+    return n / seconds
 
 
 def likely_tps(
@@ -189,6 +202,24 @@ def likely_tps(
         for share, rates in ((1 - on_gpu, host), (on_gpu, gpu))
     )
     return 1 / (seconds + ENGINE_STEP_S + SAMPLING_S)
+
+
+def host_share(setting: Setting, task: Task) -> float:
+    """The CPU's share of the time of a generating step beside a GPU; 1 where there is but one."""
+    if not any(part.device != CPU for part in setting.parts):
+        return 1.0
+    n, seen = task.n_at_once, task.n_cached + task.n_prompt + task.n_generated / 2
+    if setting.is_offloaded(CPU, n):
+        return 1.0
+    products = sum(
+        product_seconds(setting, part, n) for part in setting.parts if part.device == CPU
+    )
+    layers = sum(
+        attention_seconds(setting, layer, n, seen, True) for layer in setting.layers
+        if layer.device == CPU
+    )  # fmt: skip
+    share = (products + layers) / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
+    return share if share > LEAST_HOST_SHARE else 1.0
 
 
 # ---- the time of a step ----
@@ -277,6 +308,8 @@ def regime_of(setting: Setting, task: Task, kind: SpeedKind) -> str:
     devices = {part.device for part in setting.parts}
     if devices == {CPU}:
         where = "offloaded" if setting.gpus and kind == "prompt" else "cpu"
+        if kind == "generation" and setting.placement.repack != "off":
+            where = "cpu/repacked"
     elif CPU not in devices:
         where = "gpu"
     else:
@@ -312,7 +345,14 @@ def records_of(
     kinds: Mapping[str, SpeedKind] = {"prompt": "prompt", "generation": "generation"}
     return tuple(
         SpeedRecord(
-            kinds[kind], regime_of(setting, task, kinds[kind]), model, tps, real, n_tokens, when
-        )
+            kinds[kind],
+            regime_of(setting, task, kinds[kind]),
+            model,
+            tps,
+            real,
+            n_tokens,
+            when,
+            host_share(setting, task) if kind == "generation" else 1.0,
+        )  # fmt: skip
         for kind, tps, real, n_tokens in found
     )

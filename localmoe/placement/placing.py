@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..engine.protocol import Placement
 from .fill import Layout
 from .hardware import Machine
-from .sizes import Sizes
+from .sizes import FLOATS, Sizes
 
 
 def placement_of(machine: Machine, sizes: Sizes, layout: Layout) -> Placement:
@@ -26,8 +28,17 @@ def placement_of(machine: Machine, sizes: Sizes, layout: Layout) -> Placement:
         n_batch=request.n_ubatch,
         n_ubatch=request.n_ubatch,
         load_mode="pinned" if request.load_mode == "pinned" else "mmap",
-        flash_attention="auto" if request.kv_type in ("f32", "f16", "bf16") else "on",
+        flash_attention=flash_attention(sizes),
+        alike=sizes.is_alike,
     )
+
+
+def flash_attention(sizes: Sizes) -> Literal["auto", "on", "off"]:
+    """A quantized cache needs it. Where answers are to be alike it may not choose its kernel by the
+    number of tokens, which llama.cpp's does on the CPU for other caches."""
+    if sizes.request.kv_type not in FLOATS:
+        return "on"
+    return "off" if sizes.is_alike else "auto"
 
 
 def cpu_experts_of(sizes: Sizes, layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:

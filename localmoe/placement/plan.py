@@ -39,8 +39,8 @@ NOTHING = Figure(0, "formula")
 class Memory:
     """What a plan takes of one device, or of RAM, and what it may take.
 
-    Of RAM's weights, `mapped_bytes` are pages of the file, `pinned_bytes` are locked for a GPU,
-    `repacked_bytes` copies in another order (never made now: they slow prompts down).
+    Of RAM's weights, `mapped_bytes` are pages of the file and `pinned_bytes` are locked for a GPU;
+    `repacked` are second copies in another order, to generate with.
     """
 
     device: str
@@ -51,11 +51,11 @@ class Memory:
     overhead: Figure = NOTHING
     mapped_bytes: int = 0
     pinned_bytes: int = 0
-    repacked_bytes: int = 0
+    repacked: Figure = NOTHING
 
     @property
     def total_bytes(self) -> int:
-        parts = (self.weights, self.kv, self.compute, self.overhead)
+        parts = (self.weights, self.kv, self.compute, self.overhead, self.repacked)
         return sum(part.n_bytes for part in parts)
 
     @property

@@ -16,6 +16,7 @@ class PlanRequest:
     """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
 
     `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
+    `alike` asks that answers don't depend on the requests beside them (engine/laying.py).
     `n_cells` above 0 asks for one cache of so many tokens that all sequences share; else each has
     room for its own `n_ctx`.
     """
@@ -23,6 +24,7 @@ class PlanRequest:
     n_ctx: int | None = None
     n_seq: int = 1
     n_cells: int = 0
+    alike: bool = False
     n_gpu_layers: int | Literal["auto", "all"] = "auto"
     n_cpu_moe: int | None = None
     kv_type: KvType = "f16"

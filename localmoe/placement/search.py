@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..engine.protocol import Placement
+from ..engine.rates import Tuning
 from ..errors import DoesNotFit
 from ..models.meta import ModelMeta
 from .bandwidth import Bandwidths
-from .forecast import Forecast, Task, forecast, setting_of
+from .copies import repack_seconds, with_copies
+from .forecast import OFFLOAD_MIN_BATCH, Forecast, Task, forecast, setting_of
 from .plan import Plan
 from .request import LoadMode, PlanRequest
 from .sizes import RAM
@@ -24,6 +26,10 @@ from .speeds import SpeedRecord
 Workload = Literal["run", "chat", "batch"]
 
 UBATCHES = (512, 1024, 2048, 4096)
+SHORT_UBATCHES = (128, 256)
+"""For one short answer: a smaller compute buffer leaves room for another tensor of experts."""
+SHORT_N_CTX = 2048
+"""The least that a conversation can be had with."""
 PIN_BYTES_PER_S = 25e9
 """At which pages of a mapped file are locked for a GPU (docs/notes/pinned-experts.md)."""
 LOAD_BYTES_PER_S = 6e9
@@ -37,27 +43,41 @@ class Job:
     `loads` says how often a model is loaded for it.
     """
 
+    name: Workload
     task: Task
     loads: float
 
 
 JOBS: dict[Workload, Job] = {
     # a question and an answer, and the model is loaded for it alone
-    "run": Job(Task(n_prompt=128, n_generated=256), loads=1.0),
+    "run": Job("run", Task(n_prompt=128, n_generated=256), loads=1.0),
     # a turn of conversation and one of programming, as people's are: 1,020 tokens in and 129 out,
     # 1,500 and 13 (medians of two services; Splitwise, arXiv 2311.18677, figure 3)
-    "chat": Job(Task(n_prompt=1020 + 1500, n_generated=129 + 13), loads=0.1),
+    "chat": Job("chat", Task(n_prompt=1020 + 1500, n_generated=129 + 13), loads=0.1),
     # as many tokens in as out; how many at once is the plan's
-    "batch": Job(Task(n_prompt=2048, n_generated=2048), loads=0.0),
+    "batch": Job("batch", Task(n_prompt=2048, n_generated=2048), loads=0.0),
 }
+
+
+def job_of(workload: Workload, n_prompt: int | None = None, n_generated: int | None = None) -> Job:
+    """A workload's job; for a single answer, of the size that is known. Tokens."""
+    job = JOBS[workload]
+    if workload != "run":
+        return job
+    usual = job.task
+    n_out = min(n_generated or usual.n_generated, usual.n_generated)
+    task = replace(usual, n_prompt=n_prompt or usual.n_prompt, n_generated=n_out)
+    return replace(job, task=task)
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What forecasts are made from: this machine's rates, and what earlier runs really got."""
+    """What forecasts are made from: this machine's rates, what earlier runs really got, and how
+    the CPU was timed on the model itself."""
 
     bandwidths: Bandwidths = Bandwidths()
     records: Sequence[SpeedRecord] = ()
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +91,13 @@ class Candidate:
 
 def search(
     requests: Iterable[PlanRequest],
-    workload: Workload,
+    job: Job,
     meta: ModelMeta,
     gpus: Sequence[str],
     speeds: Speeds,
     planned: Callable[[PlanRequest], Plan],
 ) -> Plan:
-    """The plan that does the workload's job soonest, of those that requests leave open.
+    """The plan that does a job soonest, of those that requests leave open.
 
     `planned` plans a request. Raises DoesNotFit where none fits: what was said of the first.
     """
@@ -85,9 +105,12 @@ def search(
     found: list[Candidate] = []
     for request in requests:
         try:
-            found.append(candidate(planned(request), workload, meta, gpus, speeds))
+            plan = planned(request)
         except DoesNotFit as error:
             refusals.append(error)
+            continue
+        for variant in variants(plan, speeds.tuning):
+            found.append(candidate(variant, job, meta, gpus, speeds))
     if not found:
         raise refusals[0]
     best = min(found, key=lambda candidate: candidate.seconds)
@@ -95,40 +118,63 @@ def search(
     return replace(
         best.plan,
         forecast=best.forecast,
-        reasons=(*best.plan.reasons, *reasons(best, others, workload)),
-        rejected=(*best.plan.rejected, *(sentence(c, workload) for c in others)),
+        reasons=(*best.plan.reasons, *reasons(best, others, job)),
+        rejected=(*best.plan.rejected, *(sentence(c, job) for c in others)),
     )
+
+
+def variants(plan: Plan, tuning: Tuning | None) -> Iterator[Plan]:
+    """A plan, and what else may help: repacked copies; where several sequences generate beside a
+    GPU, experts in RAM copied for so few of them, or not even for so many."""
+    yield plan
+    if tuning and (other := with_copies(plan, tuning)):
+        yield other
+    place = plan.placement
+    has_ram_experts = place.cpu_expert_layers or place.cpu_expert_tensors
+    if place.n_seq > 1 and place.n_gpu_layers and has_ram_experts:
+        is_copied = place.n_seq >= OFFLOAD_MIN_BATCH
+        edge = place.n_seq + 1 if is_copied else place.n_seq
+        yield replace(plan, placement=replace(place, offload_min_batch=edge))
 
 
 def candidate(
-    plan: Plan, workload: Workload, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
+    plan: Plan, job: Job, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
-    job = JOBS[workload]
-    setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus)
+    setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
     task = replace(within(job.task, plan.placement.n_ctx), n_at_once=plan.placement.n_seq)
     expected = forecast(setting, speeds.records, task)
-    seconds = job.loads * load_seconds(plan) + task_seconds(expected, task)
+    loading = load_seconds(plan) + repack_seconds(plan, speeds.tuning)
+    seconds = job.loads * loading + task_seconds(expected, task)
     return Candidate(plan, expected, seconds)
 
 
-def reasons(best: Candidate, others: Sequence[Candidate], workload: Workload) -> Iterator[str]:
+def reasons(best: Candidate, others: Sequence[Candidate], job: Job) -> Iterator[str]:
     """Why these values of what was left open."""
     if others:
-        place, n_prompt = best.plan.placement, JOBS[workload].task.n_prompt
-        why = f"soonest done by forecast with {n_prompt} tokens in, as for {workload}"
-        pinned = ", experts in RAM pinned" if pinned_bytes(best.plan) else ""
-        yield f"{at_once(place)}micro-batch {place.n_ubatch}{pinned}: {why}"
+        why = f"soonest done by forecast with {job.task.n_prompt} tokens in, as for {job.name}"
+        yield f"{values(best.plan)}: {why}"
 
 
-def sentence(candidate: Candidate, workload: Workload) -> str:
+def sentence(candidate: Candidate, job: Job) -> str:
     """A candidate that wasn't taken, with its forecast."""
-    place, expected = candidate.plan.placement, candidate.forecast
-    pinned = "pinned" if pinned_bytes(candidate.plan) else "mapped"
+    expected = candidate.forecast
     return (
-        f"{at_once(place)}micro-batch {place.n_ubatch}, {pinned}: "
-        f"{expected.prompt_tps:.0f} tok/s in and "
-        f"{expected.generation_tps:.1f} out by forecast, {candidate.seconds:.1f} s for {workload}"
+        f"{values(candidate.plan)}: {expected.prompt_tps:.0f} tok/s in and "
+        f"{expected.generation_tps:.1f} out by forecast, {candidate.seconds:.1f} s for {job.name}"
     )
+
+
+def values(plan: Plan) -> str:
+    """What candidates differ in."""
+    place = plan.placement
+    parts = [f"{at_once(place)}micro-batch {place.n_ubatch}"]
+    if place.n_gpu_layers:
+        parts.append("experts in RAM pinned" if pinned_bytes(plan) else "mapped")
+    if place.repack != "off":
+        parts.append("repacked copies")
+    if place.offload_min_batch:
+        parts.append(f"experts copied to the GPU from {place.offload_min_batch} tokens on")
+    return ", ".join(parts)
 
 
 def at_once(place: Placement) -> str:
@@ -164,13 +210,28 @@ class Open:
 
     n_ubatch: bool = True
     load_mode: bool = True
+    kv_type: bool = True
 
 
-def requests_of(request: PlanRequest, has_gpu: bool, is_open: Open) -> Iterator[PlanRequest]:
+def requests_of(
+    request: PlanRequest, has_gpu: bool, is_open: Open, workload: Workload = "chat"
+) -> Iterator[PlanRequest]:
     """The candidates that a request leaves open, the plainest first."""
-    ubatches = UBATCHES if has_gpu and is_open.n_ubatch else (request.n_ubatch,)
+    some = UBATCHES + SHORT_UBATCHES if workload == "run" else UBATCHES
+    ubatches = some if has_gpu and is_open.n_ubatch else (request.n_ubatch,)
     both: tuple[LoadMode, ...] = ("auto", "pinned")  # "mmap" would be a wish to map over all RAM
     modes = both if has_gpu and is_open.load_mode else (request.load_mode,)
     for n_ubatch in ubatches:
         for load_mode in modes:
             yield replace(request, n_ubatch=n_ubatch, load_mode=load_mode)
+
+
+def fallbacks(request: PlanRequest, is_open: Open) -> Iterator[tuple[PlanRequest, str]]:
+    """What is wanted, and what is made do with where that doesn't fit: with the reason to tell."""
+    yield request, ""
+    if is_open.kv_type and request.kv_type == "f16":
+        less = replace(request, kv_type="q8_0")
+        yield less, "KV cache q8_0: at f16 nothing fits"
+        if request.n_ctx is None:
+            why = "context of 2,048 tokens and KV cache q8_0: with more nothing fits"
+            yield replace(less, n_ctx=SHORT_N_CTX), why

@@ -16,6 +16,7 @@ from .compute import (
     input_bytes,
     logits_bytes,
     pipeline_bytes,
+    scores_bytes,
 )
 from .fill import Layer
 from .hardware import Gpu
@@ -36,6 +37,10 @@ difference of a few KiB."""
 # llama.cpp makes these architectures' output before the embeddings that it copies (src/models),
 # and then doesn't see that both could be one: they take the embeddings twice, in RAM too
 EMBEDDINGS_TWICE = ("gemma3n", "gemma4")
+
+FLOATS = ("f32", "f16", "bf16")
+MAX_SCORES_BYTES = 1 << 30
+"""What all attention scores of a micro-batch may take: Mixtral's for 16,000 tokens of context."""
 
 RAM = "RAM"
 # what compute buffers depend on: no GPU, all on GPUs, some experts in RAM, some layers in RAM
@@ -71,7 +76,7 @@ class Sizes:
         if found:
             return found
         n_ctx = self.request.n_cells or self.n_ctx
-        work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq)
+        work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq, self.has_scores)
         if device == RAM:
             return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
         return Figure(gpu_compute_bytes(self.meta, work, kind, place, n_gpus), "formula")
@@ -83,6 +88,24 @@ class Sizes:
         compute = self.compute(kind, gpu.name, measured, place, n_gpus).n_bytes
         pinned = 0 if kind == ALL_ON_GPU else self.pinnable_bytes
         return budget_bytes - compute - overhead(gpu, self, measured, pinned).n_bytes
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether answers can be made not to depend on those beside them, where that is wanted.
+
+        On the CPU llama.cpp's flash attention takes another kernel for 64 tokens or more, but for
+        quantized caches (ggml/src/ggml-cpu/ops.cpp): it is left out where there is room for that.
+        """
+        request = self.request
+        if not request.alike or request.n_ubatch < max(2, request.n_seq):
+            return False
+        n_bytes = scores_bytes(self.meta, self.n_ctx) * request.n_ubatch
+        return request.kv_type not in FLOATS or n_bytes <= MAX_SCORES_BYTES
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the scores of all tokens are in memory at once: without flash attention."""
+        return self.is_alike and self.request.kv_type in FLOATS
 
     @property
     def n_cells(self) -> int:
@@ -171,7 +194,7 @@ def layer_of(n: int, tensors: list[TensorInfo], kv_bytes: int, n_cpu_moe: int | 
 
 def compute_kind(kind: str, request: PlanRequest) -> str:
     """The name under which compute buffers of a kind of placement are kept."""
-    shared = "/unified" if request.n_cells else ""
+    shared = "/unified" if request.n_cells else "/alike" if request.alike else ""
     return f"{kind}/{request.kv_type}/{request.n_seq}{shared}"
 
 

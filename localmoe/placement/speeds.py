@@ -29,6 +29,8 @@ TOO_FAST = 1.5
 """On machines that were quiet, nothing was more than 1.25 times as fast as the formula."""
 COMPARABLE = 8.0
 """Models whose speeds by formula are further apart teach nothing about each other."""
+LEAST_SLOWNESS = 0.2
+"""No CPU is so much faster than its rates: then the rest of the time was less, too."""
 LARGEST_RATIO = 20.0
 """A run that was this far off was suspended, or shared its machine: it teaches nothing."""
 
@@ -38,7 +40,9 @@ class SpeedRecord:
     """One run's speed in tokens per second, by formula and in fact.
 
     `regime` says what the speed depended on (forecast.regime_of), `model` which model; `when` is
-    in seconds since 1970.
+    in seconds since 1970. `host_share` is the CPU's share of the formula's time where it works
+    beside a GPU: that is what forecasts are wrong about, and what a run corrects. Where one of them
+    does all the work, it is 1.
     """
 
     kind: SpeedKind
@@ -48,10 +52,16 @@ class SpeedRecord:
     real_tps: float
     n_tokens: int
     when: float
+    host_share: float = 1.0
 
     @property
     def ratio(self) -> float:
         return self.real_tps / self.formula_tps
+
+    @property
+    def slowness(self) -> float:
+        """How many times as long as by formula the CPU's part took, if all else was right."""
+        return max(LEAST_SLOWNESS, 1 + (1 / self.ratio - 1) / self.host_share)
 
 
 _codec: TypeAdapter[SpeedRecord] = TypeAdapter(SpeedRecord)
@@ -73,10 +83,12 @@ def correction(
     regime: str,
     model: str,
     formula_tps: float | None = None,
+    host_share: float = 1.0,
 ) -> Correction:
-    """What earlier runs teach about one to come: of the nearest ones, the median ratio.
+    """What earlier runs teach about one to come: of the nearest ones, the median.
 
     `formula_tps` is the speed to be corrected: other models teach only where theirs is comparable.
+    `host_share` is the CPU's in its time.
     """
     mine = [
         record
@@ -86,7 +98,7 @@ def correction(
     near = nearest(mine, regime, model)
     if not near:
         return Correction()
-    return Correction(factor_of(near), median(past_errors(near)), len(near))
+    return Correction(factor_of(near, host_share), median(past_errors(near)), len(near))
 
 
 def is_comparable(record: SpeedRecord, formula_tps: float | None) -> bool:
@@ -112,8 +124,10 @@ def kind_of(regime: str) -> str:
     return regime.split("/")[0]
 
 
-def factor_of(records: Sequence[SpeedRecord]) -> float:
-    return median(record.ratio for record in records)
+def factor_of(records: Sequence[SpeedRecord], host_share: float = 1.0) -> float:
+    """The factor on a speed of which the CPU has this share of the time."""
+    slowness = median(record.slowness for record in records)
+    return 1 / (1 + host_share * (slowness - 1))
 
 
 def measured_too_slow(records: Sequence[SpeedRecord]) -> bool:
@@ -124,7 +138,9 @@ def measured_too_slow(records: Sequence[SpeedRecord]) -> bool:
 
 def past_errors(records: Sequence[SpeedRecord]) -> list[float]:
     """How far each run was from what those before it made of its formula; the first from that."""
-    factors = [1.0, *(factor_of(records[:n]) for n in range(1, len(records)))]
+    factors = [
+        factor_of(records[:n], record.host_share) if n else 1.0 for n, record in enumerate(records)
+    ]
     pairs = zip(records, factors, strict=True)
     return [abs(factor / record.ratio - 1) for record, factor in pairs]
 

@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from ..engine.client import Inbox
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..errors import EngineError
+from .schema import WrongForm, check_answer
 
 MAX_AHEAD = 1024
 MAX_TOKENS_AHEAD = 1 << 19
@@ -63,6 +64,15 @@ class _Question(Generic[Key]):
     key: Key
     request: Request
     n_asked: int = 0
+
+
+def _checked(question: _Question[Key], answer: Delta) -> Outcome[Key]:
+    """An answer, if it has the form that it must have."""
+    try:
+        check_answer(answer.text, answer.finish_reason, question.request.sampling)
+    except WrongForm as error:
+        return Outcome(question.key, code="wrong_form", message=str(error))
+    return Outcome(question.key, answer)
 
 
 @dataclass(slots=True)
@@ -172,7 +182,7 @@ class Asking(Generic[Key]):
             said = f"{message.message} {message.hint}".strip()
             return [Outcome(question.key, code="refused", message=said)]
         if isinstance(message, Delta) and message.finish_reason != "cancelled":
-            return [Outcome(question.key, message)]
+            return [_checked(question, message)]
         return []
 
     def _died(self, death: EngineError) -> list[Outcome[Key]]:

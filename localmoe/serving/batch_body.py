@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..engine.protocol import Sampling
+from ..errors import UsageError
 from .chat import AnswerOptions
 from .messages import NOT_TEXT
+from .schema import check_sampling
 
 
 class ItemError(Exception):
@@ -96,6 +99,8 @@ def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOp
     if form is not None:
         chosen.update({"grammar": None, "json_schema": None, **form})
     sampling = replace(defaults.sampling, **chosen)
+    if form:
+        _check_form(sampling)
     return AnswerOptions(
         sampling,
         _length(said, defaults.max_tokens),
@@ -169,6 +174,13 @@ def _form(said: Mapping[str, Any]) -> dict[str, str] | None:
         raise ItemError("invalid_value", f"{shown(name)} must be a text.")
     check_text(shown(name), value)
     return {name: value}
+
+
+def _check_form(sampling: Sampling) -> None:
+    try:
+        check_sampling(sampling)
+    except UsageError as error:
+        raise ItemError("invalid_value", str(error)) from None
 
 
 def _response_format(value: object) -> dict[str, str]:

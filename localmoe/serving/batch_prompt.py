@@ -18,6 +18,7 @@ from .batch_input import BatchRequest
 from .messages import PromptFormat
 from .mistral import MistralFormat
 from .template_format import TemplateFormat
+from .text_format import TextFormat
 
 Side = Literal["head", "tail", "middle"]
 Answer = TypeVar("Answer")
@@ -147,6 +148,8 @@ class Encoder:
 def text_begins(format: PromptFormat) -> tuple[int, ...]:
     """What stands before a text that is to be continued as it is: BOS, where the model wants it."""
     if isinstance(format, MistralFormat):
+        return (format.bos,)
+    if isinstance(format, TextFormat) and format.bos is not None:
         return (format.bos,)
     if isinstance(format, TemplateFormat) and format.add_bos and format.bos is not None:
         return (format.bos,)

@@ -1,15 +1,25 @@
-"""A conversation: its history with the tokens of every answer, and one turn at a time."""
+"""A conversation: its history with the tokens of every answer, and one turn at a time.
+
+Nothing of it is lost in silence: turns that no longer fit are left out whole, and said; an engine
+that dies is followed by another one, which is asked the same again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
 from ..engine.protocol import Delta, Piece, Request, Sampling
-from ..errors import PromptError
+from ..errors import EngineError, LocalMoeError, PromptError, RequestError
+from .again import lasting
+from .answer import Answer, Markers, ThinkMarkers, split
+from .context import SUMMARIZE, SUMMARY_SHARE, Cut, Room, cut, full, system_and_turns, too_long
 from .prompt import Message, Prompt, PromptFormat
+
+OnFull = Literal["stop", "drop", "summarize"]
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -28,19 +38,25 @@ class AnswerOptions:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether a grammar says what the answer looks like, from its first token on."""
+        return self.sampling.grammar is not None or self.sampling.json_schema is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model that can be talked to: an engine that has it loaded, its format, its room.
 
     `n_ctx` is in tokens, for a conversation and the answer to it. `on_answered` is told the last
-    delta of every answer.
+    delta of every answer. `markers` part thinking from answer, where the model has such tokens.
     """
 
     engine: Engine
     format: PromptFormat
     n_ctx: int
     on_answered: Callable[[Delta], None] | None = None
+    markers: Markers | None = None
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of a conversation. Raises PromptError where it leaves no room to answer."""
@@ -56,76 +72,267 @@ class Model:
 
     def answer(self, prompt: Prompt, options: AnswerOptions) -> Generator[Delta, None, None]:
         """Generate after a prompt; the last delta has the finish reason."""
+        markers = self.markers
         request = Request(
             tokens=prompt.tokens,
             sampling=options.sampling,
             max_tokens=options.max_tokens,
             stop=options.stop,
             starts_text=self.format.answers_start_text,
+            markers=markers.ids if markers else (),
+        )
+        # a grammar's text begins at once, wherever the template has put it
+        is_open = (
+            isinstance(markers, ThinkMarkers)
+            and not options.is_bound
+            and markers.is_open_after(prompt.tokens)
         )
         with closing(self.engine.generate(request)) as deltas:
-            for delta in deltas:
+            for delta in split(deltas, markers, is_open=is_open):
                 if delta.finish_reason and self.on_answered:
                     self.on_answered(delta)
                 yield delta
 
 
 @dataclass(slots=True)
-class Answer:
-    """An answer as it grows: its text, the tokens that were sampled for it, and its last delta."""
-
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    last: Delta | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.tokens += delta.tokens
-        if delta.finish_reason:
-            self.last = delta
-
-    def message(self) -> Message:
-        """The answer as a turn of the conversation.
-
-        Cut at a stop string, its text is less than its tokens say; then the text counts.
-        """
-        cut = self.last is not None and self.last.stopped_by is not None
-        return Message("assistant", self.text, None if cut else self.tokens)
-
-
-@dataclass(slots=True)
 class Chat:
-    """A conversation with a model. `messages` holds what was said, the system message first."""
+    """A conversation with a model.
+
+    `messages` holds everything that was said, the system message first; the first `n_dropped` after
+    the system's no longer go into the prompt. `on_full` says what happens when the next turn does
+    not fit: the oldest turns go out ("drop"), a summary by the model takes their place, or nothing
+    more is asked ("stop"). `on_note` is told what a person should know, in sentences. `revive`
+    gives a model in a new engine where the old one died, or raises LocalMoeError.
+    """
 
     model: Model
     options: AnswerOptions = AnswerOptions()
     messages: list[Message] = field(default_factory=list)
+    n_dropped: int = 0
+    on_full: OnFull = "drop"
+    on_note: Callable[[str], None] | None = None
+    revive: Callable[[EngineError], Model] | None = None
+    _unanswered: Message | None = field(default=None, init=False, repr=False)
 
     def ask(self, text: str, seed: int | None = None) -> Generator[Delta, None, None]:
         """One turn. Left early (a break, Ctrl-C), the answer keeps what came of it.
 
-        Where nothing came, or the prompt can't be made, the question is taken back.
+        Where nothing came, or the prompt can't be made, the question is taken back. Where no engine
+        could be had to answer it, `regenerate` asks it again and `undo` gives it back.
         """
-        question = Message("user", text)
-        prompt = self.model.encode([*self.messages, question])
         options = self.options
         if seed is not None:
             options = replace(options, sampling=replace(options.sampling, seed=seed))
-        answer = Answer()
+        yield from self._turn(Message("user", text), options)
+
+    def regenerate(self, seed: int | None = None) -> Generator[Delta, None, None]:
+        """The last question, answered anew; the answer that was, where nothing comes.
+
+        Without a seed it is another draw, whatever seed the conversation has. Raises PromptError
+        where nothing was asked yet.
+        """
+        before = list(self.messages), self.n_dropped, self._unanswered
+        question = self._take_last()
+        if question is None:
+            raise PromptError("Nothing was asked yet.", "Ask something first.")
+        options = replace(self.options, sampling=replace(self.options.sampling, seed=seed))
         try:
-            for delta in self.model.answer(prompt, options):
-                answer.add(delta)
-                yield delta
+            yield from self._turn(question, options)
         finally:
-            if answer.text:
-                self.messages += [question, answer.message()]
+            if not any(message is question for message in self.messages):
+                self.messages, self.n_dropped, self._unanswered = before
+
+    def undo(self) -> Message | None:
+        """Take the last question and its answer back; gives the question, None where there is none.
+
+        Turns that were left out come back where nothing else is left.
+        """
+        question = self._take_last()
+        while question is not None and question.content == SUMMARIZE:
+            self.n_dropped = 0
+            question = self._take_last()
+        if self.n_dropped >= len(system_and_turns(self.messages)[1]):
+            self.n_dropped = 0
+        return question
+
+    def set_system(self, text: str | None) -> None:
+        """Another system message, or none, for all that follows."""
+        _, turns = system_and_turns(self.messages)
+        self.messages = ([Message("system", text)] if text else []) + turns
 
     def clear(self) -> None:
         """Forget everything but the system message."""
         self.messages = [m for m in self.messages if m.role == "system"]
+        self.n_dropped, self._unanswered = 0, None
 
     def n_tokens(self) -> int:
         """How much of the context the conversation takes by now."""
         if not any(m.role == "user" for m in self.messages):
             return 0
-        return len(self.model.format.encode(self.messages, self.model.engine).tokens)
+        return len(self._living(lambda: self._encode(self.prompted())).tokens)
+
+    # ---- a turn ----
+
+    def _turn(self, question: Message, options: AnswerOptions) -> Generator[Delta, None, None]:
+        self._unanswered = None
+        answer = Answer()
+
+        def begin() -> Generator[Delta, None, None]:
+            return self.model.answer(self._fitted(question), options)
+
+        try:
+            for delta in lasting(begin, self._come_back):
+                answer.add(delta)
+                yield delta
+        except (PromptError, RequestError):
+            raise
+        except LocalMoeError:
+            self._unanswered = None if answer.text else question
+            raise
+        finally:
+            if answer.text:
+                self.messages = [*answered(self.messages), question, answer.message()]
+        if not answer.text:
+            self._note(nothing_came(answer))
+
+    def _take_last(self) -> Message | None:
+        """The last question, out of the conversation with all that followed it."""
+        if question := self._unanswered:
+            self._unanswered = None
+            return question
+        asked = [n for n, message in enumerate(self.messages) if message.role == "user"]
+        if not asked:
+            return None
+        question = self.messages[asked[-1]]
+        del self.messages[asked[-1] :]
+        return question
+
+    def _note(self, sentence: str) -> None:
+        if self.on_note:
+            self.on_note(sentence)
+
+    # ---- the engine ----
+
+    def _come_back(self, error: EngineError, has_begun: bool = False) -> None:
+        """Go on in a new engine. Raises LocalMoeError where there is none to be had."""
+        if self.revive is None:
+            raise error
+        goes_on = " The answer begins anew." if has_begun else ""
+        self._note(f"{error.message} It is started again.{goes_on}")
+        n_ctx = self.model.n_ctx
+        self.model = self.revive(error)
+        if self.model.n_ctx < n_ctx:
+            self._note(f"The context has {self.model.n_ctx:,} tokens now; it had {n_ctx:,}.")
+
+    def _living(self, use: Callable[[], T]) -> T:
+        """Use the engine; if it is found dead, the one that takes its place."""
+        try:
+            return use()
+        except RequestError:
+            raise
+        except EngineError as error:
+            self._come_back(error)
+            return use()
+
+    # ---- the context ----
+
+    def _encode(self, messages: Sequence[Message]) -> Prompt:
+        return self.model.format.encode(messages, self.model.engine)
+
+    def _room(self) -> Room:
+        n_ctx = self.model.n_ctx
+        n_summary = n_ctx // SUMMARY_SHARE if self.on_full == "summarize" else 0
+        return Room(n_ctx, self.options.max_tokens, n_summary)
+
+    def prompted(self, question: Message | None = None) -> list[Message]:
+        """The messages that go into the prompt, with a question that is to be asked."""
+        system, turns = system_and_turns(self.messages)
+        kept = turns[self.n_dropped :]
+        return [*system, *(answered(kept) if question else kept), *([question] if question else [])]
+
+    def _fitted(self, question: Message) -> Prompt:
+        """The prompt of the next turn; the oldest turns leave where they must. Raises PromptError.
+
+        Where it can't be made to fit, nothing has changed.
+        """
+        room = self._room()
+        system, turns = system_and_turns(self.prompted(question))
+        prompt = self._encode([*system, *turns])
+        if room.fits(prompt):
+            return prompt
+        if len(turns) == 1:
+            if room.fits_barely(prompt):
+                return prompt
+            raise too_long(len(prompt.tokens), room, alone=not system)
+        leaving = cut(self._encode, system, turns, prompt, room)
+        if self.on_full == "stop":
+            raise full(len(prompt.tokens), room)
+        if self.on_full == "summarize":
+            return self._summarized(question, leaving, [*system, *turns[: leaving.n_messages]])
+        self.n_dropped += leaving.n_messages
+        self._note(f"{leaving.turns} and {are(leaving)} left out.")
+        return leaving.prompt
+
+    def _summarized(self, question: Message, leaving: Cut, told: list[Message]) -> Prompt:
+        """Put the model's own summary where turns leave; where that can't be, just leave them out.
+
+        `told` is the beginning of the conversation up to where they end. The engine holds it still,
+        and only the request and the summary are computed. The summary is a turn of its own.
+        """
+        self._note(f"{leaving.turns}; the model summarizes {them(leaving)}.")
+        summary = self._summary(told)
+        system, turns = system_and_turns(self.messages)
+        at = self.n_dropped + leaving.n_messages
+        before = self.messages, self.n_dropped
+        self.n_dropped = at
+        if summary is not None:
+            turn = [Message("user", SUMMARIZE), summary]
+            self.messages = [*system, *turns[:at], *turn, *turns[at:]]
+            prompt = self._encode(self.prompted(question))
+            if self._room().fits(prompt):
+                return prompt
+        self.messages = before[0]
+        self._note(f"No summary came of it; {leaving.turns} and {are(leaving)} left out.")
+        return leaving.prompt
+
+    def _summary(self, told: list[Message]) -> Message | None:
+        """What the model says when it is asked to sum up; None where that came to nothing."""
+        prompt = self._encode([*told, Message("user", SUMMARIZE)])
+        n_most = min(self.model.n_ctx // SUMMARY_SHARE, self.model.n_ctx - len(prompt.tokens))
+        if n_most < 1:
+            return None
+        sampling = replace(self.options.sampling, temperature=0.0, grammar=None, json_schema=None)
+        answer = Answer()
+        for delta in self.model.answer(prompt, AnswerOptions(sampling, n_most)):
+            answer.add(delta)
+        return answer.message() if answer.text else None
+
+
+def answered(messages: Sequence[Message]) -> list[Message]:
+    """A conversation without questions at its end that have no answer, as a session has that broke
+    off: the next question takes their place."""
+    said = list(messages)
+    while said and said[-1].role == "user":
+        said.pop()
+    return said
+
+
+def are(leaving: Cut) -> str:
+    return "is" if leaving.n_turns == 1 else "are"
+
+
+def them(leaving: Cut) -> str:
+    return "it" if leaving.n_turns == 1 else "them"
+
+
+def nothing_came(answer: Answer) -> str:
+    """Why a question is taken back although it was answered to the end."""
+    if not answer.thinking:
+        return "The model answered nothing; the question is taken back."
+    return (
+        "The answer ended while the model was still thinking; the question is taken back. "
+        "Allow it more tokens (-n), or ask it not to think (--think off)."
+    )
+
+
+__all__ = ["Answer", "AnswerOptions", "Chat", "Engine", "Model", "OnFull"]

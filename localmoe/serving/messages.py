@@ -41,12 +41,14 @@ class Message:
     """A turn of a conversation.
 
     `tokens` are the ids that were sampled for an answer, without its end of turn, if they spell
-    `content` and nothing more; None for a text that a person wrote or changed.
+    `content` and nothing more; None for a text that a person wrote or changed. `thinking` is what
+    a model thought before it answered: kept to be shown, never part of a prompt.
     """
 
     role: str
     content: str
     tokens: tuple[int, ...] | None = None
+    thinking: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Messages -> the exact prompt of a model family: which format a model wants.
 
 Mistral's Instruct models get the tokens of Mistral's own reference (mistral.py), whatever template
-their file holds; every other model its own template (template_format.py).
+their file holds; every other model its own template (template_format.py), and a model without one
+a text to continue (text_format.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..errors import PromptError
 from .messages import Message, Prompt, PromptFormat, Tokenizer, check_conversation, parse_messages
 from .mistral import BEGIN, MistralFormat
 from .template_format import TemplateFormat
+from .text_format import TextFormat
 
 # marks of other formats that share [INST] or the architecture with Mistral's
 CHATML = "<|im_start|>"
@@ -28,6 +30,10 @@ ENDS = frozenset([
     "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|endoftext|>", "<|end_of_text|>",
     "<|tool_response>", "<｜end▁of▁sentence｜>",
 ])  # fmt: skip
+# what templates call it: Qwen3, GLM and others; DeepSeek V3.1 and Granite; gpt-oss can only do less
+NO_THINKING: Mapping[str, object] = {
+    "enable_thinking": False, "thinking": False, "reasoning_effort": "low",
+}  # fmt: skip
 MARKER = re.compile(r"[<\[].+[>\]]")
 INSTRUCT_NAME = re.compile(r"(mixtral|mistral).*instruct", re.IGNORECASE)
 
@@ -70,7 +76,7 @@ def prompt_format(
     variables: Mapping[str, object] | None = None,
     now: datetime | None = None,
 ) -> PromptFormat:
-    """The format that a model wants. Raises PromptError where its file doesn't say.
+    """The format that a model wants. Raises PromptError where its file doesn't say enough.
 
     For templates: `env` is the environment of the process that renders them, `variables` are what
     they may ask for (enable_thinking, reasoning_effort), `now` is the time that they are told, one
@@ -79,10 +85,7 @@ def prompt_format(
     if is_mistral(facts):
         return _mistral(facts)
     if facts.chat_template is None:
-        raise PromptError(
-            "The model file has no chat template, and nothing else says how to talk to it.",
-            "Choose an Instruct or chat version of the model; base models only continue text.",
-        )
+        return TextFormat(*((facts.bos, facts.bos_text) if facts.add_bos else ()))
     return TemplateFormat(
         template=facts.chat_template,
         bos=facts.bos,
@@ -138,6 +141,7 @@ def _mistral(facts: TemplateFacts) -> MistralFormat:
 
 __all__ = [
     "Message",
+    "NO_THINKING",
     "MistralFormat",
     "Prompt",
     "PromptFormat",

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from ..engine.waiting import common_prefix
 
 UNIFIED_CELLS = 16384
-"""Cells up to which a unified cache is faster whatever is shared: all that a step computes goes
-through the layers together, while every token passes by all cells (docs/notes/batching.md)."""
-
 UNIFIED_SHARE = 0.5
-"""The part of all prompt tokens from which sharing pays for a larger unified cache."""
+"""Up to so many cells, or where so much of all prompts is shared, a unified cache beside a GPU.
+
+Every token of a step passes by all of its cells, but the beginning that all share is there once.
+Not measured on a GPU yet. On a CPU nobody asks: there sequences always have streams of their own,
+which were the faster ones in every measurement (docs/notes/batching.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,108 @@
+"""What a command line asks of a model: a prompt in one or more parts, or a whole conversation."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .options import decoded, read_messages, read_text
+
+if TYPE_CHECKING:
+    from ..serving.prompt import Message
+
+MAX_SILENCE_S = 30.0
+MAX_STDIN_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 16
+
+
+def conversation_of(
+    prompt: str | None, messages: str | None, system: str | None, files: Sequence[str] = ()
+) -> list[Message]:
+    """The conversation that a command line means. Raises UsageError."""
+    from ..serving.prompt import parse_messages
+
+    if messages is not None:
+        if prompt is not None or files:
+            raise UsageError("Both a prompt and --messages were given.", "Leave one of them out.")
+        return [*system_message(system), *parse_messages(read_messages(messages))]
+    user: list[object] = [{"role": "user", "content": whole_prompt(prompt, files)}]
+    return [*system_message(system), *parse_messages(user)]
+
+
+def system_message(text: str | None) -> list[Message]:
+    from ..serving.prompt import Message
+
+    return [] if text is None else [Message("system", text)]
+
+
+def whole_prompt(
+    prompt: str | None, files: Sequence[str] = (), max_silence_s: float = MAX_SILENCE_S
+) -> str:
+    """The argument, then the files, then stdin, with a blank line between; `-` is stdin.
+
+    Beside an argument or a file, stdin is taken only where something is piped into it, and is not
+    waited for without end: programs that others start are often left an open pipe which nobody
+    writes to. Going on without what such a pipe might yet bring would be an answer to half of a
+    question, so that is an error. Raises UsageError.
+    """
+    if prompt is not None and not prompt.strip():
+        raise UsageError("The prompt is empty.", 'Try: localmoe run demo "Hi!"')
+    given = ([] if prompt is None else [prompt]) + list(files)
+    if not given or given == ["-"]:
+        if sys.stdin.isatty() and not given:
+            raise UsageError("There is no prompt.", 'Try: localmoe run demo "Hi!"')
+        return text_of("-")
+    parts = [text_of("-") if prompt == "-" else prompt] if prompt else []
+    parts += [text_of(file) for file in files]
+    if "-" not in given:
+        parts.append(piped_text(max_silence_s).rstrip("\r\n"))
+    return "\n\n".join(part for part in parts if part)
+
+
+def text_of(path: str) -> str:
+    return read_text(path).rstrip("\r\n")
+
+
+def piped_text(max_silence_s: float) -> str:
+    """What is piped into stdin, or "". Raises UsageError where its end doesn't come."""
+    try:
+        if sys.stdin.isatty():
+            return ""
+        descriptor = sys.stdin.fileno()
+    except (OSError, ValueError):
+        return ""
+    chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    # in a thread, because nothing else can wait for a pipe with a limit on every platform
+    threading.Thread(target=_read_all, args=(descriptor, chunks), daemon=True).start()
+    found: list[bytes] = []
+    n_bytes = 0
+    while True:
+        try:
+            chunk = chunks.get(timeout=max_silence_s)
+        except queue.Empty:
+            raise UsageError(
+                f"stdin is an open pipe that has brought nothing for {max_silence_s:.0f} s.",
+                "Say `< /dev/null` where it has nothing to say, or `-f -` to wait for its end.",
+            ) from None
+        if not chunk:
+            return decoded(b"".join(found), "stdin")
+        found.append(chunk)
+        n_bytes += len(chunk)
+        if n_bytes > MAX_STDIN_BYTES:
+            raise UsageError(f"stdin brings more than {MAX_STDIN_BYTES >> 20} MiB.")
+
+
+def _read_all(descriptor: int, chunks: queue.SimpleQueue[bytes]) -> None:
+    """Pass on what comes, and b"" at its end."""
+    chunk = b"."
+    while chunk:
+        try:
+            chunk = os.read(descriptor, CHUNK_BYTES)
+        except OSError:  # a terminal that went away, a folder, a descriptor that is write-only
+            chunk = b""
+        chunks.put(chunk)

@@ -1,0 +1,130 @@
+"""`config`: what is set, where it was set, and the file to set it in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import LocalMoeError, UsageError
+from . import render
+from .options import (
+    chat_options,
+    json_option,
+    load_options,
+    sampling_options,
+    think_option,
+)
+
+TEMPLATE = """\
+# What localmoe does where neither a variable (LOCALMOE_TEMP=0.7) nor an option says otherwise.
+# Names are those of the long options:
+#
+# temp: 0.7
+# threads: 8
+# models:
+#   mixtral: {ctx_size: 8192, system: You answer in one sentence.}
+"""
+SIZES = ("vram", "ram")
+
+
+@click.group()
+def config() -> None:
+    """Settings for good: in a file, for all models and for single ones.
+
+    What an option says comes first, then variables like LOCALMOE_CTX_SIZE, then what the file says
+    of the model, then what it says in general.
+    """
+
+
+@config.command()
+@click.argument("model", required=False)
+@load_options
+@sampling_options
+@think_option
+@chat_options
+@json_option
+def show(model: str | None, as_json: bool, **options: Any) -> None:
+    """Every setting, its value, and where that comes from; of MODEL, if one is named."""
+    from ..config import Settings, settings_said
+    from ..config import settings_of as checked
+    from ..config_file import file_key
+
+    said = settings_said(options, model=model)
+    values = checked(said).model_dump(mode="json")
+    rows = [
+        (file_key(name), values[name], said[name].where or "the command line")
+        if name in said
+        else (file_key(name), values[name], "default")
+        for name in Settings.model_fields
+    ]
+    if as_json:
+        render.document([{"name": n, "value": v, "from": where} for n, v, where in rows])
+        return
+    render.table([("SETTING", "VALUE", "FROM")] + [(n, shown(n, v), where) for n, v, where in rows])
+
+
+def shown(name: str, value: Any) -> str:
+    """A value in a table: short, and as a person would write it."""
+    if value is None or value == []:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(shown(name, part) for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = render.size(value) if name in SIZES else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+@config.command()
+def path() -> None:
+    """Where the file is, or would be."""
+    from ..config import config_path
+
+    render.lines([str(config_path())])
+
+
+@config.command()
+def edit() -> None:
+    """Open the file in an editor (VISUAL, EDITOR), and keep what was written if it can be read."""
+    from ..config import config_path
+
+    file = config_path()
+    draft = file.with_name(f"{file.name}.draft")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_bytes(file.read_bytes() if file.exists() else TEMPLATE.encode())
+    while True:
+        before = draft.read_bytes()
+        click.edit(filename=str(draft))
+        try:
+            check(draft)
+        except LocalMoeError as error:
+            if not (sys.stdin.isatty() and wants_again(error)):
+                raise UsageError(error.message, f"What you wrote is kept in {draft}.") from None
+            continue
+        break
+    if file.exists() and draft.read_bytes() == file.read_bytes() == before:
+        draft.unlink()
+        render.note("Nothing was changed.")
+        return
+    os.replace(draft, os.path.realpath(file))  # where the file is a link, what it points at
+    render.note(f"Saved: {file}")
+
+
+def check(file: Path) -> None:
+    """Raises LocalMoeError where a file can't be read or a value in it makes no sense."""
+    from ..config import Settings, settings_of
+    from ..config_file import read_config
+
+    found = read_config(file, Settings.model_fields)
+    for names in ((), *((name,) for name in found.models)):
+        settings_of(found.said(names))
+
+
+def wants_again(error: LocalMoeError) -> bool:
+    render.error(error.message, error.hint)
+    return click.confirm("Edit it again?", default=True, err=True)

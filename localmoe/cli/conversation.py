@@ -1,0 +1,248 @@
+"""What a chat command holds: the model that answers, what was said, where it is kept.
+
+Knows no terminal: repl.py and lines.py show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import LocalMoeError
+from ..serving.chat import Chat
+from ..serving.prompt import Message
+from .loading import Loading
+
+if TYPE_CHECKING:
+    from ..config import Settings
+    from ..load import LoadedModel
+    from ..obtain import Found, Watch
+    from ..revival import Revival
+    from ..serving.session import Session, Sessions
+
+
+class Conversation:
+    """A chat with a model that may still be loading. Close it.
+
+    `sessions` None keeps nothing; `session` is the one that goes on, if any.
+    """
+
+    def __init__(self, found: Found, settings: Settings, watch: Watch) -> None:
+        self.settings = settings
+        self.sessions: Sessions | None = None
+        self.session: Session | None = None
+        self.on_note: Callable[[str], None] = lambda text: None
+        self.was_killed = False  # by the person: then it isn't started again at once
+        self.loading = Loading(found, settings, watch, self._prepare)
+        self._found = found
+        self._name: str | None = None  # that a new session is to have
+        self._loaded: LoadedModel | None = None
+        self._revival: Revival | None = None
+        self._chat: Chat | None = None
+
+    def keep(self, sessions: Sessions | None, session: Session | None, name: str | None) -> None:
+        """Keep what is said among `sessions`: in `session`, or in a new one of this name."""
+        self.sessions, self.session, self._name = sessions, session, name
+
+    @property
+    def model_name(self) -> str:
+        """What the model was called by."""
+        return self._found.called
+
+    @property
+    def title(self) -> str:
+        from ..load import title
+
+        return title(self._found.meta)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._chat is not None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        self.ready()
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation itself, once the model is there. Raises LocalMoeError."""
+        self.ready()
+        assert self._chat is not None
+        return self._chat
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """What was said so far; needs no model."""
+        if self._chat is not None:
+            return self._chat.messages
+        return self.session.messages if self.session else ()
+
+    def load_now(self) -> None:
+        """Load in the foreground, with its progress shown. Raises LocalMoeError."""
+        self.loading.run()
+        self.ready()
+
+    def ready(self) -> None:
+        """Wait for the model. Raises LocalMoeError where it can't be loaded."""
+        if self._chat is None:
+            self._attach(self.loading.result())
+            self._begin_with_session()
+
+    def change(self, settings: Settings) -> None:
+        """Go by other settings from now on; those of loading count at the next model."""
+        from ..load import format_of
+
+        before, self.settings = self.settings, settings
+        if self._chat is None:
+            return
+        self._chat.options = self.loaded.options(settings)
+        self._chat.on_full = settings.on_full
+        if (before.think == "off") != (settings.think == "off"):
+            format = format_of(self.loaded.meta, think=settings.think != "off")
+            self.loaded.model = self._chat.model = replace(self._chat.model, format=format)
+
+    def close(self) -> None:
+        """End the engine; keep its state, so that the session goes on at once next time."""
+        if self._chat is not None:
+            with suppress(LocalMoeError):
+                self._save_state()
+            self.loaded.close()
+        elif self.loading.has_loaded:
+            self.loading.result().close()
+        self._chat = None
+        self._let_go()
+
+    def kill_engine(self) -> None:
+        """End the engine now. It is started again when something is asked."""
+        self.chat.revive = None
+        self.was_killed = True
+        self.loaded.engine.kill()
+
+    def let_engine_return(self) -> None:
+        """From now on an engine that died is started again, also where the person ended it."""
+        self.was_killed = False
+        if self._chat is not None:
+            self._chat.revive = self._revival
+
+    # ---- models ----
+
+    def switch(self, found: Found, watch: Watch) -> None:
+        """Go on with another model. Only the text of what was said counts: ids are a model's own.
+
+        Raises LocalMoeError where it can't be loaded; then the one before is loaded again.
+        """
+        from ..load import load_to_talk
+
+        self.loaded.close()
+        try:
+            loaded = load_to_talk(found, self.settings, watch)
+        except LocalMoeError:
+            self._go_on_with(load_to_talk(self._found, self.settings, watch))
+            raise
+        self._found = found
+        self._go_on_with(loaded)
+
+    def _go_on_with(self, loaded: LoadedModel) -> None:
+        before = self.chat
+        self._attach(loaded)
+        self.chat.messages = [replace(message, tokens=None) for message in before.messages]
+        self.chat.n_dropped = before.n_dropped
+
+    def _attach(self, loaded: LoadedModel) -> None:
+        """Begin a conversation with a model that was loaded."""
+        from ..revival import Revival
+
+        settings = self.settings
+        self._loaded = loaded
+        self._revival = Revival(loaded, settings, self.loading.watch)
+        self._chat = Chat(
+            loaded.model,
+            loaded.options(settings),
+            on_full=settings.on_full,
+            on_note=lambda text: self.on_note(text),
+            revive=self._revival,
+        )
+        self._chat.set_system(settings.system)
+
+    # ---- sessions ----
+
+    def save(self, question: str = "") -> None:
+        """Have on disk what was said, and a question that is about to be asked.
+
+        Raises LocalMoeError where it can't be kept.
+        """
+        if self.sessions is None or self._chat is None:
+            return
+        messages = [*self._chat.messages, *([Message("user", question)] if question else [])]
+        if self.session is None:
+            if not any(message.role == "user" for message in messages):
+                return
+            self.session = self.sessions.new(self._name, self.model_name)
+            self._name = None
+        self._use_model(self.session, self.loaded)
+        self.session.sync(messages, self._chat.n_dropped)
+
+    def begin_anew(self) -> None:
+        """A new conversation; the one so far stays in its session."""
+        self.chat.clear()
+        self._let_go()
+
+    def rename(self, sessions: Sessions, name: str) -> None:
+        """Go on in a new session of this name, with all that was said so far.
+
+        Raises UsageError where there is one.
+        """
+        fresh = sessions.new(name, self.model_name)
+        self.sessions = sessions
+        self._let_go()
+        self.session = fresh
+        self.save()
+
+    def open(self, session: Session) -> None:
+        """Go on with another session."""
+        self.chat.clear()
+        self._let_go()
+        self.session = session
+        self._prepare(self.loaded)
+        self._begin_with_session()
+
+    def _prepare(self, loaded: LoadedModel) -> None:
+        """Let a model hold what a session's cache held. Runs where the model is loaded."""
+        from ..serving.states import restore_state
+
+        if self.session is not None:
+            self._use_model(self.session, loaded)
+            if self.session.messages:
+                restore_state(self.session, loaded.engine)
+
+    def _begin_with_session(self) -> None:
+        """Go on where the session is."""
+        session, chat = self.session, self.chat
+        if session is None or not session.messages:
+            return
+        chat.messages, chat.n_dropped = list(session.messages), session.n_dropped
+        if self.settings.system is not None:
+            chat.set_system(self.settings.system)
+
+    def _use_model(self, session: Session, loaded: LoadedModel) -> None:
+        from ..serving.states import file_key
+
+        session.use(self.model_name, file_key(loaded.meta.paths))
+
+    def _save_state(self) -> None:
+        from ..serving.states import save_state
+
+        if self.session is None or self.sessions is None or not self.session.messages:
+            return
+        chat, engine = self.chat, self.loaded.engine
+        prompt = chat.model.format.encode(chat.prompted(), engine)
+        save_state(self.sessions, self.session, engine, prompt.tokens)
+
+    def _let_go(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None

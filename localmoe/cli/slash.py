@@ -1,0 +1,91 @@
+"""The commands of a conversation: their names, what they do, and what may stand behind them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .repl import Repl
+
+Run = Callable[["Repl", str], None]
+Complete = Callable[["Repl"], Iterable[tuple[str, str]]]
+KEYS = """\
+\"\"\" ... \"\"\"   a message of many lines; so is what is pasted
+Alt-Enter     a new line (a backslash at the line's end does too)
+Ctrl-G        write in your editor
+Ctrl-C        stop an answer; what came of it stays
+Ctrl-D        leave
+A message that begins with a slash: put a space before it, or type //"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`words` gives what may follow, each with what it is; "files" stands for paths."""
+
+    name: str
+    arguments: str
+    about: str
+    run: Run
+    words: Complete | None = None
+    takes_file: bool = False
+    other_names: tuple[str, ...] = ()
+
+
+class Commands:
+    """A table of commands."""
+
+    def __init__(self, commands: Iterable[Command]) -> None:
+        self._commands = tuple(commands)
+        names = ((name, c) for c in self._commands for name in (c.name, *c.other_names))
+        self._by_name = dict(names)
+
+    def run(self, repl: Repl, line: str) -> None:
+        """Do what a line like "/set temp 0" says. Raises UsageError for a name that is none."""
+        name, _, argument = line[1:].partition(" ")
+        self.find(name).run(repl, argument.strip())
+
+    def find(self, name: str) -> Command:
+        if name in self._by_name:
+            return self._by_name[name]
+        near = difflib.get_close_matches(name, self._by_name, n=1)
+        hint = f"Did you mean /{near[0]}? " if near else "/? lists them. "
+        raise UsageError(
+            f"There is no command /{name}.", f"{hint}To send it as a message, begin with //."
+        )
+
+    def help(self) -> str:
+        shown = [(f"/{c.name} {c.arguments}".rstrip(), c.about) for c in self._commands]
+        width = max(len(usage) for usage, _ in shown)
+        return "\n".join([*(f"{usage:<{width}}  {about}" for usage, about in shown), "", KEYS])
+
+    def complete(self, repl: Repl, text: str) -> Iterable[tuple[str, int, str]]:
+        """What may stand at the end of `text`: the word, how much of the text it replaces, what
+        it is."""
+        name, space, argument = text[1:].partition(" ")
+        if not space:
+            for command in self._commands:
+                if command.name.startswith(name):
+                    yield command.name, len(name), command.about
+        elif (found := self._by_name.get(name)) is None:
+            return
+        elif found.takes_file:
+            yield from files(argument)
+        elif found.words:
+            for word, about in found.words(repl):
+                if word.startswith(argument):
+                    yield word, len(argument), about
+
+
+def files(begun: str) -> Iterable[tuple[str, int, str]]:
+    """Paths that begin like this."""
+    from prompt_toolkit.completion import CompleteEvent, PathCompleter
+    from prompt_toolkit.document import Document
+
+    completer = PathCompleter(expanduser=True)
+    for found in completer.get_completions(Document(begun), CompleteEvent()):
+        yield found.text, -found.start_position, ""

@@ -1,0 +1,149 @@
+"""config.yaml: a person's own defaults, in general and for single models.
+
+    temp: 0.7
+    models:
+      mixtral: {ctx_size: 8192}
+
+Names are those of the long options, with - or _.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import LocalMoeError, UsageError
+from .models.yaml_lines import YamlLines
+
+FILE_NAME = "config.yaml"
+MODELS = "models"
+OTHER_NAMES = {"temp": "temperature"}
+"""Options whose long name is not the setting's."""
+ONE_COMMAND = ("json_schema", "grammar")
+"""What is said of one answer, not of all."""
+FLAGS = ("offline", "save", "plain", "tune", "think")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A value, and where it was said: a file and line, a variable, the command line."""
+
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """What a config.yaml says: of every model, and of single ones by what they are called there."""
+
+    general: Mapping[str, Said] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Said]] = field(default_factory=dict)
+
+    def said(self, names: Iterable[str]) -> dict[str, Said]:
+        """What holds for a model that is called by these names, the most exact one last."""
+        found = dict(self.general)
+        for name in names:
+            found.update(self.models.get(name, {}))
+        return found
+
+
+def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
+    """The file, or an empty one where there is none. Raises UsageError with file and line."""
+    try:
+        if not path.exists():
+            return ConfigFile()
+        source = YamlLines(path)
+        general = dict(source.values)
+        models = general.pop(MODELS, None) or {}
+        if not isinstance(models, dict):
+            raise source.refuse((MODELS,), "models is not a list of names with settings below them")
+        _check_names(source, models, path.parent)
+        return ConfigFile(
+            _section(source, (), general, settings),
+            {
+                name: _section(source, (MODELS, name), part, settings)
+                for name, part in models.items()
+            },
+        )
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from None
+    except LocalMoeError as error:
+        raise UsageError(error.message, error.hint or "Mend it: localmoe config edit") from None
+
+
+def _check_names(source: YamlLines, models: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what can't be a model: a slip there would be obeyed by none."""
+    if not models:
+        return
+    from .models.catalog import read_catalog
+    from .models.names import catalog_key
+
+    catalog = read_catalog(folder)
+    known = [*catalog, *(alias for spec in catalog.values() for alias in spec.aliases)]
+    for name in models:
+        called = name.partition(":")[0]
+        if catalog_key(called, catalog) or re.search(r"[/\\]|\.gguf$", name):
+            continue
+        near = difflib.get_close_matches(called[:40], known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "See: localmoe list"
+        raise source.refuse((MODELS, name), f"no model is called {name[:60]}", hint)
+
+
+def _section(
+    source: YamlLines, place: tuple[str, ...], part: Any, settings: Collection[str]
+) -> dict[str, Said]:
+    if part is None:
+        return {}
+    if not isinstance(part, dict):
+        raise source.refuse(place, f"{place[-1]} has no settings below it, like ctx_size: 8192")
+    found: dict[str, Said] = {}
+    for key, value in part.items():
+        inside = (*place, key)
+        name = setting_name(key)
+        if name not in settings or name in ONE_COMMAND:
+            raise source.refuse(inside, *_unknown(key, name, settings))
+        if name in found:
+            raise source.refuse(inside, f"{key} is said twice")
+        if isinstance(value, dict) or (isinstance(value, bool) and name not in FLAGS):
+            raise source.refuse(inside, f"{key}: this is no value for it")
+        if value is not None:
+            line = source.lines[inside]
+            value = tuple(value) if isinstance(value, list) else value
+            found[name] = Said(value, f"{source.path}:{line}")
+    return found
+
+
+def setting_name(key: str) -> str:
+    """The setting that a key of the file means."""
+    name = key.strip().lstrip("-").replace("-", "_")
+    return OTHER_NAMES.get(name, name)
+
+
+def file_key(name: str) -> str:
+    """What a setting is called in the file."""
+    return next((key for key, setting in OTHER_NAMES.items() if setting == name), name)
+
+
+def _unknown(key: str, name: str, settings: Collection[str]) -> tuple[str, str]:
+    if name in ONE_COMMAND:
+        return f"{key} belongs on the command line", f"Say --{name.replace('_', '-')} there."
+    known = [*(file_key(setting) for setting in settings if setting not in ONE_COMMAND), MODELS]
+    near = difflib.get_close_matches(name[:40], known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+    return f"there is no setting {key[:40]}", hint
+
+
+def names_of(model: str, folder: Path) -> tuple[str, ...]:
+    """What a model may be called in the file: by the catalog, with and without its quant, and as
+    it was typed."""
+    from .models.catalog import read_catalog
+    from .models.names import catalog_key
+
+    called, colon, quant = model.partition(":")
+    key = catalog_key(called, read_catalog(folder))
+    by_catalog = (key, f"{key}:{quant}") if key and colon else (key,) if key else ()
+    return (*by_catalog, *(() if key else (called,)), model)

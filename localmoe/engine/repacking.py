@@ -1,0 +1,248 @@
+"""Weights in two orders: as the file has them, and repacked for a few tokens at a time.
+
+llama.cpp repacks a CPU's matrices while it loads (`use_extra_bufts`), or not at all. Repacked ones
+generate up to 1.6 times as fast, and halve the speed of Mixture-of-Experts prompts: their product
+with experts goes row by row (`forward_mul_mat_id`, ggml/src/ggml-cpu/repack.cpp). Here a matrix
+can have both: the file stays mapped as it is, copies are made beside it, and before each step the
+weights are pointed to one or the other. A backend looks at them only while it computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+from . import bindings
+from .bindings import ggml
+from .protocol import RepackMode
+
+REPACK_TYPE = b"CPU_REPACK"  # ggml_backend_cpu_repack_buffer_type_get_name (repack.cpp)
+FILE_TYPES = (b"CPU", b"CPU_Mapped")  # names of buffers that hold weights as they are (llama-mmap)
+PRODUCTS = (b"MUL_MAT", b"MUL_MAT_ID")
+EXPERTS = "_exps"
+OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts too (ggml.c)
+WEIGHTS_USAGE = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS (ggml-backend.h)
+N_TRIED = 256  # tokens: the least that llama.cpp makes a context for
+N_SOURCES = 10  # GGML_MAX_SRC (ggml.h)
+
+_handle, _size = ctypes.c_void_p, ctypes.c_size_t
+for _name, _result, _arguments in (
+    ("ggml_nbytes", _size, [_handle]),
+    ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
+    ("ggml_tensor_overhead", _size, []),
+    ("ggml_backend_buffer_name", ctypes.c_char_p, [_handle]),
+    ("ggml_backend_buft_name", ctypes.c_char_p, [_handle]),
+    ("ggml_backend_buft_alloc_buffer", _handle, [_handle, _size]),
+    ("ggml_backend_buffer_get_base", _handle, [_handle]),
+    ("ggml_backend_buffer_set_usage", None, [_handle, ctypes.c_int]),
+    ("ggml_backend_buffer_free", None, [_handle]),
+    ("ggml_backend_tensor_alloc", ctypes.c_int, [_handle] * 3),
+    ("ggml_backend_tensor_set", None, [_handle, _handle, _size, _size]),
+    ("ggml_backend_dev_by_type", _handle, [ctypes.c_int]),
+    ("ggml_backend_dev_backend_reg", _handle, [_handle]),
+    ("ggml_backend_reg_get_proc_address", _handle, [_handle, ctypes.c_char_p]),
+):  # fmt: skip
+    getattr(ggml, _name).restype, getattr(ggml, _name).argtypes = _result, _arguments
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor (ggml/include/ggml.h)."""
+
+    _fields_ = [
+        ("type", ctypes.c_int), ("buffer", _handle),
+        ("ne", ctypes.c_int64 * 4), ("nb", _size * 4),
+        ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
+        ("src", _handle * N_SOURCES), ("view_src", _handle), ("view_offs", _size),
+        ("data", _handle), ("name", ctypes.c_char * 64), ("extra", _handle),
+        ("padding", ctypes.c_char * 8),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes are, and by which kernels they are read."""
+
+    buffer: int
+    data: int
+    extra: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        return cls(tensor.buffer, tensor.data, tensor.extra)
+
+    def give(self, tensor: Tensor) -> None:
+        tensor.buffer, tensor.data, tensor.extra = self.buffer, self.data, self.extra
+
+
+class Twin:
+    """A matrix of the model and room for its repacked copy, which `fill` makes."""
+
+    def __init__(self, tensor: Tensor, buffer_type: int) -> None:
+        self.tensor = tensor
+        self.name: str = tensor.name.decode()
+        self.n_bytes = size_of(tensor)
+        self.file = Place.of(tensor)
+        self._buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, self.n_bytes)
+        if not self._buffer:
+            raise MemoryError
+        ggml.ggml_backend_buffer_set_usage(self._buffer, WEIGHTS_USAGE)
+        self._copy = Tensor.from_buffer_copy(tensor)
+        self._copy.buffer = self._copy.data = self._copy.extra = None
+        base = ggml.ggml_backend_buffer_get_base(self._buffer)
+        ggml.ggml_backend_tensor_alloc(self._buffer, ctypes.addressof(self._copy), base)
+        self.repacked = Place.of(self._copy)
+
+    @property
+    def can_be(self) -> bool:
+        """Whether there is another order for a matrix of this type and shape on this CPU."""
+        return self.repacked.extra is not None
+
+    def fill(self) -> None:
+        """Repack. The call lets go of Python's lock, so several can go on at once."""
+        copy = ctypes.addressof(self._copy)
+        ggml.ggml_backend_tensor_set(copy, self.file.data, 0, self.n_bytes)
+
+    def free(self) -> None:
+        self.file.give(self.tensor)
+        ggml.ggml_backend_buffer_free(self._buffer)
+
+
+class Repacked:
+    """The copies of a model's matrices: made a few at a time, used when all are there."""
+
+    def __init__(self, twins: Sequence[Twin] = ()) -> None:
+        self._twins = list(twins)
+        self._waiting = iter(self._twins)
+        self.is_whole = not self._twins
+        self._in_use = False
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(twin.n_bytes for twin in self._twins)
+
+    def make_some(self, n_threads: int) -> None:
+        """Make the copies of the next few matrices, one for each thread."""
+        some = list(islice(self._waiting, n_threads))
+        if some:
+            with ThreadPoolExecutor(n_threads) as pool:
+                list(pool.map(Twin.fill, some))
+        self.is_whole = len(some) < n_threads
+
+    def make_all(self, n_threads: int) -> None:
+        while not self.is_whole:
+            self.make_some(n_threads)
+
+    def use(self, repacked: bool) -> None:
+        """Let the model compute with the copies, or with the file's own weights."""
+        wanted = repacked and self.is_whole
+        if wanted == self._in_use:
+            return
+        self._in_use = wanted
+        for twin in self._twins:
+            (twin.repacked if wanted else twin.file).give(twin.tensor)
+
+    def free(self) -> None:
+        for twin in self._twins:
+            twin.free()
+        self._twins.clear()
+
+
+def repacked(model: bindings.Model, mode: RepackMode, n_layers: int) -> Repacked:
+    """Room for copies of the matrices of a model's first layers; with mode "all" and all layers,
+    of the output matrix too. Nothing where RAM has no room."""
+    wanted = [tensor for tensor in matrices(model) if is_wanted(tensor, mode, n_layers)]
+    made: list[Twin] = []
+    try:
+        for twin in twins(wanted):
+            made.append(twin)
+    except MemoryError:
+        for twin in made:
+            twin.free()
+        return Repacked()
+    return Repacked(made)
+
+
+def size_of(tensor: Tensor) -> int:
+    """A tensor's bytes."""
+    return int(ggml.ggml_nbytes(ctypes.addressof(tensor)))
+
+
+def is_wanted(tensor: Tensor, mode: RepackMode, n_layers: int) -> bool:
+    layer = layer_of(tensor)
+    if mode == "off" or (mode == "experts" and EXPERTS not in tensor.name.decode()):
+        return False
+    return layer is None or layer < n_layers
+
+
+def layer_of(tensor: Tensor) -> int | None:
+    """The layer of a weight called `blk.N.`; None outside of layers."""
+    parts = tensor.name.decode().split(".")
+    return int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
+
+
+def twins(tensors: Iterable[Tensor]) -> Iterator[Twin]:
+    """Those that can be repacked. Their memory is taken from the system when they are filled."""
+    buffer_type = repack_type()
+    for tensor in tensors if buffer_type else ():
+        assert buffer_type
+        twin = Twin(tensor, buffer_type)
+        if twin.can_be:
+            yield twin
+        else:
+            twin.free()
+
+
+def repack_type() -> int | None:
+    """The kind of buffer that repacks what is written to it; None where this build has none.
+
+    There may be others: for AMX, which isn't used here (docs/notes/repacking.md).
+    """
+    if ggml.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + OBJECT_BYTES:
+        return None  # another version's struct
+    device = ggml.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    found = ggml.ggml_backend_reg_get_proc_address(
+        ggml.ggml_backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
+    )
+    types = ctypes.CFUNCTYPE(ctypes.POINTER(_handle), _handle)(found)(device) if found else None
+    i = 0
+    while types and types[i]:
+        if ggml.ggml_backend_buft_name(types[i]) == REPACK_TYPE:
+            return int(types[i])
+        i += 1
+    return None
+
+
+def matrices(model: bindings.Model) -> list[Tensor]:
+    """Weights in RAM that are multiplied with and used for nothing else, in their order.
+
+    The graph of one token has them all; it is laid out and shown, and its computation given up.
+    """
+    products: dict[int, Tensor] = {}
+    others: set[int] = set()
+
+    def note(address: int, _: bool) -> bool:
+        node = Tensor.from_address(address)
+        is_product = ggml.ggml_op_name(node.op) in PRODUCTS
+        for i, source in enumerate(node.src):
+            if source and is_product and i == 0:
+                products.setdefault(source, Tensor.from_address(source))
+            elif source:
+                others.add(source)
+        return False
+
+    context = bindings.Context(
+        model, n_ctx=N_TRIED, n_seq=1, n_batch=N_TRIED, n_ubatch=N_TRIED, n_threads=1,
+        kv_type="f16", flash_attention="auto", on_node=note,
+    )  # fmt: skip
+    context.abort()
+    context.decode(bindings.Batch(1), 1)
+    context.free()
+    return [t for at, t in products.items() if at not in others and is_file_weight(t)]
+
+
+def is_file_weight(tensor: Tensor) -> bool:
+    name = tensor.buffer and ggml.ggml_backend_buffer_name(tensor.buffer)
+    return name in FILE_TYPES and bytes(tensor.name).endswith(b".weight")

@@ -1,0 +1,154 @@
+"""What a model's own timing on this CPU decides: threads, micro-batch, repacked copies. Pure, but
+for the folder that keeps it.
+
+Timed once for a machine, build and model (engine/tuning.py). What is decided differs from the
+plain choice only where it is faster by more than such short timings are wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from ..engine.protocol import RepackMode
+from ..engine.rates import RepackableLayer, StepTime, Tuning
+from .measured import MeasurementKey, write_beside
+
+LIMIT_S = 4.0
+MARGIN = 1.1
+"""A gain below it is noise: the same step, timed again, differs by up to 8 %."""
+
+BUSY_SHARE = 0.1
+"""Where others took more of the processors' time, a number of threads can't be judged."""
+MAX_TRIES = 3
+
+UNTUNED = Tuning(0, (), (), 0.0)
+"""Kept where a model could not be timed."""
+
+
+def threads_to_try(n_cores: int) -> tuple[int, ...]:
+    """All physical cores first; fewer, where half of them are slow ones or memory is the limit."""
+    return tuple(dict.fromkeys((n_cores, max(1, 3 * n_cores // 4), max(1, n_cores // 2))))
+
+
+def best_threads(tuning: Tuning) -> int:
+    """The number of threads that generates fastest; the first that was timed unless another one
+    clearly does."""
+    ones = [time for time in tuning.times if time.n_tokens == 1 and not time.repacked]
+    if is_busy(tuning):
+        return ones[0].n_threads
+    best = min(ones, key=lambda time: time.seconds)
+    return best.n_threads if ones[0].seconds > MARGIN * best.seconds else ones[0].n_threads
+
+
+def is_busy(tuning: Tuning) -> bool:
+    return tuning.others_share > BUSY_SHARE
+
+
+def best_ubatch(tuning: Tuning, smallest: int) -> int:
+    """The micro-batch that computes prompts fastest."""
+    per_token = {
+        t.n_tokens: t.seconds / t.n_tokens
+        for t in tuning.times
+        if not t.repacked and t.n_tokens >= smallest
+    }
+    if smallest not in per_token or is_busy(tuning):
+        return smallest
+    best = min(per_token, key=lambda n: per_token[n])
+    return best if per_token[smallest] > MARGIN * per_token[best] else smallest
+
+
+def step_ratio(tuning: Tuning, n_tokens: int) -> float:
+    """The time of a generating step with all weights repacked, over that with none.
+
+    Between the numbers of tokens that were timed, and beyond the last, in proportion to none: the
+    nearest larger one's counts, as the gain only falls.
+    """
+    plain = {t.n_tokens: t.seconds for t in tuning.times if not t.repacked}
+    repacked = {t.n_tokens: t.seconds for t in tuning.times if t.repacked}
+    both = sorted(plain.keys() & repacked.keys())
+    nearest = next((n for n in both if n >= n_tokens), None)
+    return repacked[nearest] / plain[nearest] if nearest else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Repacked copies that a plan makes: of which matrices, of how many layers, their bytes."""
+
+    mode: RepackMode = "off"
+    n_layers: int = 0
+    n_bytes: int = 0
+
+
+def copies_within(layers: tuple[RepackableLayer, ...], mode: RepackMode, room_bytes: int) -> Copies:
+    """As many layers' copies as RAM has room for; outside of layers only when all of them fit."""
+    n_bytes = n_layers = 0
+    for layer in layers if mode != "off" else ():
+        more = layer.expert_bytes + (layer.dense_bytes if mode == "all" else 0)
+        if n_bytes + more > room_bytes:
+            break
+        n_bytes, n_layers = n_bytes + more, n_layers + 1
+    return Copies(mode, n_layers, n_bytes) if n_bytes else Copies()
+
+
+def repacked_ratio(tuning: Tuning, mode: RepackMode, n_layers: int, n_tokens: int) -> float:
+    """The time of a generating step with these copies, over that with none."""
+    whole = copies_within(tuning.repackable, "all", sys.maxsize).n_bytes
+    if not whole or mode == "off":
+        return 1.0
+    made = copies_within(tuning.repackable[:n_layers], mode, sys.maxsize).n_bytes
+    return 1.0 - made / whole * (1.0 - step_ratio(tuning, n_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A timing, and how often it was tried: on a busy machine, once more at another time."""
+
+    tuning: Tuning
+    n_tries: int = 1
+
+    @property
+    def is_final(self) -> bool:
+        return not is_busy(self.tuning) or self.n_tries >= MAX_TRIES
+
+    def or_better(self, newer: Tuning) -> Kept:
+        """The one that was less disturbed."""
+        best = min(self.tuning, newer, key=lambda tuning: tuning.others_share)
+        return Kept(best, self.n_tries + 1)
+
+
+class TuningStore:
+    """Timings in a folder, a small JSON file for each machine, build and model."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, key: MeasurementKey) -> Kept | None:
+        """What was timed; None where nothing was, or the file is damaged."""
+        with contextlib.suppress(OSError, ValueError):
+            found = _codec.validate_json(self._path(key).read_bytes(), strict=True)
+            return found if is_sound(found.tuning.times) else None
+        return None
+
+    def write(self, key: MeasurementKey, kept: Kept) -> None:
+        write_beside(self._path(key), json.dumps(asdict(kept)))
+
+    def _path(self, key: MeasurementKey) -> Path:
+        return (
+            self._folder / MeasurementKey(key.machine, key.build, f"tuning {key.model}").file_name
+        )
+
+
+def is_sound(times: Iterable[StepTime]) -> bool:
+    """Whether these are times of something: a step of one token first."""
+    known = list(times)
+    return not known or (known[0].n_tokens == 1 and all(0 < t.seconds < 1e6 for t in known))
+
+
+_codec: TypeAdapter[Kept] = TypeAdapter(Kept)

@@ -1,0 +1,225 @@
+"""Thinking told from answer: the deltas of an engine -> deltas of kind "thinking" or "text".
+
+Reasoning models part the two with control tokens: <think> and its kin around the thinking, or the
+channels of OpenAI's harmony format. The split goes by ids. What a person or a model spells in
+ordinary tokens is text like any other. The engine lets held text out at each of these tokens, so
+that no delta has text of both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..engine.protocol import Delta, Piece
+from .messages import Message, Tokenizer
+
+Kind = Literal["text", "thinking"]
+
+# openers and closers of thinking: Qwen3, DeepSeek, GLM and most others; Magistral; Seed-OSS
+BRACKETS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+)
+# <|start|>assistant<|channel|>analysis<|message|>...<|end|>, of gpt-oss
+# (https://cookbook.openai.com/articles/openai-harmony)
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+ANSWER_CHANNEL = "final"
+N_BEHIND_OPENER = 2
+"""A template that opens the thinking for the model ends with <think>, or with a line end more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkMarkers:
+    """The tokens around thinking."""
+
+    opens: int
+    closes: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (self.opens, self.closes)
+
+    def is_open_after(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to this prompt begins inside the thinking.
+
+        Only an opener at the very end counts: a template may write one in its instructions too.
+        """
+        behind = prompt[-1 - N_BEHIND_OPENER :]
+        return self.opens in behind and self.closes not in behind
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonyMarkers:
+    """The tokens around the headers of harmony's messages, and at their ends."""
+
+    start: int
+    channel: int
+    message: int
+    end: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (self.start, self.channel, self.message, self.end)
+
+
+Markers = ThinkMarkers | HarmonyMarkers
+
+
+def find_markers(special: frozenset[str], tokenizer: Tokenizer) -> Markers | None:
+    """What a vocabulary parts thinking with; None where it has no such tokens.
+
+    `special` are the texts of its control and user-defined tokens. Each must be one token.
+    """
+    for texts in (HARMONY, *BRACKETS):
+        if not special.issuperset(texts):
+            continue
+        encoded = tokenizer.tokenize([Piece(text, special=True) for text in texts])
+        if all(len(ids) == 1 for ids in encoded):
+            ids = [encoded_ids[0] for encoded_ids in encoded]
+            return HarmonyMarkers(*ids) if texts == HARMONY else ThinkMarkers(*ids)
+    return None
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer as it grows: its text, what was thought before it, and its last delta.
+
+    `tokens` are all that were sampled; `text_tokens` those of the text alone.
+    """
+
+    text: str = ""
+    thinking: str = ""
+    tokens: tuple[int, ...] = ()
+    text_tokens: tuple[int, ...] = ()
+    last: Delta | None = None
+    is_held: bool = False
+
+    def add(self, delta: Delta) -> None:
+        if delta.anew:
+            self.text, self.thinking, self.tokens, self.text_tokens = "", "", (), ()
+        if delta.kind == "thinking":
+            self.thinking += delta.text
+        else:
+            self.text += delta.text
+            self.text_tokens += delta.tokens
+        self.tokens += delta.tokens
+        self.is_held = delta.is_held and delta.kind == "text"
+        if delta.finish_reason:
+            self.last = delta
+
+    def message(self) -> Message:
+        """The answer as a turn of the conversation.
+
+        Cut at a stop string, or left while one might have been going on, its text is less than its
+        tokens say; then the text counts.
+        """
+        cut = self.is_held or (self.last is not None and self.last.stopped_by is not None)
+        return Message("assistant", self.text, None if cut else self.text_tokens, self.thinking)
+
+
+def split(
+    deltas: Iterator[Delta], markers: Markers | None, *, is_open: bool = False
+) -> Generator[Delta, None, None]:
+    """The deltas of an answer, each of one kind. `is_open`: it begins inside the thinking.
+
+    Tokens of markers and headers count as thinking, so that those of the text spell it exactly.
+    """
+    if markers is None:
+        yield from deltas
+        return
+    splitter: _Brackets | _Harmony = (
+        _Harmony(markers) if isinstance(markers, HarmonyMarkers) else _Brackets(markers, is_open)
+    )
+    for delta in deltas:
+        yield from splitter.feed(delta)
+
+
+@dataclass(slots=True)
+class _Brackets:
+    """Between an opener and a closer all is thinking, and the line ends behind either are nothing.
+
+    Templates put those line ends there and take them off again (Qwen3's: `lstrip('\\n')`).
+    """
+
+    markers: ThinkMarkers
+    is_open: bool
+    is_first: bool = field(init=False)  # whether line ends are still to be left out
+
+    def __post_init__(self) -> None:
+        self.is_first = self.is_open
+
+    @property
+    def kind(self) -> Kind:
+        return "thinking" if self.is_open else "text"
+
+    def feed(self, delta: Delta) -> Iterator[Delta]:
+        if self.markers.opens not in delta.tokens and self.markers.closes not in delta.tokens:
+            yield self._trimmed(replace(delta, kind=self.kind))
+            return
+        yield from _before_marker(delta, self.kind)
+        self.is_open = delta.tokens[-1] == self.markers.opens
+        self.is_first = True
+
+    def _trimmed(self, delta: Delta) -> Delta:
+        if not self.is_first or not delta.tokens:
+            return delta
+        if delta.is_held or delta.text.strip("\n"):
+            self.is_first = False
+            return replace(delta, text=delta.text.lstrip("\n")) if self.is_open else delta
+        return replace(delta, text="", kind="thinking")
+
+
+@dataclass(slots=True)
+class _Harmony:
+    """Messages with headers; the channel in its header says what a message is.
+
+    An answer goes on after "<|start|>assistant", so it begins with the marker of a channel; where a
+    grammar leaves no room for one, it is text from its first token on.
+    """
+
+    markers: HarmonyMarkers
+    kind: Kind = "text"
+    place: Literal["header", "channel", "message"] = "message"
+    channel: str = ""
+
+    def feed(self, delta: Delta) -> Iterator[Delta]:
+        marker = next((t for t in delta.tokens if t in self.markers.ids), None)
+        if marker is None:
+            yield self._ordinary(delta)
+            return
+        if self.place == "channel":
+            self.channel += delta.text
+        yield from _before_marker(delta, self.kind, says=self.place == "message")
+        self._pass(marker)
+
+    def _ordinary(self, delta: Delta) -> Delta:
+        if self.place == "channel":
+            self.channel += delta.text
+        if self.place in ("header", "channel"):
+            return replace(delta, text="", kind="thinking")
+        return replace(delta, kind=self.kind)
+
+    def _pass(self, marker: int) -> None:
+        if marker == self.markers.channel:
+            self.place, self.channel = "channel", ""
+        elif marker == self.markers.message:
+            # a header without a channel is that of an answer
+            is_answer = self.channel.split(" ")[0].strip() in ("", ANSWER_CHANNEL)
+            self.place, self.kind = "message", "text" if is_answer else "thinking"
+        else:  # the next message has a header of its own, even if its start is left out
+            self.place, self.channel = "header", ""
+
+
+def _before_marker(delta: Delta, kind: Kind, *, says: bool = True) -> Iterator[Delta]:
+    """What a marker let out, and the marker itself, which is no part of any text."""
+    if delta.text and says and kind == "text":
+        n_prompt, n_completion = delta.prompt_tokens, delta.completion_tokens
+        yield Delta(delta.id, delta.text, prompt_tokens=n_prompt, completion_tokens=n_completion)
+        delta = replace(delta, text="")
+    yield replace(delta, text=delta.text if says else "", kind="thinking")
+
+
+__all__ = ["Answer", "HarmonyMarkers", "Markers", "ThinkMarkers", "find_markers", "split"]

@@ -1,0 +1,130 @@
+"""The form that an answer must have: checked before anything is loaded, and once it is there.
+
+While it is made, an answer is held to its schema by a grammar (engine/schema_grammar.py). It is
+checked all the same: a grammar can't stop an answer from being cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from ..engine.protocol import Sampling
+from ..engine.schema_grammar import schema_grammar
+from ..engine.schema_rules import MAX_GROUPS
+from ..errors import LocalMoeError, UsageError
+
+MAX_SCHEMA_CHARS = 4 << 20
+MAX_GRAMMAR_CHARS = 4 << 20
+RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)[ \t]*::=", re.MULTILINE)
+# comments, literals and sets: what stands in them names no rule
+NOT_NAMES = re.compile(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]')
+NAME = re.compile(r"(?<![a-zA-Z0-9_{,-])[a-zA-Z][a-zA-Z0-9_-]*")
+
+
+class WrongForm(LocalMoeError):
+    """An answer that isn't what its schema demands."""
+
+
+@lru_cache(maxsize=256)
+def check_schema(text: str) -> None:
+    """Raises UsageError on a schema that isn't JSON or that no answer can be held to."""
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise UsageError(f"The JSON schema is larger than {MAX_SCHEMA_CHARS >> 20} MiB.")
+    schema_grammar(text)
+
+
+def check_grammar(text: str) -> None:
+    """Raises UsageError on a grammar that llama.cpp would surely refuse.
+
+    The rest it says itself, once a model is loaded.
+    """
+    if not text.strip():
+        raise UsageError("The grammar is empty.", "It needs a rule named root.")
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise UsageError(f"The grammar is larger than {MAX_GRAMMAR_CHARS >> 20} MiB.")
+    bad = re.search("[\0\ud800-\udfff]", text)
+    if bad:
+        raise UsageError(f"The grammar holds no text at character {bad.start() + 1}.")
+    bare = NOT_NAMES.sub(lambda found: " " if found[0][0] != "\n" else "\n", text)
+    rules = set(RULE.findall(bare))
+    if "root" not in rules:
+        raise UsageError('The grammar has no rule named "root".', "The answer begins with it.")
+    stray = re.search(r'["\[\]]', bare)
+    if stray:
+        line = bare[: stray.start()].count("\n") + 1
+        raise UsageError(f"The grammar's line {line} has a {stray[0]} without its other half.")
+    if text.count("(") > MAX_GROUPS:
+        raise UsageError(f"The grammar has more than {MAX_GROUPS} groups.")
+    if bare.count("(") != bare.count(")"):
+        raise UsageError('The grammar has not as many "(" as ")".')
+    for found in NAME.finditer(bare):
+        if found[0] not in rules:
+            line = bare[: found.start()].count("\n") + 1
+            raise UsageError(f'The grammar\'s line {line} names "{found[0]}", which has no rule.')
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises UsageError where a schema or a grammar can't be held."""
+    if sampling.json_schema is not None and sampling.grammar is not None:
+        raise UsageError("Both a JSON schema and a grammar were given.", "Leave one of them out.")
+    if sampling.json_schema is not None:
+        check_schema(sampling.json_schema)
+    if sampling.grammar is not None:
+        check_grammar(sampling.grammar)
+
+
+def has_form(sampling: Sampling) -> bool:
+    """Whether an answer must have a form."""
+    return sampling.json_schema is not None or sampling.grammar is not None
+
+
+def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> None:
+    """Raises WrongForm, with the reason, where an answer hasn't the form that it must have.
+
+    One that was cut short is wrong, but for JSON that was whole just then: an object's last brace
+    ends it, while a number might have gone on.
+    """
+    is_cut = finish_reason not in ("stop", None)
+    if sampling.grammar is not None and is_cut:
+        raise WrongForm("The answer was cut before the grammar's end.", "Give it more tokens: -n.")
+    if sampling.json_schema is None:
+        return
+    try:
+        value = json.loads(text)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_cut and is_number:
+            raise ValueError("a number that might go on")
+    except (ValueError, RecursionError) as error:
+        if is_cut:
+            raise WrongForm(
+                "The answer was cut before its JSON was whole.",
+                "Give it more tokens (-n, -c), or bound strings and lists in the schema.",
+            ) from None
+        raise WrongForm(f"The answer is not JSON: {str(error)[:100]}.") from None
+    problem = _validator(sampling.json_schema)(value)
+    if problem:
+        raise WrongForm(f"The answer does not validate: {problem}.")
+
+
+@lru_cache(maxsize=256)
+def _validator(json_schema: str) -> Callable[[Any], str | None]:
+    """Gives what is wrong with a value, or None."""
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+    validator = Draft202012Validator(json.loads(json_schema))
+
+    def problem(value: Any) -> str | None:
+        try:
+            error = next(validator.iter_errors(value), None)
+        except RecursionError:
+            return "it is nested too deep"
+        if error is None:
+            return None
+        place = "/".join(["#", *map(str, error.absolute_path)])
+        return f"{ascii(error.message)[1:-1][:100]} at {ascii(place)[1:-1][:80]}"
+
+    return problem

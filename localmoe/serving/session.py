@@ -1,0 +1,359 @@
+"""Chats on disk: a folder of them, and one that is going on.
+
+A session is a file of text (transcript.py), NAME.jsonl, and beside it, where a chat ended well, the
+state of the model's cache (states.py), NAME.state, which only saves time. One process at a time has
+a session, behind a lock. Everything is for its owner alone: files 0600 in a folder 0700.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import LocalMoeError, UsageError
+from .journal import sync, sync_folder
+from .messages import Message
+from .transcript import Transcript, changes, head, other_model, read_transcript
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever comes after a dot."""
+TEXT, STATE = ".jsonl", ".state"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What a list says of a session. `changed` is in seconds since 1970; `created` is ISO 8601.
+
+    `damaged` are the numbers of lines that can't be read.
+    """
+
+    name: str
+    model: str
+    title: str
+    created: str
+    changed: float
+    n_messages: int
+    text_bytes: int
+    state_bytes: int
+    damaged: tuple[int, ...] = ()
+
+
+class Sessions:
+    """The sessions of a folder, which is made when the first is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def new(self, name: str | None, model: str) -> Session:
+        """Begin a session; without a name it gets one from date and time.
+
+        Nothing is written before something is said. Raises UsageError where the name is taken.
+        """
+        if name is not None:
+            if self.path(name).exists():
+                raise UsageError(
+                    f"There is a session {name} already.",
+                    f"Go on with it: localmoe chat --session {name}",
+                )
+            return Session(self, name, model)
+        for candidate in _names_for(datetime.now()):
+            if not self.path(candidate).exists():
+                with contextlib.suppress(SessionInUse):
+                    return Session(self, candidate, model)
+        raise AssertionError  # the names never end
+
+    def open(self, name: str) -> Session:
+        """Go on with a session. Raises LocalMoeError where there is none, or it is in use."""
+        self.check_known(name)
+        return Session(self, name)
+
+    def open_or_new(self, name: str, model: str) -> Session:
+        """Go on with a session of this name, or begin it."""
+        return self.open(name) if self.path(name).exists() else self.new(name, model)
+
+    def latest(self) -> Session | None:
+        """Go on with the one that was written last; None where there is none."""
+        by_time = sorted(self.names(), key=lambda name: _changed(self.path(name)))
+        return self.open(by_time[-1]) if by_time else None
+
+    def read(self, name: str) -> Transcript:
+        """A session to look at, as far as it can be read, also while it is in use."""
+        self.check_known(name)
+        try:
+            return read_transcript(self.path(name))
+        except OSError as error:
+            raise _cannot_read(self.path(name), error) from None
+
+    def all(self) -> list[SessionFacts]:
+        """Every session, that which was written last first."""
+        facts: list[SessionFacts] = []
+        for name in self.names():
+            with contextlib.suppress(OSError):  # removed meanwhile
+                facts.append(self._facts(name))
+        return sorted(facts, key=lambda found: (-found.changed, found.name))
+
+    def remove(self, name: str) -> int:
+        """Delete a session with its state; gives the bytes that are free again."""
+        self.check_known(name)
+        lock = self.lock(name)
+        paths = [self.path(name), self.state_path(name)]
+        n_bytes = sum(map(n_bytes_of, paths))
+        try:
+            for path in paths:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise LocalMoeError(f"{path} can't be deleted: {error.strerror}.") from None
+        finally:
+            self.unlock(name, lock)
+        return n_bytes
+
+    def names(self) -> list[str]:
+        """Of all sessions, in the order of their letters."""
+        found = (path.name.removesuffix(TEXT) for path in self.folder.glob(f"*{TEXT}"))
+        return sorted(name for name in found if is_name(name))
+
+    def path(self, name: str) -> Path:
+        """Where a session's text lies. Raises UsageError for what can't be a name."""
+        if not is_name(name):
+            raise UsageError(
+                f"{ascii(name)} can't be the name of a session.",
+                "A name has letters, digits and . _ -, at most 64, and begins with one of the "
+                "first two.",
+            )
+        return self.folder / f"{name}{TEXT}"
+
+    def state_path(self, name: str) -> Path:
+        return self.path(name).with_name(f"{name}{STATE}")
+
+    def lock(self, name: str) -> FileLock:
+        """Keep every other process off a session, until `unlock`. Raises SessionInUse."""
+        lock = FileLock(self._lock_path(name), mode=0o600)
+        try:
+            make_private_folder(self.folder)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise SessionInUse(
+                f"The session {name} is open in another chat.", "Close it there, or choose another."
+            ) from None
+        except OSError as error:
+            raise LocalMoeError(
+                f"{self.folder} can't be written: {error.strerror}.", "Chat with --no-save."
+            ) from None
+        return lock
+
+    def unlock(self, name: str, lock: FileLock) -> None:
+        """Let others have a session; where there is none of this name, leave nothing of it."""
+        if not self.path(name).exists():
+            with contextlib.suppress(OSError):  # Windows deletes no file that is open
+                self._lock_path(name).unlink()  # while it is held: nobody else's by then
+        lock.release()
+
+    def _lock_path(self, name: str) -> Path:
+        return self.path(name).with_name(f".{name}.lock")
+
+    def _facts(self, name: str) -> SessionFacts:
+        path = self.path(name)
+        try:
+            found = read_transcript(path)
+        except LocalMoeError as error:  # a later format: still to be seen, and removed
+            found = Transcript(messages=[Message("user", error.message)])
+        return SessionFacts(
+            name=name,
+            model=found.model,
+            title=found.title,
+            created=found.created,
+            changed=_changed(path),
+            n_messages=sum(m.role != "system" for m in found.messages),
+            text_bytes=n_bytes_of(path),
+            state_bytes=n_bytes_of(self.state_path(name)),
+            damaged=tuple(found.damaged),
+        )
+
+    def check_known(self, name: str) -> None:
+        """Raises UsageError where there is no session of this name."""
+        if self.path(name).exists():
+            return
+        near = difflib.get_close_matches(name, self.names(), 1, 0.5)
+        hint = f"Did you mean {near[0]}?" if near else "See: localmoe sessions list"
+        raise UsageError(f"There is no session {name}.", hint)
+
+
+class SessionInUse(LocalMoeError):
+    """Another process has the session."""
+
+
+class Session:
+    """A chat that is kept, by this process alone. Close it, or use it as a context manager.
+
+    `messages` is the conversation so far, `unanswered` a question after it that a crash left
+    without an answer. `model` is the name by which it was asked for, `file` stands for its file.
+    `is_state_current` says that its state was restored and nothing was said since.
+    """
+
+    def __init__(self, sessions: Sessions, name: str, model: str = "") -> None:
+        self.name = name
+        self.path, self.state_path = sessions.path(name), sessions.state_path(name)
+        self.is_state_current = False
+        self._fd = -1
+        self._other_model = b""
+        self._sessions, self._lock = sessions, sessions.lock(name)
+        try:
+            self._found = self._read(model)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._written = self._found.messages
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._lock.is_locked:
+            self._sessions.unlock(self.name, self._lock)
+
+    @property
+    def model(self) -> str:
+        return self._found.model
+
+    @property
+    def file(self) -> str:
+        return self._found.file
+
+    @property
+    def messages(self) -> list[Message]:
+        return self._written[: -1 if self.unanswered else None]
+
+    @property
+    def unanswered(self) -> str:
+        last = self._written[-1] if self._written else None
+        return last.content if last and last.role == "user" else ""
+
+    @property
+    def n_dropped(self) -> int:
+        return self._found.n_dropped
+
+    def use(self, model: str, file: str) -> None:
+        """Say with which model it goes on; `file` stands for its file (states.file_key).
+
+        Of another file the tokens of what was said mean nothing: then only the text counts.
+        """
+        if (model, file) == (self.model, self.file):
+            return
+        self._other_model = other_model(model, file)  # written once something is said to it
+        if file != self.file:
+            self._written = [replace(message, tokens=None) for message in self._written]
+        self._found.model, self._found.file = model, file
+
+    def sync(self, messages: Sequence[Message], n_dropped: int = 0) -> None:
+        """Have a conversation on disk when this returns: what is new, and what no longer counts.
+
+        Of a chat in which nothing was asked there is no file. Raises LocalMoeError where it can't
+        be written; then the file is as it was.
+        """
+        if not self._found.end and not any(m.role == "user" for m in messages):
+            return
+        block = changes(self._written, messages, (self.n_dropped, n_dropped))
+        if not self._found.end:
+            block = head(self.model, self.file) + block
+        elif block:
+            block = self._other_model + block
+        if block:
+            self._append(block)
+            self._other_model = b""
+            self.is_state_current = False
+        self._written, self._found.n_dropped = list(messages), n_dropped
+
+    def _read(self, model: str) -> Transcript:
+        try:
+            found = read_transcript(self.path)
+        except FileNotFoundError:
+            return Transcript(model=model)
+        except OSError as error:
+            raise _cannot_read(self.path, error) from None
+        if found.damaged:
+            raise LocalMoeError(
+                f"Line {found.damaged[0]} of {self.path} is damaged, and others follow it.",
+                f"localmoe sessions export {self.name} saves the rest; or take that line out.",
+            )
+        return found
+
+    def _append(self, block: bytes) -> None:
+        try:
+            if self._fd < 0:
+                self._open()
+            n_written = os.write(self._fd, block)
+            while n_written < len(block):  # no room is what cuts a write short: this says it
+                n_written += os.write(self._fd, block[n_written:])
+            sync(self._fd)
+        except OSError as error:
+            if self._fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, self._found.end)
+            raise LocalMoeError(
+                f"The chat can't be kept: {self.path} can't be written: {error.strerror}."
+            ) from None
+        self._found.end += len(block)
+
+    def _open(self) -> None:
+        """Open for appending; what a crash left after the last whole line is cut off."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+        os.ftruncate(self._fd, self._found.end)
+        if not self._found.end:
+            sync_folder(self.path.parent)
+
+
+def is_name(text: str) -> bool:
+    """Whether a session may have this name: no path, and a file name on every system."""
+    is_odd = text.endswith(".") or DEVICES.fullmatch(text)
+    return bool(NAME.fullmatch(text)) and not is_odd
+
+
+def make_private_folder(folder: Path) -> None:
+    """A folder that only its owner can look into."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def n_bytes_of(path: Path) -> int:
+    """The size of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _names_for(now: datetime) -> Iterator[str]:
+    first = now.strftime("%Y-%m-%d-%H%M")
+    yield first
+    n = 2
+    while True:
+        yield f"{first}-{n}"
+        n += 1
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _cannot_read(path: Path, error: OSError) -> LocalMoeError:
+    return LocalMoeError(f"{path} can't be read: {error.strerror}.")

@@ -1,0 +1,406 @@
+"""Thinking told from answer: by ids, wherever streams are cut, and on the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vocabulary_files import write_byte_level
+
+from localmoe.config import engine_environment
+from localmoe.engine.client import Engine
+from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
+from localmoe.engine.text import TextStream
+from localmoe.load import open_vocabulary, unstoppable
+from localmoe.models.catalog import DEMO
+from localmoe.models.meta import read_meta
+from localmoe.serving.answer import (
+    Answer,
+    HarmonyMarkers,
+    Markers,
+    ThinkMarkers,
+    find_markers,
+    split,
+)
+from localmoe.serving.chat import AnswerOptions, Model
+from localmoe.serving.mistral import MistralFormat
+from localmoe.serving.prompt import NO_THINKING, Message, Prompt, TemplateFacts, prompt_format
+
+OPEN, CLOSE = 1, 2
+THINK = ThinkMarkers(OPEN, CLOSE)
+START, CHANNEL, MESSAGE, END = 11, 12, 13, 14
+HARMONY = HarmonyMarkers(START, CHANNEL, MESSAGE, END)
+FIRST_WORD = 100
+
+
+@dataclass
+class Stream:
+    """A token for each piece of bytes, and their deltas as the scheduler makes them."""
+
+    stop: Sequence[str] = ()
+    pieces: dict[int, bytes] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+
+    def say(self, *parts: int | str | bytes) -> Stream:
+        """Markers by id, words as text or bytes."""
+        for part in parts:
+            if isinstance(part, int):
+                self.tokens.append(part)
+            else:
+                token = FIRST_WORD + len(self.pieces)
+                self.pieces[token] = part.encode() if isinstance(part, str) else part
+                self.tokens.append(token)
+        return self
+
+    def deltas(self, markers: Markers) -> Iterator[Delta]:
+        text = TextStream(self.stop)
+        yield Delta(1, prompt_tokens=5)
+        for token in self.tokens:
+            is_marker = token in markers.ids
+            out = text.finish() if is_marker else text.feed(self.pieces[token])
+            if text.stopped_by is not None:
+                yield Delta(1, out, (token,), finish_reason="stop", stopped_by=text.stopped_by)
+                return
+            yield Delta(1, out, (token,), is_held=text.is_holding)
+        yield Delta(1, text.finish(), finish_reason="stop")
+
+    def answer(self, markers: Markers, *, is_open: bool = False) -> Answer:
+        answer = Answer()
+        for delta in split(self.deltas(markers), markers, is_open=is_open):
+            answer.add(delta)
+        assert answer.last is not None
+        return answer
+
+    def spelled(self, tokens: Sequence[int]) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode("utf-8", "replace")
+
+
+# ---- <think> ----
+
+
+def test_thinking_is_told_from_the_answer() -> None:
+    stream = Stream().say(OPEN, "\n", "Hm", "?", "\n", CLOSE, "\n\n", "Yes", ".")
+    answer = stream.answer(THINK)
+    assert (answer.thinking, answer.text) == ("Hm?\n", "Yes.")
+    assert answer.tokens == tuple(stream.tokens)
+    assert stream.spelled(answer.text_tokens) == "Yes."
+    assert answer.message() == Message("assistant", "Yes.", answer.text_tokens, "Hm?\n")
+
+
+def test_an_answer_may_begin_inside_the_thinking() -> None:
+    answer = Stream().say("Hm", CLOSE, "Yes").answer(THINK, is_open=True)
+    assert (answer.thinking, answer.text) == ("Hm", "Yes")
+
+
+def test_markers_spelled_in_ordinary_tokens_are_text() -> None:
+    stream = Stream().say("<think>", "no", "</think>", "yes", "<|channel|>final<|message|>")
+    answer = stream.answer(THINK)
+    assert answer.text == "<think>no</think>yes<|channel|>final<|message|>"
+    assert answer.thinking == ""
+    inside = Stream().say(OPEN, "a", "</think>", "b", CLOSE, "c").answer(THINK)
+    assert (inside.thinking, inside.text) == ("a</think>b", "c")
+
+
+def test_text_that_was_held_back_keeps_its_kind() -> None:
+    """Half a character and half a stop string, right before a marker."""
+    stream = Stream(stop=["stop"]).say(OPEN, "a st", CLOSE, "b st", OPEN, b"\xe2\x82", CLOSE, "c")
+    answer = stream.answer(THINK)
+    assert answer.thinking == "a st�"
+    assert answer.text == "b stc"
+
+
+def test_every_delta_is_of_one_kind_and_none_is_lost() -> None:
+    stream = Stream().say("Well", OPEN, "Hm", CLOSE, "Yes")
+    deltas = list(split(stream.deltas(THINK), THINK))
+    assert [(d.kind, d.text) for d in deltas if d.text] == [
+        ("text", "Well"), ("thinking", "Hm"), ("text", "Yes"),
+    ]  # fmt: skip
+    assert sum((d.tokens for d in deltas), ()) == tuple(stream.tokens)
+    assert deltas[0].prompt_tokens == 5
+
+
+words = st.binary(max_size=4) | st.sampled_from(["\n", "\n\n", "\nb", "st", "op", "€", "a"]).map(
+    str.encode
+)
+parts = st.lists(words | st.sampled_from([OPEN, CLOSE]), max_size=14)
+
+
+@given(parts, st.booleans(), st.sampled_from([(), ("stop",), ("\n\na", "€€")]))
+def test_the_tokens_of_the_text_spell_it_exactly(
+    said: list[int | bytes], is_open: bool, stop: tuple[str, ...]
+) -> None:
+    stream = Stream(stop).say(*said)
+    answer = stream.answer(THINK, is_open=is_open)
+    message = answer.message()
+    assert answer.tokens == tuple(stream.tokens[: len(answer.tokens)])
+    if message.tokens is not None:
+        alone = "".join(stream.spelled(run) for run in runs_of(message.tokens, stream.tokens))
+        assert alone == answer.text
+
+
+def runs_of(tokens: Sequence[int], all_tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Tokens in runs that no marker parts: a character can't go on behind one."""
+    wanted, run = set(tokens), list[int]()
+    for token in all_tokens:
+        if token in (OPEN, CLOSE):
+            yield run
+            run = []
+        elif token in wanted:
+            run.append(token)
+    yield run
+
+
+@given(parts, st.booleans(), st.integers(0, 14))
+def test_left_early_tokens_and_text_agree_or_the_text_counts(
+    said: list[int | bytes], is_open: bool, n: int
+) -> None:
+    stream = Stream(("stop",)).say(*said)
+    answer = Answer()
+    for _, delta in zip(
+        range(n), split(stream.deltas(THINK), THINK, is_open=is_open), strict=False
+    ):
+        answer.add(delta)
+    message = answer.message()
+    if message.tokens is not None and OPEN not in said and CLOSE not in said:
+        assert stream.spelled(message.tokens) == answer.text
+
+
+# ---- harmony ----
+
+
+def test_channels_are_told_apart() -> None:
+    stream = Stream().say(
+        CHANNEL, "ana", "lysis", MESSAGE, "Hm.", END, START, "assistant", CHANNEL, "final",
+        MESSAGE, "Y", "es.",
+    )  # fmt: skip
+    answer = stream.answer(HARMONY)
+    assert (answer.thinking, answer.text) == ("Hm.", "Yes.")
+    assert stream.spelled(answer.text_tokens) == "Yes."
+
+
+def test_headers_are_no_text_whatever_they_hold() -> None:
+    stream = Stream().say(
+        CHANNEL, "commentary to=x", MESSAGE, "{}", END, START, "assistant", MESSAGE
+    )
+    answer = stream.say("Hi").answer(HARMONY)
+    assert (answer.thinking, answer.text) == ("{}", "Hi")
+    unfinished = Stream().say(CHANNEL, "final").answer(HARMONY)
+    assert (unfinished.thinking, unfinished.text) == ("", "")
+
+
+def test_an_answer_without_a_header_is_text() -> None:
+    """A grammar leaves no room for one."""
+    assert Stream().say("{", "}").answer(HARMONY).text == "{}"
+
+
+@given(st.lists(words | st.sampled_from(HARMONY.ids), max_size=14))
+def test_no_stream_breaks_the_channels(said: list[int | bytes]) -> None:
+    stream = Stream(("stop",)).say(*said)
+    answer = stream.answer(HARMONY)
+    assert answer.tokens == tuple(stream.tokens[: len(answer.tokens)])
+    assert not set(answer.text_tokens) & set(HARMONY.ids)
+
+
+# ---- what the prompt opened ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_open"),
+    [
+        ((5, OPEN), True),
+        ((5, OPEN, 9), True),
+        ((5, OPEN, 9, CLOSE, 9), False),  # thinking that is turned off
+        ((5, OPEN, 9, CLOSE), False),
+        ((OPEN, 5, 6, 7, 8), False),  # instructions that speak of it
+        ((5, 6), False),
+    ],
+)
+def test_only_an_opener_at_the_end_of_the_prompt_counts(
+    prompt: tuple[int, ...], is_open: bool
+) -> None:
+    assert THINK.is_open_after(prompt) is is_open
+
+
+@dataclass
+class Fake:
+    stream: Stream
+    requests: list[Request] = field(default_factory=list)
+
+    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+        return [tuple(map(ord, piece.text)) for piece in pieces]
+
+    def generate(self, request: Request) -> Iterator[Delta]:
+        self.requests.append(request)
+        yield from self.stream.deltas(THINK)
+
+
+def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -> None:
+    engine = Fake(Stream().say("{}"))
+    model = Model(engine, MistralFormat("v1", 1, 2), 100, markers=THINK)  # type: ignore[arg-type]
+    prompt = Prompt("", (5, OPEN))
+    bound = AnswerOptions(Sampling(json_schema="{}"))
+    assert {d.kind for d in model.answer(prompt, bound) if d.text} == {"text"}
+    assert {d.kind for d in model.answer(prompt, AnswerOptions()) if d.text} == {"thinking"}
+    assert engine.requests[0].markers == (OPEN, CLOSE)
+
+
+# ---- vocabularies ----
+
+
+@pytest.mark.parametrize(
+    ("control", "markers"),
+    [
+        (["<|im_end|>", "<think>", "</think>"], ThinkMarkers(257, 258)),
+        (["</s>", "[/THINK]", "[THINK]"], ThinkMarkers(258, 257)),
+        (
+            ["<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>"],
+            HarmonyMarkers(start=257, channel=260, message=259, end=258),
+        ),
+        (["<|im_end|>", "<think>"], None),
+        (["<|im_end|>"], None),
+    ],
+)
+def test_the_markers_are_those_of_the_vocabulary(
+    tmp_path: Path, control: list[str], markers: Markers | None
+) -> None:
+    special = write_byte_level(tmp_path / "words.gguf", control)
+    engine = open_vocabulary(tmp_path / "words.gguf")
+    try:
+        assert find_markers(frozenset(special), engine) == markers
+        # as a template's text without a token of that name, it is text
+        assert find_markers(frozenset(), engine) is None
+    finally:
+        engine.close()
+
+
+def test_the_demo_model_has_none() -> None:
+    words = read_meta(DEMO).tokenizer
+    assert not {"<think>", "[THINK]", "<|channel|>"} & {*words.control_tokens, *words.user_tokens}
+
+
+# ---- templates ----
+
+# the parts of Qwen3's that concern thinking, and DeepSeek R1's that opens it in the prompt
+QWEN3 = """\
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' and '</think>' in content %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
+{%- endif %}"""
+R1 = """\
+{%- for message in messages %}{{ '<|im_start|>' + message.role + message.content + '<|im_end|>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>\\n' }}{% endif %}"""
+CONTROL = ["<|im_end|>", "<|im_start|>", "<think>", "</think>"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = tmp_path_factory.mktemp("words") / "words.gguf"
+    write_byte_level(path, CONTROL)
+    engine = open_vocabulary(path)
+    yield engine
+    engine.close()
+
+
+def encoded(
+    template: str,
+    messages: Sequence[Message],
+    engine: Engine,
+    variables: Mapping[str, object] | None = None,
+) -> Prompt:
+    facts = TemplateFacts(
+        "qwen3moe", "gpt2", chat_template=template, add_bos=False, control_tokens=frozenset(CONTROL)
+    )
+    now = datetime(2026, 1, 1)
+    format = prompt_format(facts, env=engine_environment(), variables=variables, now=now)
+    return format.encode(messages, engine)
+
+
+def test_thinking_stays_out_of_the_history_and_the_answer_keeps_its_ids(words: Engine) -> None:
+    asked = [Message("user", "Hi")]
+    first = encoded(QWEN3, asked, words)
+    assert not THINK_IDS.is_open_after(first.tokens)
+    letters = words.tokenize([Piece("h"), Piece("e"), Piece("he")])
+    ids = letters[0] + letters[1]
+    assert ids != letters[2]  # what encoding the text would give
+    answer = Message("assistant", "he", ids, thinking="Should I greet?")
+    second = encoded(QWEN3, [*asked, answer, Message("user", "And?")], words)
+    assert second.tokens[: len(first.tokens) + 2] == (*first.tokens, *ids)
+    assert "greet" not in second.text
+
+
+def test_no_thinking_is_asked_for_where_the_template_knows_how(words: Engine) -> None:
+    off = encoded(QWEN3, [Message("user", "Hi")], words, NO_THINKING)
+    assert off.text.endswith("<think>\n\n</think>\n\n")
+    assert not THINK_IDS.is_open_after(off.tokens)
+
+
+def test_a_template_that_opens_the_thinking(words: Engine) -> None:
+    assert THINK_IDS.is_open_after(encoded(R1, [Message("user", "Hi")], words).tokens)
+    # a user who spells it opens nothing
+    assert not THINK_IDS.is_open_after(encoded(QWEN3, [Message("user", "<think>")], words).tokens)
+
+
+THINK_IDS = ThinkMarkers(258, 259)
+
+
+@pytest.mark.parametrize(
+    ("template", "markers", "says"),
+    [
+        (QWEN3, THINK, ""),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", THINK, ""),
+        (R1, THINK, "no way to turn its thinking off"),
+        ("{{ reasoning_effort }}", HARMONY, "reasoning effort is set to low"),
+        ("nothing of the kind", THINK, ""),
+        (R1, None, ""),
+    ],
+)
+def test_what_can_not_be_turned_off_is_said(
+    template: str, markers: Markers | None, says: str
+) -> None:
+    remark = unstoppable(template, markers)
+    assert says in remark
+    assert bool(says) == bool(remark)
+
+
+# ---- the real engine ----
+
+
+def test_the_engine_lets_text_out_at_a_marker() -> None:
+    """Tokens of an answer of the demo model, taken for markers, part the same answer."""
+    with Engine(engine_environment()) as engine:
+        engine.load(str(DEMO), Placement(n_threads=2, n_ctx=256))
+        format = MistralFormat("v1", bos=1, eos=2)
+        prompt = format.encode([Message("user", "Hi! How are you today?")], engine)
+        greedy = AnswerOptions(Sampling(temperature=0), 24)
+        plain = Answer()
+        for delta in Model(engine, format, 256).answer(prompt, greedy):
+            plain.add(delta)
+        once = [t for t in plain.tokens if plain.tokens.count(t) == 1]
+        assert len(once) >= 4
+        markers = ThinkMarkers(opens=once[1], closes=once[-1])
+        answer = Answer()
+        # a stop string that never comes, but whose beginning is held back right before the marker
+        before = plain.tokens[: plain.tokens.index(once[1])]
+        held = engine.detokenize(before)[-1] + "never"
+        options = AnswerOptions(greedy.sampling, 24, (held,))
+        for delta in Model(engine, format, 256, markers=markers).answer(prompt, options):
+            answer.add(delta)
+        assert answer.tokens == plain.tokens
+        assert answer.text
+        at, end = plain.tokens.index(once[1]), plain.tokens.index(once[-1])
+        assert answer.text_tokens == plain.tokens[:at] + plain.tokens[end + 1 :]
+        assert answer.thinking == engine.detokenize(plain.tokens[at + 1 : end])

@@ -1,0 +1,51 @@
+"""The chat without a terminal: each line of stdin is a message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def chat(lines: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "localmoe", "chat", "demo", "--temp", "0", *options]
+    return subprocess.run(
+        command, input=lines, capture_output=True, encoding="utf-8", timeout=60, check=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path))
+    monkeypatch.setenv("LOCALMOE_TUNE", "no")
+    return tmp_path
+
+
+def test_each_line_is_answered_and_nothing_else_is_on_stdout(state: Path) -> None:
+    done = chat("Hi!\n\n/help\n")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert done.stdout.count("\n") == 2  # an answer to a line, also to one that begins with a slash
+    assert not (state / "sessions").exists()
+
+
+def test_the_document_is_printed_where_a_later_line_is_refused() -> None:
+    done = chat("Hi!\n" + "long " * 300 + "\nHello?\n", "--json", "-c", "128")
+    assert done.returncode == 2
+    document = json.loads(done.stdout)
+    assert [m["role"] for m in document["messages"]] == ["user", "assistant"]
+    assert document["messages"][0]["content"] == "Hi!"
+    assert document["answers"][0]["finish_reason"] == "stop"
+    assert done.stderr.startswith("localmoe: The message has")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_named_session_is_kept_and_goes_on() -> None:
+    chat("My name is Tom.\n", "--session", "piped")
+    done = chat("What is my name?\n", "--session", "piped", "--json")
+    document = json.loads(done.stdout)
+    assert [m["role"] for m in document["messages"]] == ["user", "assistant"] * 2
+    assert document["messages"][0]["content"] == "My name is Tom."

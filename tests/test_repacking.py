@@ -1,0 +1,120 @@
+"""Weights in two orders: what is repacked, when it is used, and that answers stay what they are."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from make_model import SHAPES, make_model
+
+from localmoe.engine import bindings
+from localmoe.engine.bindings import ggml
+from localmoe.engine.model import LoadedModel
+from localmoe.engine.protocol import Placement
+from localmoe.engine.repacking import OBJECT_BYTES, Tensor, matrices, repack_type, repacked
+
+PROMPT = list(range(300, 340))
+
+bindings.log_to(lambda level, text: None)
+needs_repacking = pytest.mark.skipif(repack_type() is None, reason="this build can't repack")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral of some MB in Q4_K, which every CPU with AVX2 or NEON repacks."""
+    path = tmp_path_factory.mktemp("models") / "m.gguf"
+    return make_model(path, SHAPES["tiny"], "Q4_K")[0]
+
+
+@pytest.fixture
+def weights(model: Path) -> Iterator[bindings.Model]:
+    loaded = bindings.Model(str(model))
+    yield loaded
+    loaded.free()
+
+
+def test_the_struct_is_this_builds() -> None:
+    assert ctypes.sizeof(Tensor) + OBJECT_BYTES == ggml.ggml_tensor_overhead()
+
+
+def test_matrices_are_those_that_are_multiplied_with(weights: bindings.Model) -> None:
+    names = [tensor.name.decode() for tensor in matrices(weights)]
+    assert len(names) == len(set(names))
+    assert {"blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight", "output.weight"} <= set(names)
+    assert not {"token_embd.weight", "blk.0.attn_norm.weight"} & set(names)
+
+
+def test_tied_embeddings_are_left_alone(tmp_path: Path) -> None:
+    """They are looked up as rows too, which repacked ones can't be."""
+    from localmoe.models.catalog import DEMO
+
+    demo = bindings.Model(str(DEMO))
+    assert "token_embd.weight" not in [t.name.decode() for t in matrices(demo)]
+    demo.free()
+
+
+@needs_repacking
+def test_copies_are_whole_before_they_are_used(weights: bindings.Model) -> None:
+    tensors = {t.name: t for t in matrices(weights)}
+    copies = repacked(weights, "all", 99)
+    one = tensors[b"blk.0.ffn_down_exps.weight"]
+    where = one.data
+    copies.use(True)
+    assert one.data == where  # not there yet
+    copies.make_some(2)
+    assert not copies.is_whole
+    copies.make_all(2)
+    copies.use(True)
+    assert one.data != where
+    copies.use(False)
+    assert one.data == where
+    copies.use(True)
+    copies.free()
+    assert one.data == where
+
+
+@needs_repacking
+@pytest.mark.parametrize(("mode", "n_layers"), [("off", 99), ("experts", 1), ("all", 1)])
+def test_what_is_copied(weights: bindings.Model, mode: str, n_layers: int) -> None:
+    copies = repacked(weights, mode, n_layers)  # type: ignore[arg-type]
+    names = {twin.name for twin in copies._twins}
+    copies.free()
+    assert not any(name.startswith("blk.1.") for name in names)
+    assert bool(names) == (mode != "off")
+    assert ("blk.0.attn_q.weight" in names) == (mode == "all")
+
+
+def logits(
+    loaded: LoadedModel, token: int, position: int, generating: bool
+) -> npt.NDArray[np.float32]:
+    batch = loaded.batch
+    batch.tokens[0], batch.positions[0], batch.wants_logits[0] = token, position, 1
+    assert loaded.decode(1, generating=generating)
+    return loaded.context.logits(0).copy()
+
+
+@needs_repacking
+def test_answers_are_what_they_were_but_for_rounding(model: Path) -> None:
+    """Prompts with the file's own weights, bit for bit; answers with the copies."""
+    plain = LoadedModel(str(model), Placement(n_threads=2, n_ctx=512))
+    twice = LoadedModel(
+        str(model), Placement(n_threads=2, n_ctx=512, repack="all", n_repacked_layers=99)
+    )
+    assert twice.lacks_copies
+    for position, token in enumerate(PROMPT):
+        a, b = (logits(m, token, position, generating=False) for m in (plain, twice))
+        assert np.array_equal(a, b)
+    assert twice.lacks_copies
+    a, b = (logits(m, 500, len(PROMPT), generating=True) for m in (plain, twice))
+    assert not twice.lacks_copies
+    assert not np.array_equal(a, b)  # other kernels were used
+    assert np.abs(a - b).max() < 0.05 * a.std()
+    # and back
+    c, d = (logits(m, 501, len(PROMPT) + 1, generating=False) for m in (plain, twice))
+    assert np.abs(c - d).max() < 0.05 * c.std()
+    plain.free()
+    twice.free()

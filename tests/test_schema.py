@@ -1,0 +1,384 @@
+"""JSON schemas: what a grammar holds, what is refused by name, and answers that are checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, Field, HttpUrl
+from synthetic.schemas import random_schema
+
+from localmoe.config import engine_environment
+from localmoe.engine.client import Engine
+from localmoe.engine.number_grammar import Bounds, integers, numbers
+from localmoe.engine.protocol import Piece, Placement, Request, Sampling
+from localmoe.engine.schema_grammar import schema_grammar
+from localmoe.engine.schema_merge import KNOWN, NOT_HELD, TYPES
+from localmoe.errors import UsageError
+from localmoe.models.catalog import DEMO
+from localmoe.serving.schema import WrongForm, check_answer, check_grammar, check_schema
+
+KEYWORDS = sorted([*KNOWN, *NOT_HELD, "$defs", "title"])
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Engine]:
+    with Engine(engine_environment()) as engine:
+        engine.load(str(DEMO), Placement(n_threads=2, n_ctx=1024))
+        yield engine
+
+
+def answer_of(
+    engine: Engine,
+    schema: Any,
+    seed: int,
+    temperature: float = 0.7,
+    max_tokens: int | None = None,
+) -> Any:
+    """What the demo model answers to a schema, checked as every answer is."""
+    text = json.dumps(schema)
+    prompt = engine.tokenize([Piece("Tell me something about yourself.")])[0]
+    sampling = Sampling(temperature=temperature, seed=seed, json_schema=text)
+    deltas = list(engine.generate(Request(prompt, sampling, max_tokens=max_tokens)))
+    answer = "".join(delta.text for delta in deltas)
+    check_answer(answer, deltas[-1].finish_reason, sampling)
+    return json.loads(answer)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schemas_are_answered_as_they_demand(demo: Engine, seed: int) -> None:
+    """scripts/soak/schemas.py does the same with 200 and more."""
+    schema = random_schema(seed)
+    Draft202012Validator(schema).validate(answer_of(demo, schema, seed))
+
+
+def test_no_raw_control_character_gets_into_a_string(demo: Engine) -> None:
+    """At a temperature that makes all tokens about equally likely."""
+    form = json.dumps({"type": "string", "minLength": 200, "maxLength": 200})
+    answers = []
+    for seed in range(3):
+        sampling = Sampling(50, top_k=0, top_p=1, min_p=0, seed=seed, json_schema=form)
+        deltas = list(demo.generate(Request((1,), sampling)))
+        answers.append("".join(delta.text for delta in deltas))
+        check_answer(answers[-1], deltas[-1].finish_reason, sampling)
+    assert any(not text.isascii() for text in answers)
+
+
+@pytest.mark.parametrize(
+    "value", ['say "hi"', "back\\slash", "a\\", "naïve 😀", "a\nb", {"a b": [1, "]"]}, "", 'x"y\\"']
+)
+def test_a_constant_is_given_back_as_it_is(demo: Engine, value: Any) -> None:
+    assert answer_of(demo, {"const": value}, 1) == value
+    assert answer_of(demo, {"type": "object", "properties": {"k": {"enum": [value]}},
+                            "required": ["k"]}, 1) == {"k": value}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a b": {"type": "integer"}, "a-b": {"type": "null"},
+         "a_b": {"type": "boolean"}}, "required": ["a b", "a-b", "a_b"]},
+        {"$defs": {"a": {"x": {"type": "integer"}}, "b": {"x": {"type": "boolean"}}},
+         "type": "array", "prefixItems": [{"$ref": "#/$defs/a/x"}, {"$ref": "#/$defs/b/x"}],
+         "minItems": 2, "maxItems": 2},
+        {"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"b": {"type": "boolean"}},
+         "required": ["b"]}], "$defs": {"base": {"type": "object", "properties":
+         {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}}},
+        {"anyOf": [{"minLength": 2}, {"const": "x"}], "type": "string", "maxLength": 4},
+        {"type": "object", "additionalProperties": {"type": "integer"},
+         "properties": {"ab": {"type": "boolean"}, "ac": {"type": "null"}}, "required": ["ab"]},
+        {"type": ["string", "null"], "maxLength": 3},
+        {"type": "object", "required": ["sure"], "properties": {}},
+        {"oneOf": [{"type": "object", "properties": {"t": {"const": n}, n: {"type": "boolean"}},
+         "required": ["t", n]} for n in ("cat", "dog")]},
+        {"type": "array", "items": {}, "maxItems": 2},
+        {"items": {"type": "null"}, "maxItems": 3},
+        {"type": "string", "pattern": "a{2,3}|b"},
+        {"type": "string", "pattern": '^["\\\\\\n]{2}.$'},
+        {"type": "integer", "minimum": 10**20, "maximum": 10**20 + 3},
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-3},
+    ],
+)  # fmt: skip
+def test_what_people_write_is_held(demo: Engine, schema: dict[str, Any]) -> None:
+    try:
+        found = answer_of(demo, schema, 1, max_tokens=100)
+    except WrongForm as error:
+        if "cut" not in error.message:  # in an open string a small model goes on for long
+            raise
+    else:
+        Draft202012Validator(schema).validate(found)
+
+
+class Address(BaseModel):
+    street: Annotated[str, Field(max_length=12)]
+    zip: Annotated[str, Field(pattern=r"^\d{5}$")]
+
+
+class Person(BaseModel):
+    """What people give a schema by."""
+
+    name: Annotated[str, Field(max_length=10, description="In full.")]
+    age: Annotated[int, Field(ge=0, lt=130)]
+    score: Annotated[float, Field(gt=0, le=1)] = 0.5
+    mood: Literal["good", "bad (very)"]
+    homes: Annotated[list[Address], Field(max_length=2)]
+    born: date | None = None
+    id: UUID
+    place: tuple[int, bool]
+    page: HttpUrl
+
+
+def test_a_pydantic_model_is_filled(demo: Engine) -> None:
+    found = answer_of(demo, Person.model_json_schema(), 0)
+    assert Person.model_validate(found).age < 130
+
+
+def test_a_tree_may_refer_to_itself() -> None:
+    node = {
+        "type": "object",
+        "properties": {"value": {"type": "integer"}, "left": {"$ref": "#"}},
+        "required": ["value"],
+    }
+    check_schema(json.dumps(node))
+    assert "ref0 ::=" in schema_grammar(json.dumps(node))
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"not": {"type": "string"}}, "#/not"),
+        ({"type": "integer", "multipleOf": 3}, "#/multipleOf"),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "#/uniqueItems"),
+        ({"properties": {"a": {"if": {}, "then": {}}}}, "#/properties/a/if"),
+        ({"properties": {"a": {"format": "iri"}}}, "#/properties/a/format"),
+        ({"patternProperties": {"^a": {}}}, "#/patternProperties"),
+        ({"propertyNames": {"maxLength": 3}}, "#/propertyNames"),
+        ({"type": "array", "contains": {"const": 1}}, "#/contains"),
+        ({"type": "object", "minProperties": 2}, "#/minProperties"),
+        ({"type": "object", "maxProperties": 2}, "#/maxProperties"),
+        ({"$ref": "https://example.com/schema"}, "#/$ref"),
+        ({"$ref": "#/$defs/none"}, "#/$ref"),
+        ({"type": "string", "maxlength": 3}, "maxLength"),
+        ({"type": "strin"}, "#/type"),
+        ({"type": "string", "pattern": "(?=a)b"}, "#/pattern"),
+        ({"type": "string", "pattern": "(a)\\1"}, "#/pattern"),
+        ({"type": "string", "pattern": "(a"}, "#/pattern"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "#/maxLength"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no integer"),
+        ({"type": "integer", "exclusiveMinimum": 4, "exclusiveMaximum": 5}, "no integer"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "#/minLength"),
+        ({"type": "array", "minItems": 2_000_000_000}, "#/minItems"),
+        ({"enum": []}, "#/enum"),
+        ({"type": "string", "enum": [1]}, "nothing"),
+        ({"anyOf": [{"$ref": "#"}]}, "refers to itself"),
+        ({"allOf": [{"$ref": "#"}]}, "deeper than 48"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf"),
+        ({"required": ["b"], "additionalProperties": False, "properties": {"a": {}}}, "#/required"),
+        ({"allOf": [{"properties": {"a": {}}, "additionalProperties": False},
+                    {"properties": {"b": {}}}]}, "additionalProperties"),
+        ({"properties": {"a": False}, "required": ["a"]}, "#/properties/a"),
+        (False, "nothing"),
+        ([1], "neither"),
+        ({"properties": {"x/y": {"items": [{}]}}}, "#/properties/x~1y/items"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_held_is_refused_by_its_place(schema: Any, place: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_schema(json.dumps(schema))
+    assert place in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "nonsense", '{"const": NaN}', '{"maximum": 1e999}', '{"const": "\\ud800"}',
+        '{"minimum": ' + "9" * 5000 + "}", '{"minLength": 1' + "0" * 400 + "}",
+        '{"minimum": 1' + "0" * 400 + "}", "[" * 100_000, '{"items":' * 100_000,
+        '{"items":' * 200 + "{}" + "}" * 200, '{"' + "x" * 100_000 + '": 1}',
+        json.dumps({"enum": [hashlib.sha256(b"%d" % n).hexdigest() for n in range(40_000)]}),
+        json.dumps({"$ref": "#/$defs/0", "$defs": {str(n): {"anyOf": [
+            {"$ref": f"#/$defs/{n + 1}", "type": "object"}] * 2} for n in range(60)}}),
+    ],
+)  # fmt: skip
+def test_hostile_schemas_are_one_line_at_once(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        check_schema(text)
+    assert time.monotonic() - started < 5
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 5000},
+        {"type": "string", "maxLength": 2_000_000_000},
+        {"type": "string", "minLength": 40_000, "maxLength": 40_001},
+        {"type": "array", "maxItems": 50_000, "items": {"type": "string", "maxLength": 50_000}},
+        {"enum": [f"value {n * 7919 % 100_003}" for n in range(20_000)]},
+        {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(2000)}},
+    ],
+)
+def test_large_schemas_are_answered_too(demo: Engine, schema: dict[str, Any]) -> None:
+    started = time.monotonic()
+    sampling = Sampling(seed=1, json_schema=json.dumps(schema))
+    check_schema(json.dumps(schema))
+    deltas = list(demo.generate(Request((1,), sampling, max_tokens=10)))
+    assert deltas[-1].finish_reason in ("stop", "length")
+    assert time.monotonic() - started < 10
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def as_regex(alternatives: list[str]) -> re.Pattern[str]:
+    """Alternatives of digits in GBNF as a regular expression."""
+    parts = [
+        re.sub(r'"([^"]*)"', lambda found: re.escape(found[1]), alternative).replace(" ", "")
+        for alternative in alternatives
+    ]
+    return re.compile("|".join(f"(?:{part})" for part in parts) or "(?!)")
+
+
+@given(st.integers(-12_000, 12_000), st.integers(0, 3000), st.integers(-15_000, 15_000))
+@settings(max_examples=300, deadline=None)
+def test_exactly_the_integers_between_bounds(low: int, width: int, n: int) -> None:
+    allowed = as_regex(integers(Bounds(Decimal(low), Decimal(low + width))))
+    for value in (n, low - 1, low, low + width, low + width + 1):
+        assert bool(allowed.fullmatch(str(value))) == (low <= value <= low + width)
+    assert not allowed.fullmatch("-0")
+    assert not allowed.fullmatch("007")
+
+
+@given(
+    st.decimals(-999, 999, places=3), st.decimals(0, 50, places=2),
+    st.decimals(-1100, 1100, places=4), st.booleans(), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_exactly_the_decimals_between_bounds(
+    low: Decimal, width: Decimal, value: Decimal, low_open: bool, high_open: bool
+) -> None:
+    high = low + width
+    allowed = as_regex(numbers(Bounds(low, high, low_open, high_open)))
+    for number in (value, low, high, (low + high) / 2):
+        text = f"{number:f}"
+        if len(text.partition(".")[2]) > 6 or (number == 0 and text.startswith("-")):
+            continue
+        is_in = (low < number or (low == number and not low_open)) and (
+            number < high or (number == high and not high_open)
+        )
+        assert bool(allowed.fullmatch(text)) == is_in, text
+
+
+# ---- the check of an answer ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "problem"),
+    [
+        ('{"a": 1', "length", "cut"),
+        ("12", "length", "cut"),
+        ('{"a": "x"}', "stop", "does not validate"),
+        ('{"a": 1', "stop", "not JSON"),
+        ("[" * 100_000, "length", "cut"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_an_error(
+    text: str, reason: str, problem: str
+) -> None:
+    schema = '{"properties": {"a": {"type": "integer"}}}'
+    with pytest.raises(WrongForm, match=problem):
+        check_answer(text, reason, Sampling(json_schema=schema))
+
+
+def test_an_answer_that_was_whole_when_it_was_cut_is_one() -> None:
+    check_answer('{"a": 1}', "length", Sampling(json_schema="{}"))
+    check_answer("anything", "length", Sampling())
+    with pytest.raises(WrongForm, match="cut"):
+        check_answer("ab", "length", Sampling(grammar='root ::= "abc"'))
+
+
+# ---- grammars ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grammar", "sentence"),
+    [
+        ("", "empty"),
+        ("answer ::= \"a\"", "root"),
+        ('root ::= "a" thing', '"thing"'),
+        ('root ::= ("a"', '"\\("'),
+        ('root ::= "a', "half"),
+        ("root ::= [a-z", "half"),
+        ('root ::= "a" # fine\nb ::= x', "line 2"),
+        ('root ::= "\ud800"', "character 11"),
+    ],
+)  # fmt: skip
+def test_a_bad_grammar_is_refused_before_a_model_is_there(grammar: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check_grammar(grammar)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= "yes" | "no"',
+        'root ::= item{2,3} # "a comment\nitem ::= [a-z\\]"]+ "\\"" | ("x" "(")?\n',
+        'root::=a-b\na-b ::= "a" |\n "b"',
+        "root ::= [^\\n]* .",
+    ],
+)
+def test_a_good_grammar_passes_and_runs(demo: Engine, grammar: str) -> None:
+    check_grammar(grammar)
+    request = Request((1,), Sampling(grammar=grammar, seed=1), max_tokens=4)
+    assert list(demo.generate(request))[-1].finish_reason
+
+
+def test_every_grammar_of_a_schema_passes_our_own_check() -> None:
+    for seed in range(30):
+        check_grammar(schema_grammar(json.dumps(random_schema(seed))))
+
+
+def random_json(rng: random.Random, depth: int) -> Any:
+    """Keywords in places where they make no sense."""
+    kind = rng.random()
+    if kind < 0.35 and depth:
+        return {rng.choice(KEYWORDS): random_json(rng, depth - 1) for _ in range(rng.randint(0, 3))}
+    if kind < 0.5 and depth:
+        return [random_json(rng, depth - 1) for _ in range(rng.randint(0, 3))]
+    plain = (0, 1, -1, 2.5, 1e300, 10**30, True, False, None, "a", "#", "#/$defs/a", "^a$", "(")
+    return rng.choice([*plain, *TYPES])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_schemas_without_sense_are_refused_and_nothing_worse(seed: int) -> None:
+    rng = random.Random(seed)
+    n_refused = 0
+    for _ in range(1500):
+        text = json.dumps({rng.choice(KEYWORDS): random_json(rng, 3) for _ in range(2)})
+        try:
+            schema_grammar(text)
+        except UsageError:
+            n_refused += 1
+    assert 1000 < n_refused < 1500
