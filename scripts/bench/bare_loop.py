@@ -1,7 +1,8 @@
-"""The peer of engine.py: the shortest loop over llama.cpp's C API, in a process of its own.
+"""The peer of engine.py and cpu.py: the shortest loop over llama.cpp's C API, as a process.
 
 Reads a job as JSON from stdin: {model, tokens, n_tokens, n_ctx, n_ubatch, n_threads}; prints JSON:
-{prompt_tps, generation_tps, times}, where times are seconds at which each token was sampled.
+{load_s, prompt_tps, generation_tps, times}, where times are seconds at which each was sampled.
+With "defaults" in the job, weights are laid out as llama.cpp does by itself: repacked.
 Nothing is checked, kept or sent but the text of each token, line by line, as a program would.
 """
 
@@ -23,7 +24,7 @@ def load(job: dict[str, Any]) -> tuple[Any, Any]:
     C.llama_backend_init()
     model_params = C.llama_model_default_params()
     model_params.load_mode = 1
-    model_params.use_extra_bufts = False
+    model_params.use_extra_bufts = job.get("defaults", False)
     model_params.n_gpu_layers = 0
     model = C.llama_model_load_from_file(job["model"].encode(), model_params)
     params = C.llama_context_default_params()
@@ -49,7 +50,9 @@ def decode(context: Any, batch: Any, tokens: list[int], position: int) -> None:
 
 def main() -> None:
     job = json.load(sys.stdin)
+    started = time.perf_counter()
     context, vocab = load(job)
+    load_s = time.perf_counter() - started
     batch = C.llama_batch_init(job["n_ubatch"], 0, 1)
     for i in range(job["n_ubatch"]):
         batch.n_seq_id[i] = 1
@@ -72,6 +75,7 @@ def main() -> None:
         token = C.llama_sampler_sample(chain, context, -1)
         times.append(time.perf_counter())
     result = {
+        "load_s": load_s,
         "prompt_tps": len(tokens) / (times[0] - started),
         "generation_tps": (len(times) - 1) / (times[-1] - times[0]),
         "times": [at - times[0] for at in times],

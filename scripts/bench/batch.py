@@ -7,13 +7,16 @@ Workloads, of random tokens: `shared`, 32 requests of 512 shared and 32 own toke
 and `own`, 32 requests of 64 to 544 own tokens, 32 generated. Every contender runs in a fresh
 process, and its time is from its start, load included, to its last answer. Peers: llama-server of
 the same llama.cpp commit (--tools) with its defaults and with its best flags, asked by 16 clients;
-and the `Llama` class, one request after the other. All take turns; medians and ratios are printed.
+the `Llama` class, one request after the other; and llama-cpp-python's example server, which batches
+(--example-server, examples/server/server.py of its sdist; its packages are those of
+--example-python, with llama_cpp of this one). All take turns; medians and ratios are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import queue
@@ -22,6 +25,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -60,6 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--tools", type=Path, help="folder of llama-server")
+    parser.add_argument("--example-server", type=Path, help="server.py of llama-cpp-python")
+    parser.add_argument("--example-python", default=sys.executable, help="that has its packages")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parallel", type=int, default=32, help="sequences of localmoe")
@@ -93,6 +99,9 @@ def contenders_of(arguments: argparse.Namespace) -> dict[str, Callable[[Job], fl
         "localmoe": partial(run_self, "engine"),
         "Llama class": partial(run_self, "sequential"),
     }
+    if arguments.example_server is not None:
+        example = [arguments.example_python, "-c", EXAMPLE, str(arguments.example_server.resolve())]
+        found["example server"] = partial(run_example, example, arguments.clients)
     if arguments.tools is None:
         print("llama-server is left out: --tools names its folder")
         return found
@@ -136,16 +145,14 @@ def run_self(contender: str, job: Job) -> float:
 
 
 def engine(job: Job) -> None:
-    """localmoe's engine as `localmoe batch` uses it."""
+    """localmoe's engine as `localmoe batch` uses it on a CPU."""
     from localmoe.config import engine_environment
     from localmoe.engine.client import Engine, Inbox
     from localmoe.engine.protocol import Delta, Placement, Request, Sampling
-    from localmoe.serving.sharing import sharing_of
 
-    sharing = sharing_of(job["prompts"], N_GENERATED, job["n_seq"])
     placement = Placement(
         n_threads=job["threads"], n_ctx=N_CTX, n_seq=job["n_seq"],
-        kv_unified=sharing.wants_unified, n_cells=max(N_CTX, sharing.n_cells),
+        flash_attention="off", alike=True,
     )  # fmt: skip
     with Engine(engine_environment()) as moe:
         moe.load(job["model"], placement)
@@ -198,18 +205,80 @@ def run_server(tools: Path, n_clients: int, flags: list[str], job: Job) -> float
         return time.perf_counter() - started
 
 
-@contextlib.contextmanager
-def server(tools: Path, flags: list[str], job: Job) -> Iterator[str]:
+EXAMPLE = """
+import runpy, sys
+import llama_cpp
+
+defaults = llama_cpp.llama_model_default_params
+
+def not_repacked():
+    params = defaults()
+    params.use_extra_bufts = False
+    return params
+
+llama_cpp.llama_model_default_params = not_repacked
+llama_cpp.llama_cpp.llama_model_default_params = not_repacked
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Starts the example server, without repacked weights for the same reasons as the class."""
+
+
+def run_example(command: list[str], n_clients: int, job: Job) -> float:
+    """llama-cpp-python's example server, with as many sequences as localmoe has."""
+    started = time.perf_counter()
+    port = free_port()
+    settings = {
+        "server": {"port": port},
+        "model": {
+            "path": job["model"], "alias": "model", "chat_template": "{{ messages }}",
+            "n_ctx": N_CTX * N_REQUESTS, "n_batch": 512, "n_ubatch": 512,
+            "n_seq_max": job["n_seq"], "threads": job["threads"],
+            "threads_batch": job["threads"], "flash_attn": True, "store_logits": False,
+        },
+    }  # fmt: skip
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(settings, file)
+        file.flush()
+        packages = str(Path(find_llama_cpp()).parents[1])
+        environment = {**os.environ, "PYTHONPATH": packages}
+        with (
+            serving([*command, "-C", file.name], port, "/healthz", environment) as address,
+            ThreadPoolExecutor(n_clients) as clients,
+        ):
+            list(clients.map(partial(complete_openai, address), job["prompts"]))
+            return time.perf_counter() - started
+
+
+def find_llama_cpp() -> str:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise SystemExit("there is no llama_cpp")
+    return spec.origin
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def server(tools: Path, flags: list[str], job: Job) -> contextlib.AbstractContextManager[str]:
+    port = free_port()
     command = [str(tools / "llama-server"), "-m", job["model"], "-t", str(job["threads"])]
     command += ["--port", str(port), *flags]
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tools)}
+    return serving(command, port, "/health", {**os.environ, "LD_LIBRARY_PATH": str(tools)})
+
+
+@contextlib.contextmanager
+def serving(
+    command: list[str], port: int, health: str, environment: dict[str, str]
+) -> Iterator[str]:
+    """A server that is ready, by its address; it is killed at the end."""
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment) as process:
         try:
             address = f"http://127.0.0.1:{port}"
-            while not is_ready(address):
+            while not is_ready(address + health):
                 if process.poll() is not None:
                     raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
                 time.sleep(0.02)
@@ -220,19 +289,27 @@ def server(tools: Path, flags: list[str], job: Job) -> Iterator[str]:
 
 def is_ready(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+        with urllib.request.urlopen(address, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
 
 def complete(address: str, prompt: list[int]) -> int:
-    body = json.dumps({"prompt": prompt, "n_predict": N_GENERATED, "temperature": 0}).encode()
-    request = urllib.request.Request(
-        f"{address}/completion", body, {"Content-Type": "application/json"}
-    )
+    asked = {"prompt": prompt, "n_predict": N_GENERATED, "temperature": 0}
+    return int(post(f"{address}/completion", asked)["tokens_predicted"])
+
+
+def complete_openai(address: str, prompt: list[int]) -> int:
+    asked = {"prompt": prompt, "max_tokens": N_GENERATED, "temperature": 0}
+    return int(post(f"{address}/v1/completions", asked)["usage"]["completion_tokens"])
+
+
+def post(address: str, asked: dict[str, Any]) -> Any:
+    body = json.dumps(asked).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as answer:
-        return int(json.load(answer)["tokens_predicted"])
+        return json.load(answer)
 
 
 if __name__ == "__main__":
