@@ -22,25 +22,18 @@ from .placement.search import Speeds
 from .placement.speeds import SpeedStore, measured_too_slow
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SpeedLog:
     """Where a loaded model's speeds are kept: tell it the last delta of each answer."""
 
     store: SpeedStore
     key: MeasurementKey
     setting: Setting
-    n_answers: int = 0
 
     def add(self, last: Delta) -> None:
-        """Keep the speeds of an answer that had the engine to itself and was not stopped.
-
-        While the first one is generated, repacked copies may still be made.
-        """
-        self.n_answers += 1
+        """Keep the speeds of an answer that had the engine to itself and was not stopped."""
         if last.usage and last.timings and last.finish_reason in ("stop", "length"):
             records = records_of(self.setting, last.usage, last.timings, time.time())
-            if self.n_answers == 1 and self.setting.placement.repack != "off":
-                records = tuple(record for record in records if record.kind != "generation")
             self.store.add(self.key, records)
 
 

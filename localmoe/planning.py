@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .placement.search import (
     Workload,
     fallbacks,
     job_of,
+    promising,
     requests_of,
     search,
 )
@@ -48,6 +49,8 @@ SETBACK_BYTES, SETBACK_SHARE = 256 << 20, 0.02
 MAX_PROVED = 64
 WORTH_TUNING_BYTES = 64 << 20
 """A smaller model answers sooner than it could be timed."""
+TUNING_BYTES = 1 << 30
+"""What timing a model may take of RAM beside its plan: some layers' copies, a small context."""
 
 
 def plan_request(settings: Settings) -> PlanRequest:
@@ -115,15 +118,20 @@ class Planner:
             return self._searched(meta, self.machine, Speeds(), unmeasured_plan(self.machine, meta))
         return self._plan_here(path, meta, measure=True)
 
-    def plan_to_load(self, path: Path, meta: ModelMeta) -> Plan:
+    def plan_to_load(self, path: Path, meta: ModelMeta, *, tune: bool = True) -> Plan:
         """The plan to load a model by, here and now. Raises DoesNotFit.
 
-        Without a GPU to place anything on, the model itself is timed on the CPU, once.
+        Without a GPU to place anything on, the model itself is timed on the CPU, once; not with
+        `tune` False, as where only its header is here.
         """
         if self._may_use_gpus(self.here):
             return self._plan_here(path, meta, measure=True)
-        if self.is_to_be_tuned(meta):
-            self._tune(path, meta)
+        plan = self._plan_here(path, meta, measure=False)
+        ram = plan.memory[-1]
+        has_room = ram.budget_bytes - ram.total_bytes >= TUNING_BYTES
+        if not (tune and has_room and self.is_to_be_tuned(meta)):
+            return plan
+        self._tune(path, meta)
         return self._plan_here(path, meta, measure=False)
 
     def is_to_be_tuned(self, meta: ModelMeta) -> bool:
@@ -132,7 +140,7 @@ class Planner:
             return False
         if meta.weights_bytes < WORTH_TUNING_BYTES:
             return False
-        known = self._tunings.read(key_of(self.here, meta))
+        known = self._tunings.read(self._tuning_key(meta))
         return known is None or not known.is_final
 
     def lost_bytes(self) -> int:
@@ -177,8 +185,8 @@ class Planner:
         return bool(machine.gpus) and self._request.n_gpu_layers != 0
 
     def _tune(self, path: Path, meta: ModelMeta) -> None:
-        """Time a model, in a process that may die of it; where it does, that isn't tried again."""
-        key = key_of(self.here, meta)
+        """Time a model, in a process that may die of it."""
+        key = self._tuning_key(meta)
         known = self._tunings.read(key)
         wanted = self._request.n_threads
         n_threads = (wanted,) if wanted else threads_to_try(self.here.n_cores)
@@ -197,9 +205,14 @@ class Planner:
             speeds = replace(speeds, tuning=self._tuning(meta))
         return self._searched(meta, self.here, speeds, planned)
 
+    def _tuning_key(self, meta: ModelMeta) -> MeasurementKey:
+        """With a number of threads that a person fixed, nothing is learned for others."""
+        key, wanted = key_of(self.here, meta), self._request.n_threads
+        return replace(key, model=f"{key.model} -t {wanted}") if wanted else key
+
     def _tuning(self, meta: ModelMeta) -> Tuning | None:
         """What the model was timed with, if it was and that is wanted."""
-        found = self._tunings.read(key_of(self.here, meta)) if self._may_tune else None
+        found = self._tunings.read(self._tuning_key(meta)) if self._may_tune else None
         return found.tuning if found and found.tuning.times else None
 
     def _look(self) -> Machine:
@@ -220,16 +233,19 @@ class Planner:
         planned: Callable[[PlanRequest], Plan],
     ) -> Plan:
         has_gpu = self._may_use_gpus(machine)
-        request = tuned(self._request, speeds.tuning, self._open)
+        request = tuned(self._request, speeds.tuning, self._open.n_ubatch and self._crowd is None)
         request = replace(request, alike=request.n_seq > 1 and not has_gpu)
         refusals: list[DoesNotFit] = []
         for wish, why in fallbacks(request, self._open):
             wanted = self._crowd.requests(wish, has_gpu) if self._crowd else [wish]
-            requests = (
+            requests: Iterable[PlanRequest] = (
                 r for w in wanted for r in requests_of(w, has_gpu, self._open, self._job.name)
             )
+            asked = self._job, meta, gpu_names(machine), speeds
+            if has_gpu:
+                requests = promising(requests, *asked, unmeasured_plan(machine, meta))
             try:
-                plan = search(requests, self._job, meta, gpu_names(machine), speeds, planned)
+                plan = search(requests, *asked, planned)
             except DoesNotFit as error:
                 refusals.append(error)
             else:
@@ -256,12 +272,17 @@ class Planner:
         return planned
 
 
-def tuned(request: PlanRequest, tuning: Tuning | None, is_open: Open) -> PlanRequest:
-    """A request with threads and micro-batch as a model's own timing says, where they are open."""
+def tuned(request: PlanRequest, tuning: Tuning | None, is_ubatch_open: bool) -> PlanRequest:
+    """A request with threads and micro-batch as a model's own timing says, where they are open.
+
+    A larger micro-batch is not for several sequences: their answers would depend on each other
+    from half the context on (placement/sizes.py).
+    """
     if tuning is None:
         return request
     n_threads = request.n_threads or best_threads(tuning)
-    n_ubatch = best_ubatch(tuning, request.n_ubatch) if is_open.n_ubatch else request.n_ubatch
+    is_open = is_ubatch_open and request.n_seq == 1
+    n_ubatch = best_ubatch(tuning, request.n_ubatch) if is_open else request.n_ubatch
     return replace(request, n_threads=n_threads, n_ubatch=n_ubatch)
 
 

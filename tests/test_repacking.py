@@ -14,8 +14,17 @@ from make_model import SHAPES, make_model
 from localmoe.engine import bindings
 from localmoe.engine.bindings import ggml
 from localmoe.engine.model import LoadedModel
-from localmoe.engine.protocol import Placement
-from localmoe.engine.repacking import OBJECT_BYTES, Tensor, matrices, repack_type, repacked
+from localmoe.engine.protocol import Placement, RepackMode
+from localmoe.engine.repacking import (
+    OBJECT_BYTES,
+    Tensor,
+    is_plain_product,
+    matrices,
+    repack_type,
+    repacked,
+)
+from localmoe.engine.tuning import repackable
+from localmoe.placement.tuning import copies_within
 
 PROMPT = list(range(300, 340))
 
@@ -88,6 +97,17 @@ def test_what_is_copied(weights: bindings.Model, mode: str, n_layers: int) -> No
     assert ("blk.0.attn_q.weight" in names) == (mode == "all")
 
 
+@needs_repacking
+@pytest.mark.parametrize("mode", ["experts", "all"])
+def test_copies_are_what_the_plan_counts(weights: bindings.Model, mode: RepackMode) -> None:
+    """Outside of layers too: the output matrix was copied beside what a plan had room for."""
+    layers = repackable(matrices(weights))
+    for n_layers in range(1, len(layers) + 1):
+        copies = repacked(weights, mode, n_layers)
+        assert copies.n_bytes == copies_within(layers[:n_layers], mode, 1 << 40).n_bytes
+        copies.free()
+
+
 def logits(
     loaded: LoadedModel, token: int, position: int, generating: bool
 ) -> npt.NDArray[np.float32]:
@@ -118,3 +138,26 @@ def test_answers_are_what_they_were_but_for_rounding(model: Path) -> None:
     assert np.abs(c - d).max() < 0.05 * c.std()
     plain.free()
     twice.free()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "is_plain"),
+    [
+        (b"MUL_MAT", (512, 128, 1, 1), True),
+        (b"MUL_MAT", (512, 128, 16, 1), False),  # a matrix for each head, as in DeepSeek's MLA
+        (b"MUL_MAT_ID", (512, 128, 8, 1), True),
+        (b"ADD", (512, 128, 1, 1), False),
+    ],
+)
+def test_products_that_repacked_weights_have_a_kernel_for(
+    kind: bytes, shape: tuple[int, ...], is_plain: bool
+) -> None:
+    """On others llama.cpp aborts (ggml-cpu/repack.cpp)."""
+    operations = {ggml.ggml_op_name(n): n for n in range(96)}
+    weights, tokens, node = Tensor(), Tensor(), Tensor()
+    weights.ne[:] = shape
+    node.op = operations[kind]
+    node.src[0], node.src[1] = ctypes.addressof(weights), ctypes.addressof(tokens)
+    assert is_plain_product(node) == is_plain
+    tokens.type = 1  # f16
+    assert not is_plain_product(node)

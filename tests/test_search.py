@@ -16,6 +16,7 @@ from localmoe.placement.plan import Plan, make_plan
 from localmoe.placement.request import PlanRequest
 from localmoe.placement.search import (
     JOBS,
+    N_MEASURED,
     Job,
     Open,
     Speeds,
@@ -23,6 +24,7 @@ from localmoe.placement.search import (
     fallbacks,
     job_of,
     pinned_bytes,
+    promising,
     requests_of,
     search,
     within,
@@ -163,6 +165,25 @@ def test_a_job_is_cut_to_what_the_context_holds() -> None:
     whole = JOBS["chat"].task
     ratio = whole.n_prompt / whole.n_generated
     assert task.n_prompt / task.n_generated == pytest.approx(ratio, rel=0.05)
+
+
+def test_of_many_requests_few_are_measured_and_the_best_is_among_them(mixtral: ModelMeta) -> None:
+    on = machine(16)
+    crowd = [
+        r
+        for n in (1, 2, 4, 8, 16, 32, 64)
+        for r in requests_of(PlanRequest(n_seq=n, n_ctx=256), True, Open(), "batch")
+    ]
+
+    def planned(request: PlanRequest) -> Plan:
+        return make_plan(on, mixtral, NOTHING_MEASURED, request)
+
+    asked = JOBS["batch"], mixtral, ("CUDA0",), Speeds(H100)
+    few = promising(crowd, *asked, planned)
+    assert len(crowd) == 56
+    assert len(few) == N_MEASURED
+    assert search(few, *asked, planned).placement == search(crowd, *asked, planned).placement
+    assert promising(crowd[:8], *asked, planned) == crowd[:8]
 
 
 def test_what_is_open_gives_way_before_a_refusal() -> None:

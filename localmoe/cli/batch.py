@@ -249,7 +249,7 @@ class BatchCommand:
     def _n_ctx(self) -> int:
         """The most tokens that a request may have, its answer included."""
         meta = self._found.meta
-        return self._finder.planner.plan_to_load(meta.paths[0], meta).placement.n_ctx
+        return self._finder.planner.plan_to_load(meta.paths[0], meta, tune=False).placement.n_ctx
 
     @cached_property
     def _encoder(self) -> Encoder:

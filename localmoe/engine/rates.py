@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CPU = "CPU"
+MARGIN = 1.1
+"""A gain below it is noise: the same step of a model, timed again, differs by up to 8 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,11 @@ class Tuning:
 
     `repackable` has every layer, and what is outside of layers at its end. `others_share` of the
     processor's time went to other programs meanwhile: much of it, and the times say little.
+    All but the first times are of `n_threads`, the fastest number.
     """
 
     n_layers: int
+    n_threads: int
     times: tuple[StepTime, ...]
     repackable: tuple[RepackableLayer, ...]
     repack_bytes_per_s: float

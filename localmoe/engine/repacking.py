@@ -21,7 +21,9 @@ from .protocol import RepackMode
 
 REPACK_TYPE = b"CPU_REPACK"  # ggml_backend_cpu_repack_buffer_type_get_name (repack.cpp)
 FILE_TYPES = (b"CPU", b"CPU_Mapped")  # names of buffers that hold weights as they are (llama-mmap)
-PRODUCTS = (b"MUL_MAT", b"MUL_MAT_ID")
+EXPERT_PRODUCT = b"MUL_MAT_ID"
+PRODUCTS = (b"MUL_MAT", EXPERT_PRODUCT)
+F32 = 0  # enum ggml_type (ggml.h)
 EXPERTS = "_exps"
 OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts too (ggml.c)
 WEIGHTS_USAGE = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS (ggml-backend.h)
@@ -151,9 +153,13 @@ class Repacked:
 
 
 def repacked(model: bindings.Model, mode: RepackMode, n_layers: int) -> Repacked:
-    """Room for copies of the matrices of a model's first layers; with mode "all" and all layers,
-    of the output matrix too. Nothing where RAM has no room."""
-    wanted = [tensor for tensor in matrices(model) if is_wanted(tensor, mode, n_layers)]
+    """Room for copies of the matrices of a model's first layers; what is outside of layers counts
+    as one more. Nothing where RAM has no room."""
+    if mode == "off" or repack_type() is None:
+        return Repacked()
+    weights = matrices(model)
+    n_all = n_layers_of(weights)
+    wanted = [tensor for tensor in weights if is_wanted(tensor, mode, n_layers, n_all)]
     made: list[Twin] = []
     try:
         for twin in twins(wanted):
@@ -170,11 +176,16 @@ def size_of(tensor: Tensor) -> int:
     return int(ggml.ggml_nbytes(ctypes.addressof(tensor)))
 
 
-def is_wanted(tensor: Tensor, mode: RepackMode, n_layers: int) -> bool:
+def is_wanted(tensor: Tensor, mode: RepackMode, n_layers: int, n_all: int) -> bool:
+    """Whether a matrix is to be copied; those outside of the `n_all` layers count as one more."""
     layer = layer_of(tensor)
-    if mode == "off" or (mode == "experts" and EXPERTS not in tensor.name.decode()):
+    if mode == "experts" and EXPERTS not in tensor.name.decode():
         return False
-    return layer is None or layer < n_layers
+    return (n_all if layer is None else layer) < n_layers
+
+
+def n_layers_of(weights: Iterable[Tensor]) -> int:
+    return 1 + max((n for t in weights if (n := layer_of(t)) is not None), default=-1)
 
 
 def layer_of(tensor: Tensor) -> int | None:
@@ -215,19 +226,21 @@ def repack_type() -> int | None:
     return None
 
 
-def matrices(model: bindings.Model) -> list[Tensor]:
+def matrices(model: bindings.Model, names: set[bytes] | None = None) -> list[Tensor]:
     """Weights in RAM that are multiplied with and used for nothing else, in their order.
 
     The graph of one token has them all; it is laid out and shown, and its computation given up.
+    `names` is given the names of its nodes.
     """
     products: dict[int, Tensor] = {}
     others: set[int] = set()
 
     def note(address: int, _: bool) -> bool:
         node = Tensor.from_address(address)
-        is_product = ggml.ggml_op_name(node.op) in PRODUCTS
+        if names is not None:
+            names.add(node.name)
         for i, source in enumerate(node.src):
-            if source and is_product and i == 0:
+            if source and i == 0 and is_plain_product(node):
                 products.setdefault(source, Tensor.from_address(source))
             elif source:
                 others.add(source)
@@ -241,6 +254,17 @@ def matrices(model: bindings.Model) -> list[Tensor]:
     context.decode(bindings.Batch(1), 1)
     context.free()
     return [t for at, t in products.items() if at not in others and is_file_weight(t)]
+
+
+def is_plain_product(node: Tensor) -> bool:
+    """A product that repacked weights have a kernel for: of one matrix, or of one for each expert
+    (supports_op, ggml/src/ggml-cpu/repack.cpp; it asserts on others)."""
+    kind = ggml.ggml_op_name(node.op)
+    if kind not in PRODUCTS or not node.src[0] or not node.src[1]:
+        return False
+    weights, tokens = (Tensor.from_address(node.src[i]) for i in (0, 1))
+    n_matrices = weights.ne[3] if kind == EXPERT_PRODUCT else weights.ne[2] * weights.ne[3]
+    return bool(n_matrices == 1 and tokens.type == F32)
 
 
 def is_file_weight(tensor: Tensor) -> bool:

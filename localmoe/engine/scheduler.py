@@ -52,6 +52,7 @@ class Run:
     n_drawn: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
+    copying_s: float = 0.0  # since the first token
     unsent: str = ""  # the text so far of a request that isn't streamed
 
     @property
@@ -110,6 +111,9 @@ class Scheduler:
     def step(self) -> list[Delta | Failed]:
         """Admit, build one batch, compute it, sample: what is new of each answer."""
         news: list[Delta | Failed] = [*self._admit()]
+        if self._model.lacks_copies and any(run.n_sampled for run in self._running.values()):
+            self._make_copies()
+            return news
         laid = self._layout.lay(self._running.values())
         if not laid.parts or not self._compute(laid):
             return news
@@ -122,6 +126,14 @@ class Scheduler:
             else:
                 run.unsent += new.text
         return news
+
+    def _make_copies(self) -> None:
+        """Some of those that answers are generated with. A step of its own, so that it can be
+        broken off; an answer's speed is not that of this."""
+        started = time.perf_counter()
+        self._model.make_copies()
+        for run in self._running.values():
+            run.copying_s += (time.perf_counter() - started) * bool(run.n_sampled)
 
     def fail_all(self, reason: str) -> list[Failed]:
         """Drop every request under way, for one reason."""
@@ -311,7 +323,8 @@ def timings_of(run: Run) -> Timings:
     """The speeds of a run: its prompt up to the first token, its answer from there on."""
     if not run.first_token:
         return Timings(0.0, 0.0, 0.0)
-    prompt_s, generation_s = run.first_token - run.started, run.last_token - run.first_token
+    prompt_s = run.first_token - run.started
+    generation_s = run.last_token - run.first_token - run.copying_s
     n_computed, n_after_first = run.n_prompt - run.n_cached, run.n_drawn - 1
     return Timings(
         first_token_s=run.first_token - run.arrived,

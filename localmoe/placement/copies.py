@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..engine.protocol import RepackMode
-from ..engine.rates import Tuning
+from ..engine.rates import MARGIN, Tuning
 from ..errors import gib
+from ..models.meta import ModelMeta
+from .forecast import touched_share
 from .measured import Figure
 from .plan import Plan
-from .tuning import MARGIN, copies_within, repacked_ratio, step_ratio
+from .tuning import copies_within, repacked_ratio, step_ratio
+
+RESERVE_BYTES, RESERVE_SHARE = 1 << 30, 0.05
+"""What copies leave of RAM: they can't be given back like the pages of a file."""
 
 
-def with_copies(plan: Plan, tuning: Tuning) -> Plan | None:
+def with_copies(plan: Plan, tuning: Tuning, meta: ModelMeta) -> Plan | None:
     """A plan for the CPU with as many repacked copies as RAM has room for; None where there are
     none to be had, or they don't make this many sequences faster.
 
@@ -24,12 +29,15 @@ def with_copies(plan: Plan, tuning: Tuning) -> Plan | None:
     if place.n_gpu_layers or step_ratio(tuning, place.n_seq) > 1 / MARGIN:
         return None
     mode: RepackMode = "all" if place.n_seq == 1 else "experts"
-    copies = copies_within(tuning.repackable, mode, ram.budget_bytes - ram.total_bytes)
+    reserve = max(RESERVE_BYTES, int(RESERVE_SHARE * ram.budget_bytes))
+    room = ram.budget_bytes - ram.total_bytes - reserve
+    copies = copies_within(tuning.repackable, mode, room)
     if not copies.n_bytes:
         return None
     repacked = Figure(copies.n_bytes, "measured")
-    faster = 1 / repacked_ratio(tuning, mode, copies.n_layers, place.n_seq)
-    why = f"generating with repacked copies, {faster:.1f} times as fast as timed here"
+    touched = touched_share(meta, place.n_seq)
+    faster = 1 / repacked_ratio(tuning, mode, copies.n_layers, place.n_seq, touched)
+    why = f"generating with repacked copies, about {faster:.1f} times as fast by a timing here"
     return replace(
         plan,
         placement=replace(place, repack=mode, n_repacked_layers=copies.n_layers),

@@ -46,7 +46,7 @@ ENGINE_STEP_S, SAMPLING_S = 0.45e-3, 55e-6
 DISK_BYTES_PER_S = 1.5e9
 """Pages of a mapped file that RAM doesn't hold, from an NVMe disk: formula, never measured."""
 LEAST_HOST_SHARE = 0.1
-"""Where the CPU does less of the work, it isn't to blame for what is wrong with a forecast."""
+"""Where the CPU does less of the work, a run teaches nothing about it."""
 MIN_PROMPT_TOKENS, MIN_GENERATED_TOKENS = 64, 16
 """A shorter run's speed says more about its beginning than about the machine."""
 
@@ -179,7 +179,9 @@ def generation_tps(setting: Setting, task: Task) -> float:
     n, place = task.n_at_once, setting.placement
     seconds = step_seconds(setting, n, seen, n_outputs=n, one_each=True)
     if setting.tuning:
-        seconds *= repacked_ratio(setting.tuning, place.repack, place.n_repacked_layers, n)
+        touched = touched_share(setting.meta, n)
+        copies = place.repack, place.n_repacked_layers
+        seconds *= repacked_ratio(setting.tuning, *copies, n, touched)
     return n / seconds
 
 
@@ -206,7 +208,8 @@ def likely_tps(
 
 def host_share(setting: Setting, task: Task) -> float:
     """The CPU's share of the time of a generating step beside a GPU; 1 where there is but one."""
-    if not any(part.device != CPU for part in setting.parts):
+    devices = {part.device for part in setting.parts}
+    if CPU not in devices or devices == {CPU}:
         return 1.0
     n, seen = task.n_at_once, task.n_cached + task.n_prompt + task.n_generated / 2
     if setting.is_offloaded(CPU, n):
@@ -218,8 +221,7 @@ def host_share(setting: Setting, task: Task) -> float:
         attention_seconds(setting, layer, n, seen, True) for layer in setting.layers
         if layer.device == CPU
     )  # fmt: skip
-    share = (products + layers) / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
-    return share if share > LEAST_HOST_SHARE else 1.0
+    return (products + layers) / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
 
 
 # ---- the time of a step ----
@@ -338,7 +340,8 @@ def records_of(
     found = []
     if task.n_prompt >= MIN_PROMPT_TOKENS and timings.prompt_tps > 0:
         found.append(("prompt", prompt_tps(setting, task), timings.prompt_tps, task.n_prompt))
-    if task.n_generated >= MIN_GENERATED_TOKENS and timings.generation_tps > 0:
+    teaches = host_share(setting, task) >= LEAST_HOST_SHARE
+    if task.n_generated >= MIN_GENERATED_TOKENS and timings.generation_tps > 0 and teaches:
         tps = generation_tps(setting, task)
         found.append(("generation", tps, timings.generation_tps, task.n_generated))
     model = model_label(setting.meta)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +16,16 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ..engine.protocol import RepackMode
-from ..engine.rates import RepackableLayer, StepTime, Tuning
+from ..engine.rates import MARGIN, RepackableLayer, StepTime, Tuning
 from .measured import MeasurementKey, write_beside
 
 LIMIT_S = 4.0
-MARGIN = 1.1
-"""A gain below it is noise: the same step, timed again, differs by up to 8 %."""
 
 BUSY_SHARE = 0.1
 """Where others took more of the processors' time, a number of threads can't be judged."""
 MAX_TRIES = 3
 
-UNTUNED = Tuning(0, (), (), 0.0)
+UNTUNED = Tuning(0, 0, (), (), 0.0)
 """Kept where a model could not be timed."""
 
 
@@ -38,13 +35,8 @@ def threads_to_try(n_cores: int) -> tuple[int, ...]:
 
 
 def best_threads(tuning: Tuning) -> int:
-    """The number of threads that generates fastest; the first that was timed unless another one
-    clearly does."""
-    ones = [time for time in tuning.times if time.n_tokens == 1 and not time.repacked]
-    if is_busy(tuning):
-        return ones[0].n_threads
-    best = min(ones, key=lambda time: time.seconds)
-    return best.n_threads if ones[0].seconds > MARGIN * best.seconds else ones[0].n_threads
+    """The number of threads that generates fastest; on a busy machine the first that was timed."""
+    return tuning.times[0].n_threads if is_busy(tuning) else tuning.n_threads
 
 
 def is_busy(tuning: Tuning) -> bool:
@@ -68,10 +60,11 @@ def step_ratio(tuning: Tuning, n_tokens: int) -> float:
     """The time of a generating step with all weights repacked, over that with none.
 
     Between the numbers of tokens that were timed, and beyond the last, in proportion to none: the
-    nearest larger one's counts, as the gain only falls.
+    nearest larger one's counts, as the gain only falls. A busy machine says nothing.
     """
-    plain = {t.n_tokens: t.seconds for t in tuning.times if not t.repacked}
-    repacked = {t.n_tokens: t.seconds for t in tuning.times if t.repacked}
+    mine = [t for t in tuning.times if t.n_threads == tuning.n_threads and not is_busy(tuning)]
+    plain = {t.n_tokens: t.seconds for t in mine if not t.repacked}
+    repacked = {t.n_tokens: t.seconds for t in mine if t.repacked}
     both = sorted(plain.keys() & repacked.keys())
     nearest = next((n for n in both if n >= n_tokens), None)
     return repacked[nearest] / plain[nearest] if nearest else 1.0
@@ -97,29 +90,38 @@ def copies_within(layers: tuple[RepackableLayer, ...], mode: RepackMode, room_by
     return Copies(mode, n_layers, n_bytes) if n_bytes else Copies()
 
 
-def repacked_ratio(tuning: Tuning, mode: RepackMode, n_layers: int, n_tokens: int) -> float:
-    """The time of a generating step with these copies, over that with none."""
-    whole = copies_within(tuning.repackable, "all", sys.maxsize).n_bytes
+def repacked_ratio(
+    tuning: Tuning, mode: RepackMode, n_layers: int, n_tokens: int, touched: float
+) -> float:
+    """The time of a generating step with these copies, over that with none. `touched` is the share
+    of experts that so many tokens are routed to: what is read decides, not what there is."""
+
+    def read_bytes(layers: tuple[RepackableLayer, ...], with_dense: bool) -> float:
+        return sum(n.expert_bytes * touched + n.dense_bytes * with_dense for n in layers)
+
+    whole = read_bytes(tuning.repackable, with_dense=True)
     if not whole or mode == "off":
         return 1.0
-    made = copies_within(tuning.repackable[:n_layers], mode, sys.maxsize).n_bytes
-    return 1.0 - made / whole * (1.0 - step_ratio(tuning, n_tokens))
+    read = read_bytes(tuning.repackable[:n_layers], with_dense=mode == "all")
+    return 1.0 - read / whole * (1.0 - step_ratio(tuning, n_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A timing, and how often it was tried: on a busy machine, once more at another time."""
+    """A timing, and how often it was tried: on a busy machine, or where it failed, once more at
+    another time."""
 
     tuning: Tuning
     n_tries: int = 1
 
     @property
     def is_final(self) -> bool:
-        return not is_busy(self.tuning) or self.n_tries >= MAX_TRIES
+        is_good = bool(self.tuning.times) and not is_busy(self.tuning)
+        return is_good or self.n_tries >= MAX_TRIES
 
     def or_better(self, newer: Tuning) -> Kept:
-        """The one that was less disturbed."""
-        best = min(self.tuning, newer, key=lambda tuning: tuning.others_share)
+        """The one that was less disturbed, and not the one that failed."""
+        best = min(self.tuning, newer, key=lambda t: (not t.times, t.others_share))
         return Kept(best, self.n_tries + 1)
 
 
