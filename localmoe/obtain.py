@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .choosing import Choice, check_bytes, choose, free_bytes, in_order
 from .config import Settings, config_folder, hub_access
 from .errors import DoesNotFit, DownloadError, LocalMoeError, ModelFileError, gib
+from .likely import speed_for
 from .models.architectures import refuse_unknown
 from .models.better import better
 from .models.cache_layout import COMMIT
@@ -262,8 +264,10 @@ class Finder:
             check_runs(meta, is_here=bool(here))
             self.planner.plan(meta.paths[0], meta)
 
+        wish = self.planner.machine, plan_request(self.settings)
+        speed = partial(speed_for, name.spec, *wish)
         try:
-            return choose(quants, check, are_here=bool(here))
+            return choose(quants, check, are_here=bool(here), speed=speed)
         except (DoesNotFit, ModelFileError):
             if must_fit:
                 raise

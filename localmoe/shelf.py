@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from .choosing import best_first, free_bytes, in_order
-from .config import config_folder, state_folder
+from .choosing import best_first, free_bytes, in_order, much_faster
+from .config import config_folder
+from .likely import beside, speed_of
 from .models.catalog import ModelSpec, read_catalog
 from .models.matching import models_meant, newest, quant_here, sized_quants
 from .models.names import parse_name
 from .models.quants import Quant, is_coarse
 from .models.store import Installed
 from .obtain import Finder
-from .placement.bandwidth import BandwidthStore
-from .placement.forecast import likely_tps
 from .placement.hardware import Machine
 from .placement.plan import gpu_budgets
 from .placement.request import PlanRequest
-from .planning import key_of, plan_request
+from .planning import plan_request
 
-BESIDE_WEIGHTS = 0.06
-LEAST_BESIDE_BYTES = 512 << 20
-"""What a model takes beside its weights, cache and buffers of a few thousand tokens: Mixtral 8x7B
-1.2 GiB beside 26.5. A plan, which needs the header, says it exactly."""
 LARGE_SHARE = 0.2
 """Of a model's parameters, those that a token meets: more in dense models and those of few large
 experts (Mixtral 28 %), less in those of many small ones (Qwen3 30B A3B 11 %)."""
@@ -88,27 +84,14 @@ def room_of(machine: Machine, request: PlanRequest) -> Room:
 
 def suited(spec: ModelSpec, wanted: Sequence[Quant], room: Room) -> Suited | None:
     """The first that fits of quants in the order in which they are wanted."""
+    speed = partial(speed_of, spec, room.machine, room.gpu_bytes)
     for quant in wanted:
         if quant.n_bytes + beside(quant.n_bytes) <= room.memory_bytes:
-            speed = speed_of(spec, quant.n_bytes, room)
-            return Suited(quant.label, quant.n_bytes, speed, is_poor(spec, quant.label))
+            best = next(iter(much_faster(quant, wanted, speed)), quant)
+            return Suited(best.label, best.n_bytes, speed(best), is_poor(spec, best.label))
     return None
 
 
 def is_poor(spec: ModelSpec, label: str) -> bool:
     share = (spec.active_parameters or 0) / (spec.parameters or 1)
     return share > LARGE_SHARE and is_coarse(label)
-
-
-def beside(n_bytes: int) -> int:
-    return max(LEAST_BESIDE_BYTES, int(n_bytes * BESIDE_WEIGHTS))
-
-
-def speed_of(spec: ModelSpec, n_bytes: int, room: Room) -> float | None:
-    if not (spec.parameters and spec.active_parameters):
-        return None
-    store = BandwidthStore(state_folder() / "measured")
-    active = spec.active_parameters / spec.parameters
-    for_weights = max(0, room.gpu_bytes - beside(n_bytes))
-    bandwidths = store.read(key_of(room.machine, None))
-    return likely_tps(n_bytes, active, bandwidths, room.machine.n_cores, for_weights)

@@ -71,6 +71,28 @@ def test_why_is_true(there: str, gib: float, chosen: str, why: str) -> None:
     assert why in choice.why
 
 
+def test_a_quant_a_little_below_is_taken_where_it_is_much_faster() -> None:
+    """As on 24 GiB, where IQ4_XS fits on the GPU whole and Q4_K_M doesn't."""
+    there = [quant(label) for label in ("Q4_K_M", "Q4_K_S", "IQ4_XS", "Q2_K", "Q8_0")]
+
+    def on_gpu(label: str) -> Callable[[Quant], float]:
+        limit = SIZES[label] * GIB
+        return lambda q: 190.0 if q.n_bytes <= limit + 1 else 50.0
+
+    choice = choose(there, up_to(99), are_here=False, speed=on_gpu("IQ4_XS"))
+    assert choice.quant.label == "IQ4_XS"
+    assert "190 tok/s where Q4_K_M gives 50" in choice.why
+    assert choose(there, up_to(99), are_here=False, speed=on_gpu("Q4_K_S")).quant.label == "Q4_K_S"
+    # a poor one is not taken for speed, nor one that doesn't run, nor for a little speed
+    assert choose(there, up_to(99), are_here=False, speed=on_gpu("Q2_K")).quant.label == "Q4_K_M"
+    broken = up_to(99, "IQ4_XS")
+    assert choose(there, broken, are_here=False, speed=on_gpu("IQ4_XS")).quant.label == "Q4_K_M"
+    slightly = choose(there, up_to(99), are_here=False, speed=lambda q: 1e12 / q.n_bytes)
+    assert slightly.quant.label == "Q4_K_M"
+    # what is here is not fetched again
+    assert choose(there, up_to(99), are_here=True, speed=on_gpu("IQ4_XS")).quant.label == "Q8_0"
+
+
 def test_of_those_that_are_here_the_best_that_fits_is_taken() -> None:
     here = [quant("Q2_K"), quant("Q6_K"), quant("Q4_K_M"), quant("model", 1)]
     assert choose(here, up_to(99), are_here=True).quant.label == "Q6_K"
