@@ -75,9 +75,10 @@ def faster(
     for quant in much_faster(choice.quant, quants, speed):
         with contextlib.suppress(DoesNotFit, ModelFileError):
             check(quant)
+            named = f"{quant.label} ({gib(quant.n_bytes)})"
             usual = f"{choice.quant.label} gives {speed(choice.quant):.0f}"
-            why = f"by forecast {speed(quant):.0f} tok/s where {usual}, for a point or two of quality"
-            return Choice(quant, f"{quant.label} ({gib(quant.n_bytes)}): {why}.")
+            why = f"by forecast {speed(quant):.0f} tok/s where {usual}"
+            return Choice(quant, f"{named}: {why}, for a point or two of quality.")
     return choice
 
 
