@@ -6,21 +6,34 @@ The only reader of os.environ; everything else is handed what it needs.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .config_file import FILE_NAME, Said, file_key, names_of, read_config
+from .config_errors import bad_value
+from .config_file import (
+    FILE_NAME,
+    MEND,
+    ONE_COMMAND,
+    Said,
+    file_key,
+    names_of,
+    read_config,
+    setting_name,
+)
 from .engine.protocol import KvType
 from .errors import UsageError
 from .models.remote import HubAccess
 
 PREFIX = "LOCALMOE_"
+FOLDERS = ("STATE", "CONFIG")
+"""Variables that are no settings."""
 HUB = "https://huggingface.co"
 YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
@@ -51,7 +64,13 @@ def parse_sizes(text: str) -> tuple[int, ...]:
 
 
 def _if_text(parse: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+    def parsed(value: Any) -> Any:
+        try:
+            return parse(value) if isinstance(value, str) else value
+        except UsageError as error:  # pydantic tells whose value it is where it is a ValueError
+            raise ValueError(error) from None
+
+    return BeforeValidator(parsed)
 
 
 def _if_flag() -> BeforeValidator:
@@ -118,14 +137,18 @@ class Settings(BaseModel):
 
 
 def load_settings(
-    given: Mapping[str, Any], env: Mapping[str, str] | None = None, model: str | None = None
+    given: Mapping[str, Any],
+    env: Mapping[str, str] | None = None,
+    model: str | None = None,
+    called: Callable[[str], str] = str,
 ) -> Settings:
     """Settings with what was given on top. Raises UsageError.
 
     `given` may hold None for what was not said. `model`, a name, takes what config.yaml says of
-    it. With an `env`, that stands for the variables, and no file is read.
+    it. With an `env`, that stands for the variables, and no file is read. `called` gives what the
+    person who gave a setting calls it.
     """
-    return settings_of(settings_said(given, env, model))
+    return settings_of(settings_said(given, env, model), called)
 
 
 def settings_said(
@@ -136,13 +159,44 @@ def settings_said(
     if env is None:
         env = os.environ
         said = config_said(model)
-    for name in Settings.model_fields:
-        if text := env.get(PREFIX + name.upper()):
-            said[name] = Said(text, PREFIX + name.upper())
+    said.update(variables_said(env))
     for name, value in given.items():
         if value is not None and value != ():
             said[name] = Said(value, "")
     return said
+
+
+def variables_said(env: Mapping[str, str]) -> dict[str, Said]:
+    """What LOCALMOE_* variables say. Raises UsageError for one that nothing obeys."""
+    said: dict[str, Said] = {}
+    for variable, text in env.items():
+        key = variable.removeprefix(PREFIX)
+        if key == variable or key in FOLDERS or not text:
+            continue
+        name = setting_name(key.lower())
+        if name not in Settings.model_fields or key != key.upper():
+            raise _unknown_variable(variable)
+        if name in ONE_COMMAND:
+            hint = f"Say --{name.replace('_', '-')} there."
+            raise UsageError(
+                f"{variable}: what one answer must be belongs on the command line.", hint
+            )
+        if name in said and said[name].value != text:
+            raise UsageError(
+                f"{said[name].where} and {variable} say different things.", "Unset one."
+            )
+        said[name] = Said(text, variable)
+    return said
+
+
+def _unknown_variable(variable: str) -> UsageError:
+    names = [name for name in Settings.model_fields if name not in ONE_COMMAND]
+    known = [name.upper() for name in (*map(file_key, names), *names, *FOLDERS)]
+    key = variable.removeprefix(PREFIX).upper()[:40]
+    hint = "Unset it. Names are those of the long options, like LOCALMOE_CTX_SIZE."
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        hint = f"Did you mean {PREFIX}{near[0]}?"
+    return UsageError(f"{variable[:60]}: no setting is called that.", hint)
 
 
 def config_said(model: str | None) -> dict[str, Said]:
@@ -152,19 +206,23 @@ def config_said(model: str | None) -> dict[str, Said]:
     return file.said(names_of(model, config_folder()) if model and file.models else ())
 
 
-def settings_of(said: Mapping[str, Said]) -> Settings:
+def settings_of(said: Mapping[str, Said], called: Callable[[str], str] = str) -> Settings:
     """The settings, checked. Raises UsageError naming where a bad one was said."""
     try:
         return Settings(**{name: one.value for name, one in said.items()})
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0])
-        where = said[name].where if name in said else ""
-        shown = f"{where}: {file_key(name)}" if ":" in where else where or name
-        value = ascii(problem["input"])
-        value = value if len(value) <= 60 else f"{value[:60]}..."
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        raise UsageError(f"{shown}: {message}, not {value}.") from None
+        problems = error.errors()
+        name = str(problems[0]["loc"][0])
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name[:40], Settings.model_fields, n=1)
+            hint = f"Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"There is no setting {name[:60]}.", hint) from None
+        where, hint = said[name].where, ""
+        shown = where or called(name)
+        if ":" in where:
+            shown, hint = f"{where}: {file_key(name)}", MEND
+        its_own = [one for one in problems if one["loc"][0] == name]
+        raise bad_value(shown, its_own, hint) from None
 
 
 def config_path() -> Path:

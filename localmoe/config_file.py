@@ -20,6 +20,7 @@ from .errors import LocalMoeError, UsageError
 from .models.yaml_lines import YamlLines
 
 FILE_NAME = "config.yaml"
+MEND = "Mend it: localmoe config edit"
 MODELS = "models"
 OTHER_NAMES = {"temp": "temperature"}
 """Options whose long name is not the setting's."""
@@ -72,7 +73,7 @@ def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}.") from None
     except LocalMoeError as error:
-        raise UsageError(error.message, error.hint or "Mend it: localmoe config edit") from None
+        raise UsageError(error.message, error.hint or MEND) from None
 
 
 def _check_names(source: YamlLines, models: Mapping[str, Any], folder: Path) -> None:

@@ -172,6 +172,41 @@ def test_regenerating_nothing_leaves_the_answer_that_was() -> None:
     assert chat.messages == before
 
 
+def test_another_question_takes_the_place_of_the_last_or_leaves_it() -> None:
+    engine = FakeEngine([["a"], ["b"], ["c"], ["", "late"], ["d"]])
+    chat = chat_with(engine, n_ctx=120)
+    with pytest.raises(PromptError, match="Nothing was asked"):
+        next(chat.replace_last("two"))
+    list(chat.ask("zero"))
+    list(chat.ask("one"))
+    list(chat.replace_last("two"))
+    assert [m.content for m in chat.messages] == ["zero", "a", "two", "c"]
+    before = list(chat.messages)
+    turn = chat.replace_last("three")
+    next(turn)
+    turn.close()
+    assert chat.messages == before
+    with pytest.raises(PromptError, match="The message has"):
+        list(chat.replace_last("x" * 120))
+    assert chat.messages == before
+    chat.model = replace(chat.model, engine=Dying([[]]))
+    with pytest.raises(EngineError):
+        list(chat.replace_last("four"))
+    assert chat.messages == before
+
+
+@pytest.mark.parametrize("on_full", ["drop", "summarize", "stop"])
+def test_what_is_said_to_be_free_can_be_asked(on_full: Any) -> None:
+    chat, engine, _ = long_chat(400, 4, on_full=on_full)
+    n_free = chat.n_free()
+    assert (n_free > 280) is (on_full != "stop")  # where turns may leave, they are not in the way
+    engine.answers = [["sum"], ["a"]] if on_full == "summarize" else [["a"]]
+    list(chat.ask("x" * n_free + "and a question of 31 characters"))
+    assert chat.messages[-1].content == "a"
+    chat.set_system("x" * 400)
+    assert chat.n_free() == 0
+
+
 def test_the_system_message_is_one_and_the_first() -> None:
     chat = chat_with(FakeEngine([["a"]]))
     list(chat.ask("one"))

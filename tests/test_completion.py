@@ -57,9 +57,12 @@ def test_options_and_their_values_are_completed() -> None:
 
 def test_sessions_are_completed_by_name(tmp_path: Path) -> None:
     (tmp_path / "sessions").mkdir()
-    (tmp_path / "sessions" / "garden.jsonl").touch()
+    for name in ("garden", "no name"):
+        (tmp_path / "sessions" / f"{name}.jsonl").touch()
     env = {"LOCALMOE_STATE": str(tmp_path)}
-    assert completed("localmoe chat demo --session g", env) == ["garden"]
+    for words in ("localmoe chat demo --session", "localmoe sessions rm"):
+        assert completed(f"{words} g", env) == ["garden"]
+        assert "no name" not in completed(f"{words} n", env)
 
 
 def test_completion_takes_no_time_and_no_network() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from test_cli import localmoe, one_line_error
 
 from localmoe import LocalMoE
+from localmoe.cli.config import TEMPLATE
 from localmoe.config import engine_environment, load_settings, parse_size
 from localmoe.errors import UsageError
 from localmoe.load import is_sampling_value
@@ -46,9 +48,56 @@ def test_flags_come_before_variables_and_those_before_defaults() -> None:
     assert settings.kv_type == "f16"
 
 
-def test_a_bad_variable_is_named() -> None:
-    with pytest.raises(UsageError, match="LOCALMOE_TOP_K"):
-        load_settings({}, {"LOCALMOE_TOP_K": "many"})
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("LOCALMOE_TOP_K", "many", "LOCALMOE_TOP_K must be a whole number, not 'many'."),
+        ("LOCALMOE_TOP_K", "9" * 5000, "LOCALMOE_TOP_K must be a whole number of fewer digits"),
+        ("LOCALMOE_TEMP", "inf", "LOCALMOE_TEMP must be a number, not 'inf'."),
+        ("LOCALMOE_PLAIN", "maybe", "LOCALMOE_PLAIN must be yes or no, not 'maybe'."),
+        ("LOCALMOE_KV_TYPE", "q3", "LOCALMOE_KV_TYPE must be f32, f16"),
+        ("LOCALMOE_N_GPU_LAYERS", "most", "must be auto or all or a whole number, not 'most'."),
+        ("LOCALMOE_RAM", "some", "LOCALMOE_RAM: 'some' is not a size. Write it like 8GiB"),
+        ("LOCALMOE_STOP", "a\0", "LOCALMOE_STOP: it holds a NUL character."),
+        ("LOCALMOE_TEMPRATURE", "1", "Did you mean LOCALMOE_TEMPERATURE?"),
+        ("LOCALMOE_CONTEXT_SIZE", "1", "Did you mean LOCALMOE_CTX_SIZE?"),
+        ("LOCALMOE_temp", "1", "Did you mean LOCALMOE_TEMP?"),
+        ("LOCALMOE_STATES", "1", "Did you mean LOCALMOE_STATE?"),
+        ("LOCALMOE_FLUX", "1", "LOCALMOE_FLUX: no setting is called that. Unset it."),
+        ("LOCALMOE_GRAMMAR", "a.gbnf", "belongs on the command line. Say --grammar there."),
+        ("LOCALMOE_JSON_SCHEMA", "{}", "Say --json-schema there."),
+    ],
+)
+def test_a_bad_variable_is_named(variable: str, value: str, sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_settings({}, {variable: value})
+    assert variable in str(caught.value)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["LOCALMOE_TEMP", "LOCALMOE_TEMPERATURE"])
+def test_a_variable_is_called_like_the_option_or_the_setting(name: str) -> None:
+    env = {name: "0.7", "LOCALMOE_STATE": "/a", "LOCALMOE_CONFIG": "/b", "LOCALMOE_FLUX": ""}
+    assert load_settings({}, env).temperature == 0.7
+
+
+def test_two_variables_of_one_setting_must_agree() -> None:
+    env = {"LOCALMOE_TEMP": "0.7", "LOCALMOE_TEMPERATURE": "0.7"}
+    assert load_settings({}, env).temperature == 0.7
+    with pytest.raises(UsageError, match="LOCALMOE_TEMP and LOCALMOE_TEMPERATURE say different"):
+        load_settings({}, {**env, "LOCALMOE_TEMPERATURE": "1"})
+
+
+def test_the_variable_in_the_template_is_one_that_is_read() -> None:
+    found = re.search(r"(LOCALMOE_\w+)=([\d.]+)", TEMPLATE)
+    assert found
+    assert load_settings({}, {found[1]: found[2]}).temperature == float(found[2])
+
+
+def test_a_list_of_the_wrong_things_names_the_first() -> None:
+    with pytest.raises(UsageError, match=r"stop must be text, not 1\.$"):
+        load_settings({"stop": (1, 2)}, {})
 
 
 @pytest.mark.parametrize(
@@ -156,8 +205,8 @@ def test_a_model_has_settings_of_its_own(
     [
         ("temp: 1\ntmep: 2", 2, "Did you mean temp?"),
         ("ctx-sise: 2", 1, "Did you mean ctx_size?"),
-        ("temp: warm", 1, "temp: "),
-        ("temp: 1\n\ntop_p: 7", 3, "top_p: "),
+        ("temp: warm", 1, "temp must be a number, not 'warm'. Mend it: localmoe config edit"),
+        ("temp: 1\n\ntop_p: 7", 3, "top_p must be at most 1, not 7."),
         ("temp: true", 1, "no value"),
         ("temp: {a: 1}", 1, "no value"),
         ("temp: 1\ntemperature: 2", 2, "twice"),
@@ -197,7 +246,6 @@ def test_a_broken_file_is_one_line_and_can_be_mended(config: Path) -> None:
     config.write_text("tmep: 1\n")
     assert f"{config}:1" in one_line_error(localmoe("run", "demo", "Hi!"), 2)
     assert localmoe("config", "path").stdout.strip() == str(config)
-    assert localmoe("doctor").returncode in (0, 1)
     editor = f"{sys.executable} {config.parent / 'editor.py'}"
     program = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text({!r})"
     (config.parent / "editor.py").write_text(program.format("temp: 9\n"))
@@ -214,7 +262,56 @@ def test_nonsense_is_not_saved_and_not_lost(config: Path) -> None:
     result = localmoe("config", "edit", env={"EDITOR": editor, "VISUAL": editor})
     assert ".draft" in one_line_error(result, 2)
     assert config.read_text() == "temp: 1\n"
-    assert (config.parent / "config.yaml.draft").read_text() == "temp: hot"
+    draft = config.parent / "config.yaml.draft"
+    assert draft.read_text() == "temp: hot"
+    # the next time goes on with it
+    script.write_text(
+        "import sys, pathlib; file = pathlib.Path(sys.argv[1])\n"
+        "file.write_text(file.read_text().replace('hot', '0.2'))"
+    )
+    again = localmoe("config", "edit", env={"EDITOR": editor, "VISUAL": editor})
+    assert again.returncode == 0
+    assert "what you wrote last time" in again.stderr
+    assert config.read_text() == "temp: 0.2"
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize(
+    "editor", ["nosucheditor", f"{sys.executable} -c 'import sys; sys.exit(3)'", "vi 'a"]
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_editor_that_fails_is_one_line_and_leaves_nothing(
+    config: Path, editor: str, is_there: bool
+) -> None:
+    if is_there:
+        config.write_text("temp: 1\n")
+    result = localmoe("config", "edit", env={"EDITOR": editor, "VISUAL": editor})
+    error = one_line_error(result, 2)
+    assert error.endswith(f"Set EDITOR, or write {config} yourself.\n")
+    assert "Errno" not in error
+    assert list(config.parent.iterdir()) == ([config] if is_there else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "left"), [("temp: 1\n", ["config.yaml"]), ("temp: hot", ["config.yaml"]), (None, [])]
+)
+def test_what_was_not_changed_leaves_no_draft(
+    config: Path, text: str | None, left: list[str]
+) -> None:
+    if text is not None:
+        config.write_text(text)
+    editor = f"{sys.executable} -c ''"
+    result = localmoe("config", "edit", env={"EDITOR": editor, "VISUAL": editor})
+    assert "Nothing was changed." in result.stderr
+    assert result.returncode == (2 if text == "temp: hot" else 0)
+    assert [path.name for path in config.parent.iterdir()] == left
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(config: Path) -> None:
+    folder = config.parent / "file"
+    folder.write_text("")
+    result = localmoe("config", "edit", env={"LOCALMOE_CONFIG": str(folder / "below")})
+    assert str(folder) in one_line_error(result, 2)
 
 
 def test_a_program_uses_the_file_too(config: Path) -> None:

@@ -178,3 +178,21 @@ def test_without_llama_cpp_doctor_says_so_and_exits_with_1(tmp_path: Path) -> No
     document = json.loads(ran.stdout)
     assert not document["can_run"]
     assert "libcudart.so.12" in document["findings"][0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "severity"),
+    [("temp: 1\ntmep: 2\n", 2, "error"), ("models:\n  demo:\n    temp: hot\n", 3, "warning")],
+)
+def test_a_config_file_that_makes_no_sense_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, line: int, severity: str
+) -> None:
+    """An error where no command can do with it, a warning where one model is concerned."""
+    monkeypatch.setenv("LOCALMOE_CONFIG", str(tmp_path))
+    assert list(doctor.settings_findings()) == []
+    (tmp_path / "config.yaml").write_text(text)
+    ran = run_doctor("--json")
+    assert ran.returncode == (1 if severity == "error" else 0)
+    found = json.loads(ran.stdout)["findings"]
+    told = [one for one in found if one["what"].startswith(f"{tmp_path / 'config.yaml'}:{line}: ")]
+    assert [one["severity"] for one in told] == [severity]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from localmoe.models.catalog import DEMO
+from localmoe.serving.prompt import Message
+from localmoe.serving.session import Sessions
 
 
 def chat(lines: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -49,3 +54,37 @@ def test_a_named_session_is_kept_and_goes_on() -> None:
     document = json.loads(done.stdout)
     assert [m["role"] for m in document["messages"]] == ["user", "assistant"] * 2
     assert document["messages"][0]["content"] == "My name is Tom."
+
+
+def test_a_question_that_was_not_answered_is_said_and_stays(state: Path) -> None:
+    with Sessions(state / "sessions").open_or_new("broken", "demo") as session:
+        session.sync([Message("user", "Hi!"), Message("assistant", "Ho."), Message("user", "Why?")])
+    before = session.path.read_bytes()
+    done = chat("\n", "--session", "broken")
+    assert "The last question of broken was not answered: Why?" in done.stderr
+    assert session.path.read_bytes() == before
+
+
+def test_a_session_knows_its_model_from_everywhere_and_says_where_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "own.gguf"
+    shutil.copy(DEMO, model)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "localmoe", "chat"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options], input="Hi!\n", capture_output=True, encoding="utf-8",
+            timeout=60, check=False,
+        )  # fmt: skip
+
+    assert run("./own.gguf", "--session", "p1").returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("--session", "p1").returncode == 0
+    model.unlink()
+    done = run("--session", "p1")
+    assert done.returncode == 2
+    assert f"The session p1 was with {model}. There is no file" in done.stderr
+    assert done.stderr.endswith("Try: localmoe chat MODEL --session p1\n")

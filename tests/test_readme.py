@@ -69,10 +69,10 @@ def test_options_that_the_readme_names_exist() -> None:
         name
         for command in cli.commands.values()
         for parameter in command.params
-        for name in parameter.opts
+        for name in (*parameter.opts, *parameter.secondary_opts)
     }
-    pips = {"--extra-index-url", "--force-reinstall", "--no-cache-dir"}
+    others = {"--extra-index-url", "--force-reinstall", "--no-cache-dir", "--fit"}  # pip, llama.cpp
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = set(re.findall(r"`(--?[a-z][a-z-]*)", prose))
     assert {"-c", "--json"} <= named
-    assert named <= known | pips | {"--help"}
+    assert named <= known | others | {"--help"}

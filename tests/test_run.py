@@ -13,7 +13,7 @@ import pytest
 from test_cli import COMMAND, localmoe, one_line_error
 
 from localmoe.cli.asked import whole_prompt
-from localmoe.errors import UsageError
+from localmoe.cli.options import read_schema
 
 OBJECT = '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}'
 OPEN_TEXT = '{"type": "string", "minLength": 400}'
@@ -66,20 +66,38 @@ def test_a_stdin_without_anything_is_no_trouble(stdin: str) -> None:
     assert result.stdout.strip()
 
 
-def test_a_silent_pipe_that_stays_open_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_silent_pipe_that_stays_open_is_left_alone(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a program gets it that is started by one which forgets about its stdin."""
     reads, writes = os.pipe()
-    with open(reads, encoding="utf-8") as stdin, open(writes, "wb", buffering=0) as writer:
+    with open(reads, encoding="utf-8") as stdin, open(writes, "wb", buffering=0):
         monkeypatch.setattr(sys, "stdin", stdin)
-        writer.write(b"half of it")
-        with pytest.raises(UsageError, match="open pipe") as caught:
-            whole_prompt("Sum this up.", max_silence_s=0.2)
-    assert "/dev/null" in caught.value.hint
+        assert whole_prompt("Sum this up.", quiet=quiet, max_silence_s=0.1) == "Sum this up."
+        said = capsys.readouterr().err
+    assert said.count("\n") == (0 if quiet else 1)
+    assert quiet or "within 0.1 s" in said
 
 
-def test_a_slow_pipe_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_answers_beside_a_silent_pipe() -> None:
+    command = [*COMMAND, "run", "demo", "Hi!", "-n", "2", "--temp", "0"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        answer, said = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0
+    assert answer == localmoe("run", "demo", "Hi!", "-n", "2", "--temp", "0").stdout
+    assert said.startswith("Nothing came on stdin within 1 s")
+    assert said.count("\n") == 1
+
+
+def test_a_pipe_that_has_begun_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow it is then."""
     reads, writes = os.pipe()
-    program = "import time\nfor n in 'ab': print(n, flush=True); time.sleep(0.1)"
+    program = "import time\nfor n in 'ab': print(n, flush=True); time.sleep(1.2)"
     with open(reads, encoding="utf-8") as stdin:
         process = subprocess.Popen([sys.executable, "-c", program], stdout=writes)
         os.close(writes)
@@ -111,6 +129,16 @@ def test_a_terminal_is_not_waited_for() -> None:
 )
 def test_each_mistake_is_one_line(arguments: list[str], sentence: str) -> None:
     assert sentence in one_line_error(localmoe(*arguments), 2)
+
+
+@pytest.mark.parametrize("name", ["true.json", "false-friends.json"])
+def test_a_schema_file_may_be_called_anything(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(OBJECT)
+    assert read_schema(name) == OBJECT
+    assert read_schema(" true ").strip() == "true"
 
 
 def test_a_schema_and_a_grammar_exclude_each_other(tmp_path: Path) -> None:
@@ -186,9 +214,13 @@ def test_a_batch_refuses_and_checks_schemas_too() -> None:
         ([b"run", b"no\xff.gguf", b"Hi!"], 2, "There is no file"),
         ([b"run", b"demo", b"Hi!", b"--vram", b"9" * 400], 2, "not a size"),
         ([b"run", b"demo", b"Hi!", b"--seed", b"9" * 30], 2, "seed"),
-        ([b"run", b"demo", b"Hi!", b"-n", b"9" * 30], 2, "max_tokens"),
-        ([b"run", b"demo", b"Hi!", b"-t", b"9" * 400], 2, "threads"),
-        ([b"run", b"demo", b"Hi!", b"-ncmoe", b"9" * 30], 2, "n_cpu_moe"),
+        (
+            [b"run", b"demo", b"Hi!", b"-n", b"9" * 30],
+            2,
+            "--max-tokens must be at most 2,147,483,647",
+        ),
+        ([b"run", b"demo", b"Hi!", b"-t", b"9" * 400], 2, "--threads"),
+        ([b"run", b"demo", b"Hi!", b"-ncmoe", b"9" * 30], 2, "--n-cpu-moe"),
     ],
 )
 def test_odd_input_is_one_line(arguments: list[bytes], code: int, sentence: str) -> None:

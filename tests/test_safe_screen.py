@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 
-from localmoe.cli.answer_view import AnswerView
+from localmoe.cli import render
+from localmoe.cli.answer_view import AnswerView, PlainView
+from localmoe.cli.repl import Repl
 from localmoe.engine.protocol import Delta
 
 N_STREAMS = 10_000
@@ -83,6 +87,53 @@ def test_no_control_character_of_a_model_reaches_the_terminal(part: int) -> None
         assert ALLOWED.fullmatch(sent), deltas
         assert not set(sent) & set(CONTROLS) - {"\x1b", "\r"}
         assert sent == shown([without_controls(delta) for delta in deltas]), deltas
+
+
+class Screen(io.StringIO):
+    """A terminal that only takes in what it is sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def plain(deltas: list[Delta]) -> None:
+    """As `chat --plain` shows an answer."""
+    view = PlainView(render.answer_text)
+    view.begin()
+    for delta in deltas:
+        view.add(delta)
+    view.finish()
+
+
+def run(deltas: list[Delta]) -> None:
+    """As `run` shows an answer."""
+    for delta in deltas:
+        render.answer_text(delta.text)
+
+
+def told(deltas: list[Delta]) -> None:
+    """As /think shows what a model thought."""
+    Repl.tell("".join(delta.text for delta in deltas))
+
+
+@pytest.mark.parametrize("show", [plain, run, told])
+def test_plain_text_and_remarks_bring_none_either(
+    show: Callable[[list[Delta]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sent_for(deltas: list[Delta]) -> str:
+        screen = Screen()
+        monkeypatch.setattr("sys.stdout", screen)
+        monkeypatch.setattr("sys.stderr", screen)
+        show(deltas)
+        return screen.getvalue()
+
+    draw = random.Random(show.__name__)
+    for _ in range(N_STREAMS // 10):
+        deltas = stream(draw)
+        sent = sent_for(deltas)
+        assert ALLOWED.fullmatch(sent), deltas
+        assert not set(sent) & set(CONTROLS) - {"\x1b"}
+        assert sent == sent_for([without_controls(delta) for delta in deltas]), deltas
 
 
 def test_the_check_would_see_one() -> None:

@@ -135,6 +135,42 @@ def test_a_question_without_answer_is_kept_apart(store: Sessions) -> None:
     assert store.read("one").messages == [*TURN, *NEXT]
 
 
+def test_a_question_without_answer_stays_until_another_is_asked(store: Sessions) -> None:
+    path = written(store, [*TURN, NEXT[0]])
+    before = path.read_bytes()
+    with store.open("one") as session:
+        session.sync(session.messages)
+        assert path.read_bytes() == before
+        session.sync([SYSTEM, *session.messages])
+        assert session.messages == [SYSTEM, *TURN]
+    assert store.read("one").messages == [SYSTEM, *TURN, NEXT[0]]
+    with store.open("one") as session:
+        session.sync([SYSTEM])  # taken back
+    assert store.read("one").messages == [SYSTEM]
+
+
+def test_a_renamed_session_goes_on_and_leaves_nothing_behind(store: Sessions) -> None:
+    written(store, TURN, name="two")
+    with store.new(None, "demo") as session:
+        assert not session.is_named
+        session.sync(TURN)
+        session.state_path.write_bytes(b"x")
+        for name, why in (("two", "already"), ("../x", "can't be the name")):
+            with pytest.raises(UsageError, match=why):
+                session.rename(name)
+        session.rename("one")
+        assert session.is_named
+        session.sync([*TURN, *NEXT])
+        with pytest.raises(LocalMoeError, match="open in another chat"):
+            store.remove("one")
+        assert {path.name for path in store.folder.iterdir()} >= {"one.jsonl", "one.state"}
+    assert store.read("one").messages == [*TURN, *NEXT]
+    assert store.names() == ["one", "two"]
+    assert {path.name for path in store.folder.iterdir()} <= {
+        "one.jsonl", "one.state", ".one.lock", "two.jsonl", ".two.lock",
+    }  # fmt: skip
+
+
 def test_tokens_are_those_of_one_file(store: Sessions) -> None:
     written(store, TURN)
     with store.open("one") as session:

@@ -8,7 +8,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 
@@ -32,7 +33,39 @@ EXIT_INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+class Unread(Exception):
+    """Who read what is written has closed the pipe."""
+
+
+@contextlib.contextmanager
+def own_ends() -> Iterator[None]:
+    """Keep from click what it would end in its own way: a closed pipe with exit code 1, Ctrl-C
+    with an empty line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise Unread from None
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+class Commands(click.Group):
+    """The group whose ends are `run_command`'s."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with own_ends():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with own_ends():
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="localmoe")
 @click.option("--debug", is_flag=True, help="Show the trace of an error.")
 @click.pass_context
@@ -80,7 +113,7 @@ def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (Unread, BrokenPipeError):
         # who read has what they wanted; Python must not try to flush the rest at exit
         drop_stdout()
         return 0
@@ -93,6 +126,9 @@ def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int
 def told(error: Exception) -> int:
     """Say in one line what went wrong; gives the exit code."""
     code, message, hint = 1, "", ""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        render.log_line(error.format_message())
+        return error.exit_code
     if isinstance(error, click.ClickException):
         code, message = error.exit_code, error.format_message()
         hint = f"See: {usage_of(error)} --help"

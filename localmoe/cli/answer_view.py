@@ -145,7 +145,7 @@ class AnswerView:
 
 
 class PlainView:
-    """Shows answers as the text that they are, piece by piece. `write` makes it safe."""
+    """Shows answers as the text that they are, piece by piece, without what steers a terminal."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.shows_thinking = True
@@ -162,12 +162,13 @@ class PlainView:
     def add(self, delta: Delta) -> None:
         if delta.anew:
             self.finish()
-        if not delta.text or (delta.kind == "thinking" and not self.shows_thinking):
+        text = safe(delta.text)  # before anything looks at it
+        if not text or (delta.kind == "thinking" and not self.shows_thinking):
             return
         if self._kind not in ("", delta.kind):
             self._put("\n\n")
         self._kind = delta.kind
-        self._put(delta.text)
+        self._put(text)
 
     def note(self, text: str) -> None:
         self.finish()

@@ -10,18 +10,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from . import render
 from .options import decoded, read_messages, read_text
 
 if TYPE_CHECKING:
     from ..serving.prompt import Message
 
-MAX_SILENCE_S = 30.0
+MAX_SILENCE_S = 1.0
 MAX_STDIN_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 16
 
 
 def conversation_of(
-    prompt: str | None, messages: str | None, system: str | None, files: Sequence[str] = ()
+    prompt: str | None,
+    messages: str | None,
+    system: str | None,
+    files: Sequence[str] = (),
+    quiet: bool = False,
 ) -> list[Message]:
     """The conversation that a command line means. Raises UsageError."""
     from ..serving.prompt import parse_messages
@@ -30,7 +35,7 @@ def conversation_of(
         if prompt is not None or files:
             raise UsageError("Both a prompt and --messages were given.", "Leave one of them out.")
         return [*system_message(system), *parse_messages(read_messages(messages))]
-    user: list[object] = [{"role": "user", "content": whole_prompt(prompt, files)}]
+    user: list[object] = [{"role": "user", "content": whole_prompt(prompt, files, quiet)}]
     return [*system_message(system), *parse_messages(user)]
 
 
@@ -41,14 +46,17 @@ def system_message(text: str | None) -> list[Message]:
 
 
 def whole_prompt(
-    prompt: str | None, files: Sequence[str] = (), max_silence_s: float = MAX_SILENCE_S
+    prompt: str | None,
+    files: Sequence[str] = (),
+    quiet: bool = False,
+    max_silence_s: float = MAX_SILENCE_S,
 ) -> str:
     """The argument, then the files, then stdin, with a blank line between; `-` is stdin.
 
-    Beside an argument or a file, stdin is taken only where something is piped into it, and is not
-    waited for without end: programs that others start are often left an open pipe which nobody
-    writes to. Going on without what such a pipe might yet bring would be an answer to half of a
-    question, so that is an error. Raises UsageError.
+    Beside an argument or a file, stdin is taken only where something is piped into it, and its
+    beginning is not waited for: programs that others start are often left an open pipe which
+    nobody writes to. A pipe of which nothing came within `max_silence_s` is left alone, which is
+    said unless `quiet`; one that has begun is read to its end. Raises UsageError.
     """
     if prompt is not None and not prompt.strip():
         raise UsageError("The prompt is empty.", 'Try: localmoe run demo "Hi!"')
@@ -60,7 +68,7 @@ def whole_prompt(
     parts = [text_of("-") if prompt == "-" else prompt] if prompt else []
     parts += [text_of(file) for file in files]
     if "-" not in given:
-        parts.append(piped_text(max_silence_s).rstrip("\r\n"))
+        parts.append(piped_text(max_silence_s, quiet).rstrip("\r\n"))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -68,8 +76,8 @@ def text_of(path: str) -> str:
     return read_text(path).rstrip("\r\n")
 
 
-def piped_text(max_silence_s: float) -> str:
-    """What is piped into stdin, or "". Raises UsageError where its end doesn't come."""
+def piped_text(max_silence_s: float, quiet: bool = False) -> str:
+    """What is piped into stdin, or "" where it doesn't begin in time. Raises UsageError."""
     try:
         if sys.stdin.isatty():
             return ""
@@ -83,12 +91,14 @@ def piped_text(max_silence_s: float) -> str:
     n_bytes = 0
     while True:
         try:
-            chunk = chunks.get(timeout=max_silence_s)
+            chunk = chunks.get(timeout=None if found else max_silence_s)
         except queue.Empty:
-            raise UsageError(
-                f"stdin is an open pipe that has brought nothing for {max_silence_s:.0f} s.",
-                "Say `< /dev/null` where it has nothing to say, or `-f -` to wait for its end.",
-            ) from None
+            if not quiet:
+                render.note(
+                    f"Nothing came on stdin within {max_silence_s:g} s: answering without it. "
+                    "Say -f - to wait for it, or < /dev/null where nothing is to come."
+                )
+            return ""
         if not chunk:
             return decoded(b"".join(found), "stdin")
         found.append(chunk)

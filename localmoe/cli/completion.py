@@ -54,9 +54,9 @@ class SessionType(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        from ..config import sessions_folder
+        from .sessions import stored
 
-        names = sorted(path.stem for path in sessions_folder().glob("*.jsonl"))
+        names = stored().names()
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

@@ -15,6 +15,7 @@ from .options import (
     chat_options,
     json_option,
     load_options,
+    option_name,
     sampling_options,
     think_option,
 )
@@ -54,7 +55,7 @@ def show(model: str | None, as_json: bool, **options: Any) -> None:
     from ..config_file import file_key
 
     said = settings_said(options, model=model)
-    values = checked(said).model_dump(mode="json")
+    values = checked(said, option_name).model_dump(mode="json")
     rows = [
         (file_key(name), values[name], said[name].where or "the command line")
         if name in said
@@ -95,24 +96,58 @@ def edit() -> None:
 
     file = config_path()
     draft = file.with_name(f"{file.name}.draft")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_bytes(file.read_bytes() if file.exists() else TEMPLATE.encode())
+    try:
+        before = file.read_bytes() if file.exists() else TEMPLATE.encode()
+        prepare(draft, before, file)
+        edit_until_right(draft, before)
+        if draft.read_bytes() == before:
+            draft.unlink()
+            render.note("Nothing was changed.")
+            return
+        os.replace(draft, os.path.realpath(file))  # where the file is a link, what it points at
+    except OSError as error:
+        raise UsageError(f"{error.filename or file}: {error.strerror}.") from None
+    render.note(f"Saved: {file}")
+
+
+def prepare(draft: Path, before: bytes, file: Path) -> None:
+    """Have the file as it is to be edited, or what was written last time and not saved."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    if draft.exists() and draft.read_bytes() != before:
+        render.note(f"This is what you wrote last time; to begin from {file}, delete {draft}.")
+    else:
+        draft.write_bytes(before)
+
+
+def edit_until_right(draft: Path, before: bytes) -> None:
+    """Raises UsageError where there is no editor, or what was written can't stay so."""
     while True:
-        before = draft.read_bytes()
-        click.edit(filename=str(draft))
+        open_editor(draft, before)
         try:
             check(draft)
         except LocalMoeError as error:
             if not (sys.stdin.isatty() and wants_again(error)):
-                raise UsageError(error.message, f"What you wrote is kept in {draft}.") from None
-            continue
-        break
-    if file.exists() and draft.read_bytes() == file.read_bytes() == before:
-        draft.unlink()
-        render.note("Nothing was changed.")
-        return
-    os.replace(draft, os.path.realpath(file))  # where the file is a link, what it points at
-    render.note(f"Saved: {file}")
+                hint = f"It is kept in {draft}; localmoe config edit goes on with it."
+                if draft.read_bytes() == before:
+                    draft.unlink()
+                    hint = "Nothing was changed."
+                raise UsageError(error.message, hint) from None
+        else:
+            return
+
+
+def open_editor(draft: Path, before: bytes) -> None:
+    try:
+        click.edit(filename=str(draft))
+    except (click.ClickException, ValueError) as error:  # ValueError: quotes that don't end
+        if draft.read_bytes() == before:
+            draft.unlink()
+        cause = error.__cause__
+        why = f": {cause.strerror}" if isinstance(cause, OSError) else ""
+        name = f" {cause.filename}" if isinstance(cause, OSError) and cause.filename else ""
+        file = draft.with_suffix("")
+        hint = f"Set EDITOR, or write {file} yourself."
+        raise UsageError(f"The editor{name} failed{why}.", hint) from None
 
 
 def check(file: Path) -> None:

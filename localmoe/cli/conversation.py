@@ -22,34 +22,52 @@ if TYPE_CHECKING:
     from ..revival import Revival
     from ..serving.session import Session, Sessions
 
+AT_LOADING = (
+    "ctx_size", "vram", "ram", "n_gpu_layers", "n_cpu_moe", "kv_type", "threads", "ubatch_size",
+    "load_mode",
+)  # fmt: skip
+"""Settings that count when a model is loaded."""
+
 
 class Conversation:
     """A chat with a model that may still be loading. Close it.
 
-    `sessions` None keeps nothing; `session` is the one that goes on, if any.
+    `sessions` None keeps nothing; `session` is the one that goes on, if any. `began_with` are the
+    settings at first, `loaded_by` those by which the model was loaded.
     """
 
     def __init__(self, found: Found, settings: Settings, watch: Watch) -> None:
-        self.settings = settings
+        self.settings = self.began_with = self.loaded_by = settings
         self.sessions: Sessions | None = None
         self.session: Session | None = None
         self.on_note: Callable[[str], None] = lambda text: None
         self.was_killed = False  # by the person: then it isn't started again at once
         self.loading = Loading(found, settings, watch, self._prepare)
         self._found = found
-        self._name: str | None = None  # that a new session is to have
         self._loaded: LoadedModel | None = None
         self._revival: Revival | None = None
         self._chat: Chat | None = None
 
-    def keep(self, sessions: Sessions | None, session: Session | None, name: str | None) -> None:
-        """Keep what is said among `sessions`: in `session`, or in a new one of this name."""
-        self.sessions, self.session, self._name = sessions, session, name
+    def keep(self, sessions: Sessions | None, session: Session | None) -> None:
+        """Keep what is said among `sessions`: in `session`, or in a new one."""
+        self.sessions, self.session = sessions, session
 
     @property
     def model_name(self) -> str:
         """What the model was called by."""
         return self._found.called
+
+    @property
+    def lasting_name(self) -> str:
+        """The same, for later: of a file its whole path, wherever one will be."""
+        name = self._found.name
+        return self.model_name if name.path is None or name.key else str(name.path.absolute())
+
+    @property
+    def pending(self) -> list[str]:
+        """The settings that wait for the model to be loaded again."""
+        now, then = self.settings, self.loaded_by
+        return [name for name in AT_LOADING if getattr(now, name) != getattr(then, name)]
 
     @property
     def title(self) -> str:
@@ -89,7 +107,7 @@ class Conversation:
     def ready(self) -> None:
         """Wait for the model. Raises LocalMoeError where it can't be loaded."""
         if self._chat is None:
-            self._attach(self.loading.result())
+            self._attach(self.loading.result(), self.loaded_by)
             self._begin_with_session()
 
     def change(self, settings: Settings) -> None:
@@ -141,24 +159,30 @@ class Conversation:
         try:
             loaded = load_to_talk(found, self.settings, watch)
         except LocalMoeError:
-            self._go_on_with(load_to_talk(self._found, self.settings, watch))
+            values = {name: getattr(self.loaded_by, name) for name in AT_LOADING}
+            before = self.settings.model_copy(update=values)
+            self._go_on_with(load_to_talk(self._found, before, watch), before)
             raise
         self._found = found
-        self._go_on_with(loaded)
+        self._go_on_with(loaded, self.settings)
 
-    def _go_on_with(self, loaded: LoadedModel) -> None:
+    def reload(self, watch: Watch) -> None:
+        """Load the same model by the settings of now. Raises as `switch` does."""
+        self.switch(self._found, watch)
+
+    def _go_on_with(self, loaded: LoadedModel, by: Settings) -> None:
         before = self.chat
-        self._attach(loaded)
+        self._attach(loaded, by)
         self.chat.messages = [replace(message, tokens=None) for message in before.messages]
         self.chat.n_dropped = before.n_dropped
 
-    def _attach(self, loaded: LoadedModel) -> None:
-        """Begin a conversation with a model that was loaded."""
+    def _attach(self, loaded: LoadedModel, by: Settings) -> None:
+        """Begin a conversation with a model that was loaded by these settings."""
         from ..revival import Revival
 
         settings = self.settings
-        self._loaded = loaded
-        self._revival = Revival(loaded, settings, self.loading.watch)
+        self._loaded, self.loaded_by = loaded, by
+        self._revival = Revival(loaded, by, self.loading.watch)
         self._chat = Chat(
             loaded.model,
             loaded.options(settings),
@@ -181,26 +205,32 @@ class Conversation:
         if self.session is None:
             if not any(message.role == "user" for message in messages):
                 return
-            self.session = self.sessions.new(self._name, self.model_name)
-            self._name = None
+            self.session = self.sessions.new(None, self.lasting_name)
         self._use_model(self.session, self.loaded)
         self.session.sync(messages, self._chat.n_dropped)
 
     def begin_anew(self) -> None:
         """A new conversation; the one so far stays in its session."""
         self.chat.clear()
-        self._let_go()
+        if self.session is not None and (self.session.messages or self.session.unanswered):
+            self._let_go()
 
-    def rename(self, sessions: Sessions, name: str) -> None:
-        """Go on in a new session of this name, with all that was said so far.
+    def rename(self, name: str) -> str:
+        """Go on under this name. A session that a person named stays as it is beside it: then that
+        name is given, else "".
 
-        Raises UsageError where there is one.
+        Raises UsageError where there is one of this name.
         """
-        fresh = sessions.new(name, self.model_name)
-        self.sessions = sessions
+        assert self.sessions is not None
+        before = self.session
+        if before is not None and not before.is_named:
+            before.rename(name)
+            return ""
+        fresh = self.sessions.new(name, self.lasting_name)
         self._let_go()
         self.session = fresh
-        self.save()
+        is_there = before is not None and before.path.exists()
+        return before.name if before is not None and is_there else ""
 
     def open(self, session: Session) -> None:
         """Go on with another session."""
@@ -231,7 +261,7 @@ class Conversation:
     def _use_model(self, session: Session, loaded: LoadedModel) -> None:
         from ..serving.states import file_key
 
-        session.use(self.model_name, file_key(loaded.meta.paths))
+        session.use(self.lasting_name, file_key(loaded.meta.paths))
 
     def _save_state(self) -> None:
         from ..serving.states import save_state

@@ -40,11 +40,16 @@ class Checkup:
     devices: DeviceList | None
     folders: Mapping[str, Path]
     models_free_bytes: int
+    settings: tuple[Finding, ...] = ()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong, the worst first."""
-        return (*self.machine.findings, *disk_findings(self.folders, self.models_free_bytes))
+        found = (*self.settings, *self.machine.findings)
+        return (
+            *sorted(found, key=is_no_error),
+            *disk_findings(self.folders, self.models_free_bytes),
+        )
 
     @property
     def can_run(self) -> bool:
@@ -78,7 +83,8 @@ def examine() -> Checkup:
     devices, broken = ask_llama(env)
     folders = folders_of()
     room = Store(hub_access()).free_bytes()
-    return Checkup(host, machine_of(host, devices, broken), devices, folders, room)
+    settings = tuple(settings_findings())
+    return Checkup(host, machine_of(host, devices, broken), devices, folders, room, settings)
 
 
 def ask_llama(
@@ -109,6 +115,28 @@ def folders_of() -> dict[str, Path]:
     from ..config import config_folder, hub_access, state_folder
 
     return {"models": hub_access().cache, "settings": config_folder(), "state": state_folder()}
+
+
+def settings_findings() -> Iterator[Finding]:
+    """What stands in the config file, or in a variable, and makes no sense."""
+    from ..config import config_path, load_settings
+    from ..errors import LocalMoeError
+    from ..placement.hardware import Finding
+    from .config import check
+
+    try:
+        load_settings({})
+    except LocalMoeError as error:  # every command that takes settings ends like this
+        yield Finding("error", error.message, error.hint or "Change it there.")
+        return
+    try:
+        check(config_path())
+    except LocalMoeError as error:  # of a single model
+        yield Finding("warning", error.message, error.hint or "Change it there.")
+
+
+def is_no_error(finding: Finding) -> bool:
+    return finding.severity != "error"
 
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:

@@ -21,6 +21,8 @@ def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
     answers: list[dict[str, Any]] = []
     conversation.ready()
     conversation.on_note = render.note
+    if session := conversation.session:
+        _say_unanswered(session.name, session.unanswered)
     try:
         for line in sys.stdin:
             text = line.rstrip("\r\n")
@@ -32,6 +34,14 @@ def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
         raise
     if as_json:
         _document(conversation, answers)
+
+
+def _say_unanswered(name: str, question: str) -> None:
+    """A question that a crash left without an answer stays in the file until another is asked."""
+    from .slash_talk import first_line
+
+    if question:
+        render.note(f"The last question of {name} was not answered: {first_line(question)}")
 
 
 def _turn(conversation: Conversation, text: str, as_json: bool) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
         said["json_schema"] = read_schema(said["json_schema"])
     if said.get("grammar") is not None:
         said["grammar"] = read_text(said["grammar"])
-    settings = load_settings(said, model=model)
+    settings = load_settings(said, model=model, called=option_name)
     if settings.json_schema is not None or settings.grammar is not None:
         from ..engine.protocol import Sampling
         from ..serving.schema import check_sampling
@@ -113,9 +113,17 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
     return settings
 
 
+def option_name(setting: str) -> str:
+    """The long option that makes a setting."""
+    from ..config_file import file_key
+
+    return f"--{file_key(setting).replace('_', '-')}"
+
+
 def read_schema(given: str) -> str:
     """A JSON schema from the command line or a file."""
-    return given if given.lstrip().startswith(("{", "true", "false")) else read_text(given)
+    text = given.strip()
+    return given if text.startswith("{") or text in ("true", "false") else read_text(given)
 
 
 def read_text(path: str) -> str:

@@ -34,7 +34,8 @@ class Repl:
     """Asks for messages until there are no more, and shows the answers.
 
     What commands may use: `conversation`, `view`, `last` (the last answer), `shows_stats`, `offer`
-    (text that the next line begins with) and `attached` (text that the next message begins with).
+    (text that the next line begins with), `attached` (text that the next message begins with) and
+    `edits` (that it takes the last one's place; no longer than up to the next command).
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class Repl:
         self.last: Answer | None = None
         self.offer = ""
         self.attached = ""
-        self.edits = False  # the next message takes the last one's place
+        self.edits = False
         self._quiet = quiet
+        self._complaint = ""  # why it could not be kept, as it was said
         self._typing = Typing(history, lambda text: commands.complete(self, text), self._hint)
         self._turn: Turn | None = None  # one that is still ending
         self._view: View | None = None
@@ -74,12 +76,15 @@ class Repl:
     def say(self, text: str) -> None:
         """Ask something; the answer is shown, and kept."""
         chat = self.ready().chat
-        if self.edits:
-            chat.undo()
-            self.edits = False
-        message, self.attached = self.attached + text, ""
+        edits, attached = self.edits, self.attached
+        self.edits, self.attached = False, ""
+        message = attached + text
         self.save(message)
-        self.answer(chat.ask(message), question=text)
+        try:
+            self.answer(chat.replace_last(message) if edits else chat.ask(message), question=text)
+        finally:
+            if self.offer:  # nothing came of it: it can be sent again as it was
+                self.edits, self.attached = edits, attached
 
     def answer(self, deltas: Deltas, question: str = "") -> None:
         """Show an answer as it comes; `question` is offered again where nothing came of it."""
@@ -123,6 +128,7 @@ class Repl:
         self.view.finish()
         self._turn = None
         self.conversation.let_engine_return()
+        self.save()
 
     @property
     def view(self) -> View:
@@ -150,9 +156,12 @@ class Repl:
         try:
             is_loading = not self.conversation.loading.is_over
             line = self._typing.read(self.offer, refresh=is_loading)
-        except Interrupted:
-            self.offer, self.edits, self.attached = "", False, ""
-            self.tell(HOW_TO_LEAVE)
+        except Interrupted as stop:
+            self.offer, self.edits = "", False
+            if not stop.had_text:
+                left_out = "The file that was read is left out. " if self.attached else ""
+                self.attached = ""
+                self.tell(left_out + HOW_TO_LEAVE)
             return True
         if line is None:
             return False
@@ -172,7 +181,8 @@ class Repl:
     def _do(self, line: str) -> bool:
         """What a line asks for."""
         self.conversation.let_engine_return()
-        if line.startswith("/") and not line.startswith("//"):
+        if self.commands.is_one(line):
+            self.edits = False
             self.commands.run(self, line.strip())
         elif line.strip():
             self.say(line[1:] if line.startswith("//") else line.lstrip(" "))
@@ -222,18 +232,27 @@ class Repl:
         if not self._quiet:
             render.screen("\n")
 
-    def tell(self, text: str) -> None:
+    @staticmethod
+    def tell(text: str) -> None:
         """A remark, dim, its lines broken between words; a table's second column stays one."""
         width = shutil.get_terminal_size().columns - 1
-        render.note("\n".join(folded(line, width) for line in text.split("\n")))
+        lines = render.safe(text).split("\n")  # before they are measured
+        render.note("\n".join(folded(line, width) for line in lines))
 
-    def save(self, question: str = "") -> None:
-        """Keep what was said; that it can't be kept is no reason to stop talking."""
+    def save(self, question: str = "") -> bool:
+        """Keep what was said, if it is to be kept; whether it is.
+
+        That it can't be is said once, and is no reason to stop talking; next time it is tried anew.
+        """
+        complaint = ""
         try:
             self.conversation.save(question)
         except LocalMoeError as error:
-            render.warning(f"{error.message} {error.hint}")
-            self.conversation.sessions = None
+            complaint = str(error)
+        if complaint and complaint != self._complaint:
+            render.warning(complaint)
+        self._complaint = complaint
+        return not complaint and self.conversation.sessions is not None
 
     def show_stats(self) -> None:
         """The line of figures on the last answer."""
@@ -251,14 +270,19 @@ class Repl:
     # ---- beginning and end ----
 
     def _greet(self) -> None:
-        if self._quiet:
-            return
         conversation = self.conversation
-        render.note(f"{conversation.title}. /? for help, Ctrl-D to leave.")
-        if conversation.session is not None:
+        if not self._quiet:
+            render.note(f"{conversation.title}. /? for help, Ctrl-D to leave.")
             if conversation.messages:
                 self.show_recent()
-            self.offer = conversation.session.unanswered
+        self.offer_unanswered()
+
+    def offer_unanswered(self) -> None:
+        """Have a question that a crash left without an answer typed already."""
+        session = self.conversation.session
+        self.offer = session.unanswered if session else ""
+        if self.offer and not self._quiet:
+            self.tell("The last question was not answered. Enter asks it again.")
 
     def show_recent(self) -> None:
         """Where a conversation that goes on had got to."""
@@ -282,10 +306,9 @@ class Repl:
             conversation.kill_engine()
             self.settle()
         said = conversation.is_ready and any(m.role == "user" for m in conversation.messages)
-        if said:
-            self.save()
+        is_kept = said and self.save()
         session = conversation.session
-        if said and session is not None and not self._quiet:
+        if is_kept and session is not None and not self._quiet:
             render.note(f"Continue with: localmoe chat --session {session.name}")
 
     def _hint(self) -> str:

@@ -68,8 +68,8 @@ def run(
 
         cat error.log | localmoe run mixtral "What went wrong?"
 
-    Without PROMPT and -f, stdin is the prompt. Beside them, a pipe that stays open and silent for
-    30 seconds is an error; -f - waits for its end however long that takes.
+    Without PROMPT and -f, stdin is the prompt. Beside them, a pipe that brings nothing within a
+    second is left alone, and a line on stderr says so; -f - waits for it however long that takes.
 
     With --json-schema or --grammar, an answer that was cut short or doesn't validate is an error
     (exit code 1), and stdout stays empty. What a reasoning model thinks is not part of its answer.
@@ -81,7 +81,7 @@ def run(
     settings = settings_of(options, model)
     # a wrong name is the first thing to say, before a prompt is waited for
     parse_name(model, read_catalog(config_folder()))
-    conversation = conversation_of(prompt, messages, settings.system, files)
+    conversation = conversation_of(prompt, messages, settings.system, files, quiet)
     n_prompt = sum(len(message.content) for message in conversation) // CHARACTERS_PER_TOKEN
     with load(model, settings, "run", verbose, quiet or as_json, n_prompt) as loaded:
         answer = answered(loaded, conversation, loaded.options(settings), as_json)

@@ -12,6 +12,7 @@ import click
 
 from ..errors import LocalMoeError, UsageError
 from . import render
+from .completion import SessionType
 from .options import json_option
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 HEAD = ("NAME", "MODEL", "LAST", "MESSAGES", "TEXT", "STATE", "ABOUT")
 TITLE_LENGTH = 60
 SPEAKERS = {"system": "System", "user": "You"}
-
-
-def _complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-    """For a shell: the names that begin like this."""
-    return [name for name in stored().names() if name.startswith(begun)]
 
 
 @click.group()
@@ -53,7 +49,7 @@ def list_sessions(as_json: bool) -> None:
 
 
 @sessions.command("show")
-@click.argument("name", shell_complete=_complete)
+@click.argument("name", type=SessionType())
 @click.option("--think", is_flag=True, help="What the model thought, too.")
 def show_session(name: str, think: bool) -> None:
     """What was said in a session."""
@@ -62,7 +58,7 @@ def show_session(name: str, think: bool) -> None:
 
 
 @sessions.command("export")
-@click.argument("name", shell_complete=_complete)
+@click.argument("name", type=SessionType())
 @click.option("--format", "form", type=click.Choice(["md", "json"]), default="md")
 @click.option("-o", "--output", metavar="FILE", default="-", help="A new file; stdout by default.")
 def export(name: str, form: str, output: str) -> None:
@@ -77,7 +73,7 @@ def export(name: str, form: str, output: str) -> None:
 
 
 @sessions.command("rm")
-@click.argument("names", nargs=-1, metavar="NAME...", shell_complete=_complete)
+@click.argument("names", nargs=-1, metavar="NAME...", type=SessionType())
 @click.option("--all", "everything", is_flag=True, help="All sessions; needs --yes.")
 @click.option("-y", "--yes", is_flag=True, help="Yes, all of them.")
 def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:

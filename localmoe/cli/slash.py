@@ -25,7 +25,7 @@ A message that begins with a slash: put a space before it, or type //"""
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`words` gives what may follow, each with what it is; "files" stands for paths."""
+    """`words` gives what may follow, each with what it is. `takes_text`: also of several lines."""
 
     name: str
     arguments: str
@@ -33,6 +33,7 @@ class Command:
     run: Run
     words: Complete | None = None
     takes_file: bool = False
+    takes_text: bool = False
     other_names: tuple[str, ...] = ()
 
 
@@ -44,10 +45,22 @@ class Commands:
         names = ((name, c) for c in self._commands for name in (c.name, *c.other_names))
         self._by_name = dict(names)
 
+    def is_one(self, text: str) -> bool:
+        """Whether a text is a command, or is meant to be one: no path, and no block of lines."""
+        name, _ = split(text)
+        if not text.startswith("/") or "/" in name:
+            return False
+        command = self._by_name.get(name)
+        return "\n" not in text.strip() or bool(command and command.takes_text)
+
     def run(self, repl: Repl, line: str) -> None:
-        """Do what a line like "/set temp 0" says. Raises UsageError for a name that is none."""
-        name, _, argument = line[1:].partition(" ")
-        self.find(name).run(repl, argument.strip())
+        """Do what a line like "/set temp 0" says. A name that is none raises UsageError; then the
+        line is offered again."""
+        name, argument = split(line)
+        repl.offer = line
+        command = self.find(name)
+        repl.offer = ""
+        command.run(repl, argument)
 
     def find(self, name: str) -> Command:
         if name in self._by_name:
@@ -79,6 +92,12 @@ class Commands:
             for word, about in found.words(repl):
                 if word.startswith(argument):
                     yield word, len(argument), about
+
+
+def split(line: str) -> tuple[str, str]:
+    """The name of a command, and what follows."""
+    name, *rest = line[1:].split(maxsplit=1) if line[1:2].strip() else [""]
+    return name, rest[0].strip() if rest else ""
 
 
 def files(begun: str) -> Iterable[tuple[str, int, str]]:

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import LocalMoeError, UsageError
 from . import render
+from .conversation import AT_LOADING
 from .slash import Command, Commands
 from .slash_talk import COMMANDS as TALK_COMMANDS
 
@@ -18,12 +19,7 @@ AT_ONCE = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop",
     "think", "on_full", "plain",
 )  # fmt: skip
-AT_LOADING = (
-    "ctx_size", "vram", "ram", "n_gpu_layers", "n_cpu_moe", "kv_type", "threads", "ubatch_size",
-    "load_mode",
-)  # fmt: skip
 SHORT = {"temp": "temperature"}
-UNSET = ("default", "none")
 
 
 def set_option(repl: Repl, argument: str) -> None:
@@ -37,15 +33,17 @@ def change(repl: Repl, shown: str, value: str) -> None:
     """Give a setting another value. Raises UsageError for a wrong name or value."""
     from ..config import Settings, load_settings
 
-    name = setting(shown)
-    if value in UNSET:
+    name, conversation = setting(shown), repl.conversation
+    if value == "default":
+        new = getattr(conversation.began_with, name)
+    elif value == "none":
         new = Settings.model_fields[name].get_default()
     else:
-        new = getattr(load_settings({name: value}), name)
-    settings = repl.conversation.settings.model_copy(update={name: new})
-    repl.conversation.change(settings)
+        new = getattr(load_settings({name: value}, called=option_name), name)
+    conversation.change(conversation.settings.model_copy(update={name: new}))
     repl.renew_view()
-    later = " It counts when a model is loaded: /model" if name in AT_LOADING else ""
+    is_pending = name in conversation.pending
+    later = " It counts once /model has loaded the model anew." if is_pending else ""
     repl.tell(f"{option_name(name)} is {shown_value(new)}.{later}")
 
 
@@ -90,14 +88,31 @@ def show(repl: Repl, argument: str) -> None:
         ("model", f"{conversation.title} ({conversation.model_name})"),
         ("context", f"{chat.n_tokens():,} of {repl.n_ctx:,} tokens used"),
         ("messages", n_messages(repl)),
-        ("session", conversation.session.name if conversation.session else "not kept yet"),
+        ("session", kept_as(repl)),
         ("sampling", ", ".join(f"{option_name(n)} {drawn_by(sampling, n)}" for n in drawn)),
         ("answers", f"max-tokens {shown_limit(settings.max_tokens)}, stop {stops(settings.stop)}"),
         ("thinking", settings.think),
         ("when full", settings.on_full),
+        *waiting(repl),
         *last_prompt(repl),
     ]
     repl.tell("\n".join(f"{name:<12}{value}" for name, value in facts))
+
+
+def kept_as(repl: Repl) -> str:
+    conversation = repl.conversation
+    name = conversation.session.name if conversation.session else ""
+    if conversation.sessions is None:
+        return f"{name}; what is new is not kept (/save)" if name else "not kept (/save)"
+    return name or "not kept yet"
+
+
+def waiting(repl: Repl) -> Iterable[tuple[str, str]]:
+    """What was set and doesn't count yet."""
+    settings, pending = repl.conversation.settings, repl.conversation.pending
+    values = (f"{option_name(name)} {shown_value(getattr(settings, name))}" for name in pending)
+    if pending:
+        yield "pending", f"{', '.join(values)}: /model loads the model anew"
 
 
 def n_messages(repl: Repl) -> str:
@@ -165,13 +180,17 @@ def model(repl: Repl, argument: str) -> None:
     from .watching import finder, watching
 
     conversation = repl.ready()
-    if not argument:
+    if argument:
+        with finder(conversation.settings, argument, workload="chat") as search:
+            found = search.fetch(search.find(argument))
+        with watching(argument) as watch:
+            conversation.switch(found, watch)
+    elif conversation.pending:
+        with watching(conversation.model_name) as watch:
+            conversation.reload(watch)
+    else:
         repl.tell(f"{conversation.title} ({conversation.model_name})")
         return
-    with finder(conversation.settings, argument, workload="chat") as search:
-        found = search.fetch(search.find(argument))
-    with watching(argument) as watch:
-        conversation.switch(found, watch)
     repl.save()
     repl.tell(f"{conversation.title}. What was said so far is kept.")
 
@@ -186,13 +205,23 @@ def model_names(repl: Repl) -> Iterable[tuple[str, str]]:
 
 def save(repl: Repl, argument: str) -> None:
     conversation = repl.ready()
-    if argument:
-        conversation.rename(stored(repl), argument)
-    elif conversation.session is None:
-        conversation.sessions = stored(repl)
-    repl.save()
+    before = conversation.session.name if conversation.session else ""
+    was_kept, conversation.sessions = conversation.sessions, stored(repl)
+    left = ""
+    try:
+        if argument and argument != before:
+            left = conversation.rename(argument)
+    except LocalMoeError:
+        conversation.sessions = was_kept
+        raise
+    conversation.save()  # not repl's: that it can't be done is the answer here
     name = conversation.session.name if conversation.session else ""
-    repl.tell(f"Kept as {name}." if name else "Kept from the first message on.")
+    if left:
+        repl.tell(f"Kept as {name} from here on; {left} stays as it was.")
+    elif name and name == argument == before and was_kept:
+        repl.tell(f"It is kept as {name} already.")
+    else:
+        repl.tell(f"Kept as {name}." if name else "Kept from the first message on.")
 
 
 def load(repl: Repl, argument: str) -> None:
@@ -204,6 +233,7 @@ def load(repl: Repl, argument: str) -> None:
         conversation.open(stored(repl).open(argument))
     repl.last, repl.attached = None, ""
     repl.show_recent()
+    repl.offer_unanswered()
 
 
 def sessions(repl: Repl, argument: str) -> None:
@@ -242,7 +272,7 @@ COMMANDS = Commands(
         Command("show", "", "what is set, and what the last prompt took", show),
         Command("stats", "[on|off|now]", "figures after each answer", stats, switches),
         Command("plan", "", "what of the model is where", plan),
-        Command("model", "[NAME]", "go on with another model", model, model_names),
+        Command("model", "[NAME]", "go on with another model, or what was set", model, model_names),
         Command("save", "[NAME]", "keep this conversation, under a name", save),
         Command("load", "NAME", "go on with a conversation that was kept", load, session_names),
         Command("sessions", "", "the conversations that were kept", sessions),

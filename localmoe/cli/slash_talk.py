@@ -46,7 +46,10 @@ def undo(repl: Repl, argument: str) -> None:
 
 
 def edit(repl: Repl, argument: str) -> None:
+    from ..serving.context import SUMMARIZE
+
     asked = [m.content for m in repl.ready().messages if m.role == "user"]
+    asked = [text for text in asked if text != SUMMARIZE]
     if not asked:
         raise UsageError("Nothing was asked yet.")
     repl.offer, repl.edits = asked[-1], True
@@ -68,15 +71,17 @@ def read(repl: Repl, argument: str) -> None:
     path = Path(argument).expanduser()
     text = checked_text(repl, path)
     mark = "```" if "```" not in text else "~~~~~~"
-    repl.attached += f"{path.name}:\n{mark}\n{text.rstrip()}\n{mark}\n\n"
-    n_tokens = count(repl, repl.attached)
-    room = repl.n_ctx - repl.conversation.chat.n_tokens()
-    if n_tokens >= room:
-        repl.attached = ""
+    attached = f"{repl.attached}{path.name}:\n{mark}\n{text.rstrip()}\n{mark}\n\n"
+    chat = repl.conversation.chat
+    n_tokens, n_free = count(repl, attached), chat.n_free()
+    if n_tokens > n_free:
+        rest = "and what was read before it have" if repl.attached else "has"
+        anew = "Begin anew with /clear, or ask" if chat.on_full == "stop" else "Ask"
         raise UsageError(
-            f"{path.name} has {n_tokens:,} tokens; {max(room, 0):,} of the context are free.",
-            f"Begin anew with /clear, or ask for more room: -c {2 * (n_tokens + repl.n_ctx)}.",
+            f"{path.name} {rest} {n_tokens:,} tokens; {n_free:,} of the context are free for that.",
+            f"{anew} for more room: /set ctx-size {2 * (n_tokens + repl.n_ctx)}, then /model.",
         )
+    repl.attached = attached
     repl.tell(f"{path.name}, {n_tokens:,} tokens, goes with your next message.")
 
 
@@ -155,7 +160,13 @@ COMMANDS = (
     Command("regen", "", "have the last question answered anew", regenerate),
     Command("undo", "", "take the last question and its answer back", undo),
     Command("edit", "", "change the last question and send it again", edit),
-    Command("system", "[TEXT]", "show or set the system message; none takes it away", system),
+    Command(
+        "system",
+        "[TEXT]",
+        "show or set the system message; none takes it away",
+        system,
+        takes_text=True,
+    ),
     Command("read", "FILE", "put a text file before your next message", read, takes_file=True),
     Command("image", "", "not there: text models only", no_images),
     Command("copy", "[N]", "copy the last answer, or its Nth code block", copy),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,29 +68,41 @@ def chat(
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     is_named = continues or session_name is not None
     sessions = stored(settings) if at_terminal or is_named else None
-    session = session_of(sessions, continues, session_name)
-    name = model or (session.model if session else "") or "demo"
-    if model is None:
-        settings = settings_of(options, name)  # what the config file says of that model
-    with conversation_with(name, settings, quiet or as_json, verbose) as conversation:
-        conversation.keep(sessions, session, session_name)
-        if verbose or not at_terminal:
-            conversation.load_now()
-        if at_terminal:
-            talk(conversation, quiet=quiet, shows_stats=stats)
-        else:
+    with session_of(sessions, continues, session_name) as session:
+        name = model or (session.model if session else "") or "demo"
+        if model is None:
+            settings = settings_of(options, name)  # what the config file says of that model
+        whose = session.name if session and session.model and model is None else ""
+        with conversation_with(name, settings, quiet or as_json, verbose, whose) as conversation:
+            conversation.keep(sessions, session)
+            if verbose or not at_terminal:
+                conversation.load_now()
+            if at_terminal:
+                return talk(conversation, quiet=quiet, shows_stats=stats)
             from .line_chat import chat_in_lines
 
-            chat_in_lines(conversation, as_json=as_json)
+            return chat_in_lines(conversation, as_json=as_json)
 
 
 @contextmanager
 def conversation_with(
-    name: str, settings: Settings, quiet: bool, verbose: bool
+    name: str, settings: Settings, quiet: bool, verbose: bool, whose: str = ""
 ) -> Iterator[Conversation]:
-    """A conversation with a model that is found and fetched, but not loaded yet."""
+    """A conversation with a model that is found and fetched, but not loaded yet.
+
+    `whose` is the session that names it, if that does.
+    """
     with finder(settings, name, quiet, "chat") as search:
-        found = search.fetch(search.find(name))
+        try:
+            found = search.find(name)
+        except UsageError as error:
+            if not whose:
+                raise
+            raise UsageError(
+                f"The session {whose} was with {name}. {error.message}",
+                f"Try: localmoe chat MODEL --session {whose}",
+            ) from None
+        found = search.fetch(found)
     from .conversation import Conversation
 
     with watching(name, quiet, verbose) as watch:
@@ -122,19 +134,20 @@ def stored(settings: Settings) -> Sessions | None:
     return Sessions(sessions_folder())
 
 
-def session_of(sessions: Sessions | None, continues: bool, name: str | None) -> Session | None:
-    """The session that goes on; None where one begins. Raises UsageError."""
+def session_of(
+    sessions: Sessions | None, continues: bool, name: str | None
+) -> AbstractContextManager[Session | None]:
+    """The session that goes on, or begins with a name; None where none is named. Raises
+    UsageError."""
     if continues and name is not None:
         raise UsageError("Both --continue and --session were given.", "Leave one of them out.")
     if (continues or name is not None) and sessions is None:
         raise UsageError("A session can't go on where none is kept.", "Leave out --no-save.")
     if sessions is None:
-        return None
+        return nullcontext()
     if continues:
         latest = sessions.latest()
         if latest is None:
             raise UsageError("No session is kept yet.", "Begin one: localmoe chat")
         return latest
-    if name is not None and sessions.path(name).exists():
-        return sessions.open(name)
-    return None
+    return nullcontext() if name is None else sessions.open_or_new(name)

@@ -26,7 +26,11 @@ replaces, and what it is."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C at an empty line."""
+    """Ctrl-C; `had_text` where the line was not empty, and is now."""
+
+    def __init__(self, had_text: bool) -> None:
+        super().__init__()
+        self.had_text = had_text
 
 
 class Typing:
@@ -51,22 +55,19 @@ class Typing:
     def read(self, default: str = "", *, refresh: bool = False) -> str | None:
         """A text; None at Ctrl-D. Raises Interrupted, and what `fail` was given.
 
-        Ctrl-C empties a line that isn't empty. `refresh`: the hint is asked for again and again.
+        `refresh`: the hint is asked for again and again.
         """
-        while True:
-            try:
-                text = self._session.prompt(
-                    default=default,
-                    refresh_interval=REFRESH_SECONDS if refresh else 0.0,
-                    pre_run=self._leave,
-                )
-                return unquoted(text)
-            except EOFError:
-                return None
-            except KeyboardInterrupt:
-                default = ""
-                if not self._session.default_buffer.text:
-                    raise Interrupted from None
+        try:
+            text = self._session.prompt(
+                default=default,
+                refresh_interval=REFRESH_SECONDS if refresh else 0.0,
+                pre_run=self._leave,
+            )
+            return unquoted(text)
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            raise Interrupted(bool(self._session.default_buffer.text)) from None
 
     def fail(self, error: BaseException) -> None:
         """End the waiting for a text, from any thread: `read` raises this."""

@@ -15,7 +15,17 @@ from ..engine.protocol import Delta, Piece, Request, Sampling
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from .again import lasting
 from .answer import Answer, Markers, ThinkMarkers, split
-from .context import SUMMARIZE, SUMMARY_SHARE, Cut, Room, cut, full, system_and_turns, too_long
+from .context import (
+    LEAST_ANSWER,
+    SUMMARIZE,
+    SUMMARY_SHARE,
+    Cut,
+    Room,
+    cut,
+    full,
+    system_and_turns,
+    too_long,
+)
 from .prompt import Message, Prompt, PromptFormat
 
 OnFull = Literal["stop", "drop", "summarize"]
@@ -131,16 +141,15 @@ class Chat:
         Without a seed it is another draw, whatever seed the conversation has. Raises PromptError
         where nothing was asked yet.
         """
-        before = list(self.messages), self.n_dropped, self._unanswered
-        question = self._take_last()
-        if question is None:
-            raise PromptError("Nothing was asked yet.", "Ask something first.")
         options = replace(self.options, sampling=replace(self.options.sampling, seed=seed))
-        try:
-            yield from self._turn(question, options)
-        finally:
-            if not any(message is question for message in self.messages):
-                self.messages, self.n_dropped, self._unanswered = before
+        yield from self._instead(self._take_last, lambda question: question, options)
+
+    def replace_last(self, text: str) -> Generator[Delta, None, None]:
+        """Another question in the place of the last one; that and its answer, where nothing comes.
+
+        Raises PromptError where nothing was asked yet.
+        """
+        yield from self._instead(self.undo, lambda _: Message("user", text), self.options)
 
     def undo(self) -> Message | None:
         """Take the last question and its answer back; gives the question, None where there is none.
@@ -171,6 +180,16 @@ class Chat:
             return 0
         return len(self._living(lambda: self._encode(self.prompted())).tokens)
 
+    def n_free(self) -> int:
+        """How many tokens the next question may well have, with room left to answer it.
+
+        Where turns may leave, no more than the system message is in its way.
+        """
+        stays = self.prompted() if self.on_full == "stop" else system_and_turns(self.messages)[0]
+        asked = [*answered(stays), Message("user", "?")]
+        n_taken = len(self._living(lambda: self._encode(asked)).tokens)
+        return max(0, self.model.n_ctx - n_taken - Room(self.model.n_ctx).n_answer - LEAST_ANSWER)
+
     # ---- a turn ----
 
     def _turn(self, question: Message, options: AnswerOptions) -> Generator[Delta, None, None]:
@@ -194,6 +213,27 @@ class Chat:
                 self.messages = [*answered(self.messages), question, answer.message()]
         if not answer.text:
             self._note(nothing_came(answer))
+
+    def _instead(
+        self,
+        take: Callable[[], Message | None],
+        another: Callable[[Message], Message],
+        options: AnswerOptions,
+    ) -> Generator[Delta, None, None]:
+        """A turn in the place of the last one, which `take` takes back; that, where nothing comes.
+
+        Raises PromptError where nothing was asked yet.
+        """
+        before = list(self.messages), self.n_dropped, self._unanswered
+        taken = take()
+        if taken is None:
+            raise PromptError("Nothing was asked yet.", "Ask something first.")
+        question = another(taken)
+        try:
+            yield from self._turn(question, options)
+        finally:
+            if not any(message is question for message in self.messages):
+                self.messages, self.n_dropped, self._unanswered = before
 
     def _take_last(self) -> Message | None:
         """The last question, out of the conversation with all that followed it."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +20,9 @@ from filelock import FileLock, Timeout
 from ..errors import LocalMoeError, UsageError
 from .journal import sync, sync_folder
 from .messages import Message
+from .session_names import is_automatic, is_name, names_for
 from .transcript import Transcript, changes, head, other_model, read_transcript
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""What Windows takes for a device, whatever comes after a dot."""
 TEXT, STATE = ".jsonl", ".state"
 
 
@@ -59,13 +56,9 @@ class Sessions:
         Nothing is written before something is said. Raises UsageError where the name is taken.
         """
         if name is not None:
-            if self.path(name).exists():
-                raise UsageError(
-                    f"There is a session {name} already.",
-                    f"Go on with it: localmoe chat --session {name}",
-                )
+            self.check_free(name)
             return Session(self, name, model)
-        for candidate in _names_for(datetime.now()):
+        for candidate in names_for(datetime.now()):
             if not self.path(candidate).exists():
                 with contextlib.suppress(SessionInUse):
                     return Session(self, candidate, model)
@@ -76,8 +69,8 @@ class Sessions:
         self.check_known(name)
         return Session(self, name)
 
-    def open_or_new(self, name: str, model: str) -> Session:
-        """Go on with a session of this name, or begin it."""
+    def open_or_new(self, name: str, model: str = "") -> Session:
+        """Go on with a session of this name, or begin it; the model may be said later (use)."""
         return self.open(name) if self.path(name).exists() else self.new(name, model)
 
     def latest(self) -> Session | None:
@@ -186,6 +179,14 @@ class Sessions:
         hint = f"Did you mean {near[0]}?" if near else "See: localmoe sessions list"
         raise UsageError(f"There is no session {name}.", hint)
 
+    def check_free(self, name: str) -> None:
+        """Raises UsageError where there is a session of this name, or can't be one."""
+        if self.path(name).exists():
+            raise UsageError(
+                f"There is a session {name} already.",
+                f"Go on with it: localmoe chat --session {name}",
+            )
+
 
 class SessionInUse(LocalMoeError):
     """Another process has the session."""
@@ -212,6 +213,7 @@ class Session:
             self._lock.release()
             raise
         self._written = self._found.messages
+        self._left = list(self._written[len(self.messages) :])  # what `unanswered` was at first
 
     def __enter__(self) -> Session:
         return self
@@ -220,11 +222,38 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_file()
         if self._lock.is_locked:
             self._sessions.unlock(self.name, self._lock)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a person gave it its name."""
+        return not is_automatic(self.name)
+
+    def rename(self, name: str) -> None:
+        """Go on under another name, with text and state; nothing stays under this one.
+
+        Raises UsageError where there is one of that name, LocalMoeError where it can't be done.
+        """
+        store = self._sessions
+        path, state, lock = store.path(name), store.state_path(name), store.lock(name)
+        try:
+            store.check_free(name)
+            self._close_file()  # Windows moves none that is open
+            if self.path.exists():
+                self.path.rename(path)
+        except OSError as error:
+            store.unlock(name, lock)
+            raise LocalMoeError(f"{self.path} can't be renamed: {error.strerror}.") from None
+        except UsageError:
+            store.unlock(name, lock)
+            raise
+        with contextlib.suppress(OSError):  # it only saves time
+            self.state_path.rename(state)
+        sync_folder(store.folder)
+        store.unlock(self.name, self._lock)
+        self.name, self.path, self.state_path, self._lock = name, path, state, lock
 
     @property
     def model(self) -> str:
@@ -262,9 +291,14 @@ class Session:
     def sync(self, messages: Sequence[Message], n_dropped: int = 0) -> None:
         """Have a conversation on disk when this returns: what is new, and what no longer counts.
 
-        Of a chat in which nothing was asked there is no file. Raises LocalMoeError where it can't
-        be written; then the file is as it was.
+        Of a chat in which nothing was asked there is no file. What was `unanswered` stays so until
+        something else is asked. Raises LocalMoeError where it can't be written; then the file is as
+        it was.
         """
+        if self._left and asked(messages) == asked(self.messages):
+            messages = [*messages, *self._left]
+        else:
+            self._left = []
         if not self._found.end and not any(m.role == "user" for m in messages):
             return
         block = changes(self._written, messages, (self.n_dropped, n_dropped))
@@ -292,6 +326,11 @@ class Session:
             )
         return found
 
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
     def _append(self, block: bytes) -> None:
         try:
             if self._fd < 0:
@@ -318,10 +357,8 @@ class Session:
             sync_folder(self.path.parent)
 
 
-def is_name(text: str) -> bool:
-    """Whether a session may have this name: no path, and a file name on every system."""
-    is_odd = text.endswith(".") or DEVICES.fullmatch(text)
-    return bool(NAME.fullmatch(text)) and not is_odd
+def asked(messages: Sequence[Message]) -> list[str]:
+    return [message.content for message in messages if message.role == "user"]
 
 
 def make_private_folder(folder: Path) -> None:
@@ -337,15 +374,6 @@ def n_bytes_of(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _names_for(now: datetime) -> Iterator[str]:
-    first = now.strftime("%Y-%m-%d-%H%M")
-    yield first
-    n = 2
-    while True:
-        yield f"{first}-{n}"
-        n += 1
 
 
 def _changed(path: Path) -> float:
