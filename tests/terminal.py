@@ -80,15 +80,20 @@ class Terminal:
         return sum(line.startswith(PROMPT) for line in self.text.split("\n"))
 
     def wait_prompt(self, n: int = 1, seconds: float = SECONDS) -> None:
-        """Wait until the nth prompt is there for a line."""
-        self.wait(
-            lambda _: (
-                self.n_prompts() >= n
-                and self.line.startswith(PROMPT)
-                and not self.screen.cursor.hidden
-            ),
-            seconds,
-        )
+        """Wait until the nth prompt is there for a line, and nothing comes behind it: what was said
+        before is shown behind such marks, too."""
+        n_seen = -1
+        while n_seen != len(self.raw):
+            self.wait(
+                lambda _: (
+                    self.n_prompts() >= n
+                    and self.line.startswith(PROMPT)
+                    and not self.screen.cursor.hidden
+                ),
+                seconds,
+            )
+            n_seen = len(self.raw)
+            self.pump()
 
     def send(self, text: str) -> None:
         self.child.send(text)

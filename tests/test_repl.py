@@ -56,9 +56,9 @@ def a_chat(*options: str, **env: str) -> Iterator[Terminal]:
 
 @pytest.fixture
 def long(tmp_path: Path) -> list[str]:
-    """Options for answers of so many words of nonsense."""
+    """Options for answers of more words of nonsense than are ever waited for."""
     grammar = tmp_path / "long.gbnf"
-    grammar.write_text('root ::= ([a-z]{3,9} " "){40,40} [a-z]{3,9}')
+    grammar.write_text('root ::= ([a-z]{3,9} " "){200,200} [a-z]{3,9}')
     return ["--grammar", str(grammar), "--temp", "1.5", "--seed", "1"]
 
 
