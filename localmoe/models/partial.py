@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from ..disk import sync_folder
 from .pieces import PIECE_BYTES, as_ranges, fill, n_pieces
 from .remote import RemoteFile
 
@@ -200,7 +201,7 @@ class Partial:
         datasync(self._bytes)
         self.close()
         self.path.replace(self._blob)
-        sync_folder(self._blob.parent)
+        sync_folder(self._blob.parent)  # or a power cut takes the rename back
         remove_leftover(self._blob)
 
     def remove(self) -> None:
@@ -268,16 +269,6 @@ def boot_mark() -> str:
 
 def datasync(file: FileIO) -> None:
     getattr(os, "fdatasync", os.fsync)(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """A rename survives a power cut once its folder was synced; Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_all(file: FileIO, content: memoryview) -> None:

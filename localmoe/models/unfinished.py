@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from ..disk import sync_folder
+
 
 class Unfinished:
     """What becomes `target`: `path` beside it, open as `file`. Leaving it early removes it.
@@ -35,12 +37,8 @@ class Unfinished:
         if not self._is_ours() or self.target.exists():
             raise FileExistsError(0, "another process writes it too")
         self.path.rename(self.target)
-        with contextlib.suppress(OSError, AttributeError):  # not on Windows, not on every disk
-            folder = os.open(self.target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with contextlib.suppress(OSError):
+            sync_folder(self.target.parent)
 
     def _is_ours(self) -> bool:
         return self.path.exists() and _identity(self.path.stat()) == self._identity

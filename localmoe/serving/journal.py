@@ -12,13 +12,13 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..disk import APPENDING, append, replace_file, sync, sync_folder
 from ..errors import LocalMoeError, UsageError
 from .lines import Line, read_lines
 
@@ -117,13 +117,8 @@ class Journal:
         """
         block = b"".join(lines)
         try:
-            n_written = os.write(self._fd, block)
-            while n_written < len(block):  # no room is what cuts a write short: this says it
-                n_written += os.write(self._fd, block[n_written:])
-            sync(self._fd)
+            append(self._fd, block, self._n_bytes)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._n_bytes)
             raise self._failed(error) from None
         self._n_bytes += len(block)
 
@@ -154,15 +149,15 @@ class Journal:
         self._close_file()
         try:
             is_new = not self.path.exists()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-            self._fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self._fd = os.open(self.path, APPENDING, 0o666)
             self._n_bytes = end
             n_cut = os.fstat(self._fd).st_size - end
             if n_cut:
                 os.ftruncate(self._fd, end)
             sync(self._fd)  # of a run that was killed, not all that can be read need be on disk
             if is_new:
-                sync_folder(self.path.parent)
+                with contextlib.suppress(OSError):
+                    sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
         return n_cut
@@ -206,30 +201,3 @@ def record_of(line: Line) -> Record | None:
     if not key or not isinstance(name, str) or not isinstance(number, int):
         return None
     return Record(line.offset, line.n_bytes, bytes.fromhex(key[1]), name, number, is_error)
-
-
-def sync(fd: int) -> None:
-    """Have what was written on the disk itself, beyond its own cache where the system can."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        with contextlib.suppress(OSError):  # not every file system can
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have names of files on disk; Windows has no such thing."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def replace_file(new: Path, old: Path) -> None:
-    """Let a file that is on disk take another's name, for good."""
-    os.replace(new, old)
-    sync_folder(old.parent)

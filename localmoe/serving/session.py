@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..disk import APPENDING, append, sync_folder
 from ..errors import LocalMoeError, UsageError
-from .journal import sync, sync_folder
 from .messages import Message
 from .session_names import is_automatic, is_name, names_for
 from .transcript import Transcript, changes, head, other_model, read_transcript
@@ -251,7 +251,8 @@ class Session:
             raise
         with contextlib.suppress(OSError):  # it only saves time
             self.state_path.rename(state)
-        sync_folder(store.folder)
+        with contextlib.suppress(OSError):
+            sync_folder(store.folder)
         store.unlock(self.name, self._lock)
         self.name, self.path, self.state_path, self._lock = name, path, state, lock
 
@@ -335,14 +336,8 @@ class Session:
         try:
             if self._fd < 0:
                 self._open()
-            n_written = os.write(self._fd, block)
-            while n_written < len(block):  # no room is what cuts a write short: this says it
-                n_written += os.write(self._fd, block[n_written:])
-            sync(self._fd)
+            append(self._fd, block, self._found.end)
         except OSError as error:
-            if self._fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, self._found.end)
             raise LocalMoeError(
                 f"The chat can't be kept: {self.path} can't be written: {error.strerror}."
             ) from None
@@ -350,11 +345,11 @@ class Session:
 
     def _open(self) -> None:
         """Open for appending; what a crash left after the last whole line is cut off."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(self.path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+        self._fd = os.open(self.path, APPENDING, 0o600)
         os.ftruncate(self._fd, self._found.end)
         if not self._found.end:
-            sync_folder(self.path.parent)
+            with contextlib.suppress(OSError):
+                sync_folder(self.path.parent)
 
 
 def asked(messages: Sequence[Message]) -> list[str]:
