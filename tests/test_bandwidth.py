@@ -21,7 +21,6 @@ from localmoe.engine.graphs import (
     Bench,
     GraphError,
     best_seconds,
-    declare,
     devices_of,
     weight_types,
 )
@@ -45,7 +44,6 @@ FILL = float(np.frombuffer(bytes([ACTIVATION_FILL]) * 4, np.float32)[0])
 @pytest.fixture(scope="module")
 def cpu() -> int:
     """The CPU device's handle."""
-    declare(LIBRARY)
     return next(device for device, _, kind in devices_of(LIBRARY) if kind == 0)
 
 

@@ -25,7 +25,6 @@ from .graphs import (
     Bench,
     GraphError,
     best_seconds,
-    declare,
     devices_of,
     weight_types,
 )
@@ -61,7 +60,6 @@ def measure(
     for, is left out, and so are types that no matrix has. A `scale` below 1 takes that much less
     memory and work.
     """
-    declare(library)
     numbers = weight_types(library)
     wanted = [(name, numbers[name]) for name in types if name in numbers]
     devices: list[DeviceRates] = []

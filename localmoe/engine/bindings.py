@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .protocol import KvType, Sampling, Vocabulary
+from .signatures import declare
 
 # enum ggml_log_level (ggml.h)
 LOG_ERROR = 4
@@ -67,9 +68,8 @@ def overheard(lines: list[str]) -> Iterator[None]:
         _listeners.remove(lines)
 
 
-ggml = C._lib  # its handle also finds ggml's symbols; loading libggml by path would load it twice
-ggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
-ggml.ggml_backend_cpu_buffer_type.argtypes = []
+# its handle also finds ggml's symbols; loading libggml by path would load it twice
+ggml = declare(C._lib)
 
 
 def system_info() -> str:

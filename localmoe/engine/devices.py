@@ -9,20 +9,6 @@ from .bindings import ggml
 from .pinning import HostMemory
 from .protocol import Device
 
-_handle = ctypes.c_void_p
-_sizes = ctypes.POINTER(ctypes.c_size_t)
-for _name, _result, _arguments in (
-    ("ggml_backend_dev_count", ctypes.c_size_t, []),
-    ("ggml_backend_dev_get", _handle, [ctypes.c_size_t]),
-    ("ggml_backend_dev_name", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_dev_description", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_dev_type", ctypes.c_int, [_handle]),
-    ("ggml_backend_dev_memory", None, [_handle, _sizes, _sizes]),
-    ("ggml_backend_dev_backend_reg", _handle, [_handle]),
-    ("ggml_backend_reg_get_proc_address", _handle, [_handle, ctypes.c_char_p]),
-):
-    getattr(ggml, _name).restype, getattr(ggml, _name).argtypes = _result, _arguments
-
 # enum ggml_backend_dev_type (ggml-backend.h)
 DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 REGISTER = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_size_t)

@@ -1,7 +1,6 @@
 """Small graphs of ggml operations, to time them: tensors, products, attention, on one device.
 
-Works on the library handle that bindings.py has (`bindings.ggml_library()`); nothing here imports
-llama_cpp. Signatures: ggml/include/ggml.h, ggml-backend.h, ggml-alloc.h.
+Works on the library handle that bindings.py has (`bindings.ggml`); nothing here imports llama_cpp.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+from .signatures import InitParams
+
 N_TYPES = 43  # GGML_TYPE_COUNT (ggml.h)
 F32, F16, I32, BF16 = 0, 1, 26, 30  # enum ggml_type
 NEVER_WEIGHTS = ("Q8_1", "Q8_K")
@@ -22,65 +23,9 @@ NEVER_WEIGHTS = ("Q8_1", "Q8_K")
 WEIGHT_FILL, ACTIVATION_FILL = 0x11, 0x3F
 MAX_NODES = 2048
 
-_handle = ctypes.c_void_p
-_int, _size, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_float
-
-
-class InitParams(ctypes.Structure):
-    """struct ggml_init_params."""
-
-    _fields_ = [("mem_size", _size), ("mem_buffer", _handle), ("no_alloc", ctypes.c_bool)]
-
-
-_long = ctypes.c_int64
-SIGNATURES: tuple[tuple[str, Any, list[Any]], ...] = (
-    ("ggml_init", _handle, [InitParams]),
-    ("ggml_free", None, [_handle]),
-    ("ggml_type_name", ctypes.c_char_p, [_int]),
-    ("ggml_is_quantized", ctypes.c_bool, [_int]),
-    ("ggml_nbytes", _size, [_handle]),
-    ("ggml_tensor_overhead", _size, []),
-    ("ggml_graph_overhead_custom", _size, [_size, ctypes.c_bool]),
-    ("ggml_new_tensor_4d", _handle, [_handle, _int, _long, _long, _long, _long]),
-    ("ggml_add", _handle, [_handle] * 3),
-    ("ggml_mul", _handle, [_handle] * 3),
-    ("ggml_mul_mat_id", _handle, [_handle] * 4),
-    ("ggml_flash_attn_ext", _handle, [_handle] * 5 + [_float] * 3),
-    ("ggml_new_graph_custom", _handle, [_handle, _size, ctypes.c_bool]),
-    ("ggml_build_forward_expand", None, [_handle, _handle]),
-    ("ggml_backend_dev_count", _size, []),
-    ("ggml_backend_dev_get", _handle, [_size]),
-    ("ggml_backend_dev_name", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_dev_type", _int, [_handle]),
-    ("ggml_backend_dev_init", _handle, [_handle, ctypes.c_char_p]),
-    ("ggml_backend_dev_supports_op", ctypes.c_bool, [_handle, _handle]),
-    ("ggml_backend_dev_host_buffer_type", _handle, [_handle]),
-    ("ggml_backend_dev_backend_reg", _handle, [_handle]),
-    ("ggml_backend_reg_get_proc_address", _handle, [_handle, ctypes.c_char_p]),
-    ("ggml_backend_free", None, [_handle]),
-    ("ggml_backend_alloc_ctx_tensors", _handle, [_handle, _handle]),
-    ("ggml_backend_buft_alloc_buffer", _handle, [_handle, _size]),
-    ("ggml_backend_buffer_get_base", _handle, [_handle]),
-    ("ggml_backend_buffer_free", None, [_handle]),
-    ("ggml_backend_graph_compute", _int, [_handle, _handle]),
-    ("ggml_backend_synchronize", None, [_handle]),
-    ("ggml_backend_tensor_memset", None, [_handle, ctypes.c_uint8, _size, _size]),
-    ("ggml_backend_tensor_set", None, [_handle, _handle, _size, _size]),
-    ("ggml_backend_tensor_get", None, [_handle, _handle, _size, _size]),
-    ("ggml_backend_tensor_copy", None, [_handle, _handle]),
-)
-
 
 class GraphError(Exception):
     """A device can't do what was to be timed, or has no memory for it."""
-
-
-def declare(library: Any) -> Any:
-    """Tell ctypes the signatures of what is used here; gives the library."""
-    for name, result, arguments in SIGNATURES:
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
 
 
 def weight_types(library: Any) -> dict[str, int]:
@@ -134,7 +79,7 @@ class Bench:
         registry = self._lib.ggml_backend_dev_backend_reg(self._device)
         found = self._lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
         if found:
-            ctypes.CFUNCTYPE(None, _handle, _int)(found)(self._backend, n_threads)
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(found)(self._backend, n_threads)
 
     # ---- tensors and operations ----
 

@@ -31,23 +31,6 @@ N_TRIED = 256  # tokens: the least that llama.cpp makes a context for
 N_SOURCES = 10  # GGML_MAX_SRC (ggml.h)
 
 _handle, _size = ctypes.c_void_p, ctypes.c_size_t
-for _name, _result, _arguments in (
-    ("ggml_nbytes", _size, [_handle]),
-    ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
-    ("ggml_tensor_overhead", _size, []),
-    ("ggml_backend_buffer_name", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_buft_name", ctypes.c_char_p, [_handle]),
-    ("ggml_backend_buft_alloc_buffer", _handle, [_handle, _size]),
-    ("ggml_backend_buffer_get_base", _handle, [_handle]),
-    ("ggml_backend_buffer_set_usage", None, [_handle, ctypes.c_int]),
-    ("ggml_backend_buffer_free", None, [_handle]),
-    ("ggml_backend_tensor_alloc", ctypes.c_int, [_handle] * 3),
-    ("ggml_backend_tensor_set", None, [_handle, _handle, _size, _size]),
-    ("ggml_backend_dev_by_type", _handle, [ctypes.c_int]),
-    ("ggml_backend_dev_backend_reg", _handle, [_handle]),
-    ("ggml_backend_reg_get_proc_address", _handle, [_handle, ctypes.c_char_p]),
-):  # fmt: skip
-    getattr(ggml, _name).restype, getattr(ggml, _name).argtypes = _result, _arguments
 
 
 class Tensor(ctypes.Structure):

@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ..disk import replace_file, sync
 from .bindings import ggml
 from .model import LoadedModel
 from .places import Places
@@ -284,18 +285,12 @@ def write_file(path: Path, n_bytes: int, fill: Callable[[npt.NDArray[np.uint8]],
             fill(np.frombuffer(whole, np.uint8))
             whole.flush()
             whole.close()  # Windows renames nothing that is mapped
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+            sync(file.fileno())
+        replace_file(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
-    with contextlib.suppress(OSError):  # Windows has no such thing
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def allocate(file: BinaryIO, n_bytes: int) -> None:
