@@ -93,13 +93,13 @@ class Repl:
         self.conversation.let_engine_return()
         self.view.begin()
         self._turn = turn
-        with turn.taking_interrupts():
+        with turn.taking_interrupts():  # a Ctrl-C that comes as it ends is nothing any more
             ended = self._follow(turn.start(), answer)
-        self.view.finish()
-        self.last = answer
-        if ended is not None:
-            self._turn = None
-        self._close(answer, ended, question)
+            self.view.finish()
+            self.last = answer
+            if ended is not None:
+                self._turn = None
+            self._close(answer, ended, question)
 
     def ready(self) -> Conversation:
         """The conversation, once its model is loaded and its last answer has ended."""
