@@ -28,8 +28,8 @@ from .serving.chat import AnswerOptions, Model
 from .serving.prompt import NO_THINKING, PromptFormat, TemplateFacts, prompt_format
 from .serving.text_format import TextFormat, no_template
 
-# general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
 MAX_REPEAT_LAST_N = 1 << 16
+# general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
 HEADER_SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -158,9 +158,8 @@ def load_once(
     engine = Engine(engine_environment(), watch.log)
     try:
         planner = Planner(settings, workload, watch.warning, engine, crowd, n_prompt)
-        if watch.note and meta.file_bytes > QUICK_BYTES and planner.is_to_be_tuned(meta):
-            watch.note("Timing this model on the CPU, once (--no-tune leaves that out).")
-        plan = planner.plan_to_load(path, meta)
+        note = watch.note if meta.file_bytes > QUICK_BYTES else None
+        plan = planner.plan_to_load(path, meta, on_note=note)
         if plan.placement.n_gpu_layers:
             engine.close()
             check_nothing_was_taken(planner)

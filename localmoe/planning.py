@@ -118,27 +118,33 @@ class Planner:
             return self._searched(meta, self.machine, Speeds(), unmeasured_plan(self.machine, meta))
         return self._plan_here(path, meta, measure=True)
 
-    def plan_to_load(self, path: Path, meta: ModelMeta, *, tune: bool = True) -> Plan:
+    def plan_to_load(
+        self,
+        path: Path,
+        meta: ModelMeta,
+        *,
+        tune: bool = True,
+        on_note: Callable[[str], None] | None = None,
+    ) -> Plan:
         """The plan to load a model by, here and now. Raises DoesNotFit.
 
-        Without a GPU to place anything on, the model itself is timed on the CPU, once; not with
-        `tune` False, as where only its header is here.
+        Without a GPU to place anything on, the model itself is timed on the CPU, once, which takes
+        seconds: `on_note` is told before. Not with `tune` False, as where only its header is here.
         """
         if self._may_use_gpus(self.here):
             return self._plan_here(path, meta, measure=True)
         plan = self._plan_here(path, meta, measure=False)
         ram = plan.memory[-1]
         has_room = ram.budget_bytes - ram.total_bytes >= TUNING_BYTES
-        if not (tune and has_room and self.is_to_be_tuned(meta)):
+        if not (tune and has_room and self._is_to_be_tuned(meta)):
             return plan
+        if on_note:
+            on_note("Timing this model on the CPU, once (--no-tune leaves that out).")
         self._tune(path, meta)
         return self._plan_here(path, meta, measure=False)
 
-    def is_to_be_tuned(self, meta: ModelMeta) -> bool:
-        """Whether `plan_to_load` will time a model on the CPU, which takes seconds."""
-        if self._may_use_gpus(self.here) or not self._may_tune:
-            return False
-        if meta.weights_bytes < WORTH_TUNING_BYTES:
+    def _is_to_be_tuned(self, meta: ModelMeta) -> bool:
+        if not self._may_tune or meta.weights_bytes < WORTH_TUNING_BYTES:
             return False
         known = self._tunings.read(self._tuning_key(meta))
         return known is None or not known.is_final

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..config_file import file_key, setting_name
 from ..errors import LocalMoeError, UsageError
 from . import render
 from .conversation import AT_LOADING
@@ -19,7 +20,6 @@ AT_ONCE = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop",
     "think", "on_full", "plain",
 )  # fmt: skip
-SHORT = {"temp": "temperature"}
 
 
 def set_option(repl: Repl, argument: str) -> None:
@@ -49,8 +49,7 @@ def change(repl: Repl, shown: str, value: str) -> None:
 
 def setting(shown: str) -> str:
     """The setting that an option's name means. Raises UsageError."""
-    name = shown.lstrip("-").replace("-", "_")
-    name = SHORT.get(name, name)
+    name = setting_name(shown)
     if name in AT_ONCE + AT_LOADING:
         return name
     known = [option_name(each) for each in AT_ONCE + AT_LOADING]
@@ -62,7 +61,7 @@ def setting(shown: str) -> str:
 
 
 def option_name(name: str) -> str:
-    return {"temperature": "temp"}.get(name, name).replace("_", "-")
+    return file_key(name).replace("_", "-")
 
 
 def shown_value(value: Any) -> str:

@@ -27,13 +27,11 @@ import io
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from batch import free_port, is_ready  # noqa: E402
 from placement import MIB, Results, library_path, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
@@ -574,8 +573,7 @@ def server(cell: Cell, job: Figures, arguments: argparse.Namespace) -> Figures:
 
 @contextmanager
 def serving(tools: Path, model: str, flags: list[str]) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(tools / "llama-server"), "-m", model, "--port", str(port), *flags]
     with (
         tempfile.TemporaryFile() as log,
@@ -583,7 +581,7 @@ def serving(tools: Path, model: str, flags: list[str]) -> Iterator[str]:
     ):
         try:
             address, until = f"http://127.0.0.1:{port}", time.monotonic() + 90
-            while not is_ready(address):
+            while not is_ready(f"{address}/health"):
                 if process.poll() is not None or time.monotonic() > until:
                     log.seek(0)
                     said = log.read().decode("utf-8", "replace")[-500:]
@@ -592,14 +590,6 @@ def serving(tools: Path, model: str, flags: list[str]) -> Iterator[str]:
             yield address
         finally:
             process.kill()
-
-
-def is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def complete(address: str, prompt: list[int], n_generated: int) -> Figures:
