@@ -136,7 +136,14 @@ class LocalMoE:
         encoder = Encoder(loaded.model.format, vocabulary, loaded.model.n_ctx)
         defaults = Defaults(chosen, self._settings.system)
         with closing(vocabulary):
-            yield from answers(requests, encoder, self._living_engine, defaults, share=share)
+            yield from answers(
+                requests,
+                encoder,
+                self._living_engine,
+                defaults,
+                share=share,
+                markers=loaded.model.markers,
+            )
 
     def _living_engine(self) -> Engine:
         """The engine, started again where it died."""

@@ -153,8 +153,7 @@ def load_once(
     """Plan and load. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
     meta = found.meta
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
-    bound = settings.grammar is not None or settings.json_schema is not None
-    format = format_of(meta, think=settings.think != "off" and not bound)
+    format = format_of(meta, think=wants_thinking(settings))
     engine = Engine(engine_environment(), watch.log)
     try:
         planner = Planner(settings, workload, watch.warning, engine, crowd, n_prompt)
@@ -229,6 +228,12 @@ def open_vocabulary(path: Path) -> Engine:
     except BaseException:
         engine.kill()
         raise
+
+
+def wants_thinking(settings: Settings) -> bool:
+    """Whether a model is to think before it answers; a grammar's text begins at once."""
+    bound = settings.grammar is not None or settings.json_schema is not None
+    return settings.think != "off" and not bound
 
 
 def format_of(meta: ModelMeta, *, think: bool = True) -> PromptFormat:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 from make_model import SHAPES, make_model
 
@@ -17,6 +18,12 @@ from localmoe.engine.protocol import Placement
 
 # a shell lets what it runs in the background ignore Ctrl-C, and so would every program tested here
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# how long an example takes says what else the machine does
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

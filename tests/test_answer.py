@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from localmoe.serving.answer import (
     ThinkMarkers,
     find_markers,
     split,
+    whole,
 )
 from localmoe.serving.chat import AnswerOptions, Model
 from localmoe.serving.mistral import MistralFormat
@@ -76,6 +77,16 @@ class Stream:
         assert answer.last is not None
         return answer
 
+    def whole(self, markers: Markers, prompt: tuple[int, ...] = (5,)) -> Answer:
+        """The answer from deltas as an unstreamed request has them: one at each marker."""
+        gathered, text, tokens = list[Delta](), "", ()
+        for delta in self.deltas(markers):
+            text, tokens = text + delta.text, (*tokens, *delta.tokens)
+            if delta.finish_reason or set(delta.tokens) & set(markers.ids):
+                gathered.append(replace(delta, text=text, tokens=tokens))
+                text, tokens = "", ()
+        return whole(gathered, markers, Request(prompt))
+
     def spelled(self, tokens: Sequence[int]) -> str:
         return b"".join(self.pieces[token] for token in tokens).decode("utf-8", "replace")
 
@@ -90,6 +101,31 @@ def test_thinking_is_told_from_the_answer() -> None:
     assert answer.tokens == tuple(stream.tokens)
     assert stream.spelled(answer.text_tokens) == "Yes."
     assert answer.message() == Message("assistant", "Yes.", answer.text_tokens, "Hm?\n")
+
+
+@pytest.mark.parametrize("said", [
+    (OPEN, "\n", "Hm", "?", CLOSE, "\n\n", "Yes", "\n"), (OPEN, "Hm?", CLOSE, "\nYes", "\n"),
+])  # fmt: skip
+def test_an_answer_that_was_not_streamed_is_parted_alike(said: tuple[int | str, ...]) -> None:
+    answer = Stream().say(*said).whole(THINK)
+    assert (answer.thinking, answer.text) == ("Hm?", "Yes\n")
+
+
+def test_an_answer_that_was_not_streamed_may_begin_inside_the_thinking() -> None:
+    stream = Stream().say("Hm", CLOSE, "Yes")
+    inside, outside = stream.whole(THINK, prompt=(5, OPEN)), stream.whole(THINK)
+    assert (inside.thinking, inside.text) == ("Hm", "Yes")
+    assert (outside.thinking, outside.text) == ("", "HmYes")
+
+
+def test_an_answer_without_thinking_keeps_its_line_ends() -> None:
+    assert Stream().say("\n\nYes").whole(THINK).text == "\n\nYes"
+
+
+def test_channels_of_an_answer_that_was_not_streamed() -> None:
+    said = (CHANNEL, "analysis", MESSAGE, "Hm", END, START, "assistant", CHANNEL, "final", MESSAGE)
+    answer = Stream().say(*said, "Yes").whole(HARMONY)
+    assert (answer.thinking, answer.text) == ("Hm", "Yes")
 
 
 def test_an_answer_may_begin_inside_the_thinking() -> None:

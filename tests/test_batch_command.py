@@ -16,8 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
+from vocabulary_files import with_renamed_tokens
 
+from localmoe.api import LocalMoE
 from localmoe.cli.batch_view import Pace, check_line, progress_line, summary, summary_lines
+from localmoe.models.catalog import DEMO
 from localmoe.serving.batch import Checked, Progress, Recovered
 
 COMMAND = [sys.executable, "-m", "localmoe", "batch", "demo"]
@@ -70,6 +73,45 @@ def test_a_file_is_answered_and_a_second_time_there_is_nothing_to_do(
     assert output.read_bytes() == raw
     document = json.loads(second.stdout)
     assert (document["done_before"], document["answered"]) == (3, 0)
+
+
+THINKING, TEXT = "'m good", " thank you for asking. How are you doing?"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, whose first word is <think> here, and whose first comma ends that."""
+    path = tmp_path_factory.mktemp("models") / "thinker.gguf"
+    with_renamed_tokens(DEMO, path, {268: "<think>", 4052: "</think>"})
+    return path
+
+
+@pytest.mark.parametrize("think", ["on", "hide"])
+def test_what_a_model_thinks_is_no_part_of_its_answer(
+    think: str, thinker: Path, output: Path
+) -> None:
+    asked = json.dumps({"messages": [{"role": "user", "content": "Hi! How are you today?"}]})
+    body = {"model": "", "prompt": "I'm good,"}
+    raw = json.dumps({"custom_id": "raw", "method": "POST", "url": "/v1/completions", "body": body})
+    command = [*COMMAND[:-1], str(thinker), "-o", str(output), "--think", think, "--temp", "0"]
+    subprocess.run([*command, "-q"], input=f"{asked}\n{raw}\n", encoding="utf-8", check=True)
+    first, second = sorted(records(output), key=lambda record: record["line"])
+    choice = first["response"]["body"]["choices"][0]
+    said = {"role": "assistant", "content": TEXT}
+    assert choice["message"] == said | ({"reasoning_content": THINKING} if think == "on" else {})
+    assert choice["finish_reason"] == "stop"
+    assert first["response"]["body"]["usage"]["completion_tokens"] == 15
+    assert second["response"]["body"]["choices"][0]["text"]  # a text that goes on has no thinking
+
+
+def test_the_python_door_parts_thinking_too(thinker: Path) -> None:
+    asked = [{"role": "user", "content": "Hi! How are you today?"}]
+    with LocalMoE(str(thinker), ctx_size=256, tune=False, parallel=2) as moe:
+        streamed = moe.chat(asked, temperature=0)
+        (result,) = moe.batch([asked], temperature=0)
+    assert (result.thinking, result.text) == (THINKING, TEXT)
+    assert (streamed.thinking, streamed.text) == (THINKING, TEXT)
+    assert result.tokens[0] == 268
 
 
 def test_pipes_in_and_out() -> None:

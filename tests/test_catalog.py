@@ -306,7 +306,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=60), st.lists(PIECES, max_size=20).map("".join)))
 def test_whatever_the_file_holds_is_a_catalog_or_refused(
     tmp_path_factory: pytest.TempPathFactory, held: bytes | str

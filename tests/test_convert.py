@@ -343,9 +343,7 @@ PLACES = st.integers(0, 900) | st.integers(len(HEAD) - 2600, len(HEAD) - 1)
 
 
 @given(st.lists(st.tuples(PLACES, st.integers(0, 255)), min_size=1, max_size=6))
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_header_is_refused_or_converted(
     tmp_path: Path, flips: list[tuple[int, int]]
 ) -> None:

@@ -121,7 +121,7 @@ def held_by(layers: Sequence[Layer], output_bytes: int, layout: Layout) -> tuple
 
 
 @given(layers_of_a_model(), sizes, rooms_for(1), st.integers(0, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_gpu_is_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
@@ -130,7 +130,7 @@ def test_one_gpu_is_filled_as_well_as_can_be(
 
 
 @given(layers_of_a_model(most=5), sizes, rooms_for(2), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_two_gpus_are_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
@@ -139,7 +139,7 @@ def test_two_gpus_are_filled_as_well_as_can_be(
 
 
 @given(layers_of_a_model(most=6, most_experts=1), sizes, rooms_for(2), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_two_gpus_and_six_layers(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
@@ -148,7 +148,7 @@ def test_two_gpus_and_six_layers(
 
 
 @given(layers_of_a_model(most=4, most_experts=1), sizes, rooms_for(3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_three_gpus_are_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...]
 ) -> None:
@@ -157,7 +157,7 @@ def test_three_gpus_are_filled_as_well_as_can_be(
 
 
 @given(layers_of_a_model(), sizes, st.integers(1, 3).flatmap(rooms_for))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_gpu_gets_more_than_it_has_room_for(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...]
 ) -> None:
@@ -173,7 +173,7 @@ def test_no_gpu_gets_more_than_it_has_room_for(
 
 
 @given(layers_of_a_model(), sizes, st.integers(-3, 90), st.integers(0, 20))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_room_never_holds_less(
     layers: tuple[Layer, ...], output: int, room: int, more: int
 ) -> None:
@@ -183,7 +183,7 @@ def test_more_room_never_holds_less(
 
 
 @given(layers_of_a_model(), st.integers(-3, 90))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_most_bytes_are_most_of_all_subsets(layers: tuple[Layer, ...], room: int) -> None:
     tensors = [tensor for layer in layers for tensor in layer.experts]
     sums = (sum(size for _, size in chosen) for chosen in subsets(tensors))

@@ -331,7 +331,7 @@ def test_the_good_file_parses() -> None:
 
 
 @given(st.integers(0, HEAD + 100))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_truncation(n_bytes: int) -> None:
     with pytest.raises(ModelFileError) as caught:
         parse(GOOD[:n_bytes])
@@ -342,7 +342,7 @@ def test_any_truncation(n_bytes: int) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, HEAD - 1), st.integers(0, 255)), min_size=1, max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_flipped_bytes(flips: list[tuple[int, int]]) -> None:
     raw = bytearray(GOOD)
     for at, value in flips:
@@ -351,7 +351,7 @@ def test_any_flipped_bytes(flips: list[tuple[int, int]]) -> None:
 
 
 @given(st.integers(0, HEAD // 8 - 1), st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_word_replaced(index: int, value: int) -> None:
     raw = bytearray(GOOD)
     struct.pack_into("<Q", raw, index * 8, value)
@@ -360,7 +360,7 @@ def test_any_word_replaced(index: int, value: int) -> None:
 
 
 @given(st.binary(max_size=400), st.sampled_from([b"", b"GGUF", b"GGUF\x03\0\0\0"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_garbage(raw: bytes, start: bytes) -> None:
     check_outcome(start + raw)
 
@@ -377,7 +377,7 @@ VALUES: list[Callable[[st.DataObject], gguf_writer.Value]] = [
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_value_for_any_key(data: st.DataObject) -> None:
     blueprint = mixtral.blueprint(replace(TINY, n_layers=1), "Q4_K")
     extra = ["llama.attention.kv_lora_rank", "llama.attention.sliding_window", "split.count",

@@ -264,7 +264,7 @@ def outcome(text: str) -> ModelName | UsageError:
         return error
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TEXTS)
 def test_whatever_a_person_types_is_a_name_or_refused_in_a_line(text: str) -> None:
     said = outcome(text)

@@ -233,7 +233,7 @@ def test_damaged_checksums_are_none(tmp_path: Path) -> None:
 # --- shares
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.integers(1, 90)), max_size=4),
     st.integers(1, 8),

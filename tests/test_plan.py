@@ -314,7 +314,7 @@ def tried(on: Machine, meta: ModelMeta, request: PlanRequest) -> Plan | None:
 
 
 @given(machines(3), models(), requests)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_memory_is_asked_for_more_than_its_budget(
     on: Machine, meta: ModelMeta, request: PlanRequest
 ) -> None:
@@ -335,7 +335,7 @@ def test_no_memory_is_asked_for_more_than_its_budget(
 
 
 @given(machines(3), models(), requests)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_byte_is_somewhere_once(on: Machine, meta: ModelMeta, request: PlanRequest) -> None:
     """Weights add up, with one copy of tied embeddings where the output is on a GPU."""
     plan = tried(on, meta, request)
@@ -348,7 +348,7 @@ def test_every_byte_is_somewhere_once(on: Machine, meta: ModelMeta, request: Pla
 
 
 @given(machines(), models(), requests)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_a_person_fixed_is_kept(on: Machine, meta: ModelMeta, request: PlanRequest) -> None:
     plan = tried(on, meta, request)
     if plan is None:
@@ -368,7 +368,7 @@ def test_what_a_person_fixed_is_kept(on: Machine, meta: ModelMeta, request: Plan
 
 
 @given(machines(), models(), requests, st.integers(0, 300), st.integers(0, 300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_larger_machine_never_refuses_what_a_smaller_one_took(
     on: Machine, meta: ModelMeta, request: PlanRequest, more_ram: int, more_vram: int
 ) -> None:
@@ -382,7 +382,7 @@ def test_a_larger_machine_never_refuses_what_a_smaller_one_took(
 
 
 @given(st.integers(0, 700), st.integers(0, 300), models(), requests)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_memory_on_a_gpu_never_holds_less_of_the_model(
     size: int, more: int, meta: ModelMeta, request: PlanRequest
 ) -> None:
@@ -401,7 +401,7 @@ def held_on_gpus(plan: Plan | None) -> int:
 
 
 @given(machines(), models(), requests)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_plan_depends_on_nothing_else(on: Machine, meta: ModelMeta, request: PlanRequest) -> None:
     assert best_or_refused(on, meta, request) == best_or_refused(on, meta, request)
 

@@ -69,6 +69,15 @@ def engine_of(chat: Terminal) -> psutil.Process:
     return engine
 
 
+def suspend(engine: psutil.Process, chat: Terminal) -> None:
+    """Stop the engine for now, and wait until nothing is on its way from it any more."""
+    engine.suspend()
+    n_seen = -1
+    while n_seen != len(chat.raw):
+        n_seen = len(chat.raw)
+        chat.pump(0.5)
+
+
 def said(state: Path, name: str) -> list[dict[str, str]]:
     """The messages of a session, as its file has them."""
     records = [json.loads(line) for line in (state / "sessions" / f"{name}.jsonl").open()]
@@ -298,7 +307,7 @@ def test_an_engine_that_hangs_is_left_and_ended_by_another_ctrl_c(
         n_prompts = chat.n_prompts()
         chat.send("Tell me everything.\r")
         chat.wait(lambda text: len(after(text, "everything.").split()) > 3)
-        engine.suspend()
+        suspend(engine, chat)
         chat.send(CTRL_C)
         started = time.monotonic()
         chat.wait_prompt(n_prompts + 1)
@@ -317,7 +326,7 @@ def test_an_answer_that_ended_late_is_kept(state: Path, long: list[str]) -> None
         n_prompts = chat.n_prompts()
         chat.send("Tell me everything.\r")
         chat.wait(lambda text: len(after(text, "everything.").split()) > 3)
-        engine.suspend()
+        suspend(engine, chat)
         chat.send(CTRL_C)
         chat.wait_prompt(n_prompts + 1)
         engine.resume()

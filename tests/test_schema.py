@@ -262,7 +262,7 @@ def as_regex(alternatives: list[str]) -> re.Pattern[str]:
 
 
 @given(st.integers(-12_000, 12_000), st.integers(0, 3000), st.integers(-15_000, 15_000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_exactly_the_integers_between_bounds(low: int, width: int, n: int) -> None:
     allowed = as_regex(integers(Bounds(Decimal(low), Decimal(low + width))))
     for value in (n, low - 1, low, low + width, low + width + 1):
@@ -275,7 +275,7 @@ def test_exactly_the_integers_between_bounds(low: int, width: int, n: int) -> No
     st.decimals(-999, 999, places=3), st.decimals(0, 50, places=2),
     st.decimals(-1100, 1100, places=4), st.booleans(), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_exactly_the_decimals_between_bounds(
     low: Decimal, width: Decimal, value: Decimal, low_open: bool, high_open: bool
 ) -> None:

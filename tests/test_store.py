@@ -262,7 +262,6 @@ def test_a_stamp_of_another_hash_is_none(store: Store, cache: Cache) -> None:
 
 @settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.binary(max_size=40) | st.recursive(
@@ -689,7 +688,6 @@ def test_a_download_that_goes_on_is_refused_and_nothing_goes(store: Store, cache
 
 @settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

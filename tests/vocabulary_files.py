@@ -6,10 +6,11 @@ bytes, a few merges and its control tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
@@ -99,3 +100,19 @@ def _finish(writer: gguf.GGUFWriter, tokens: list[str], types: list[int]) -> lis
     writer.write_kv_data_to_file()
     writer.close()
     return [t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
+
+
+def with_renamed_tokens(source: Path, path: Path, names: Mapping[int, str]) -> None:
+    """Copy a model; some of its tokens are control tokens of these names then."""
+    reader = gguf.GGUFReader(source)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    for id, name in names.items():
+        tokens[id], types[id] = name, CONTROL
+    changed = {
+        "tokenizer.ggml.tokens": MetadataDetails(gguf.GGUFValueType.ARRAY, tokens),
+        "tokenizer.ggml.token_type": MetadataDetails(gguf.GGUFValueType.ARRAY, types),
+    }
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    copy_with_new_metadata(reader, writer, changed, [])

@@ -14,7 +14,14 @@ import click
 from ..errors import UsageError
 from . import render
 from .batch_files import Files, Interrupts, check_files, opened_input
-from .options import json_option, load_options, sampling_options, settings_of, verbosity_options
+from .options import (
+    json_option,
+    load_options,
+    sampling_options,
+    settings_of,
+    think_option,
+    verbosity_options,
+)
 from .watching import watching
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from ..load import LoadedModel
     from ..obtain import Finder, Found, Watch
     from ..placement.crowd import Crowd
+    from ..serving.answer import Markers
     from ..serving.asking import Stop
     from ..serving.backlog import Backlog
     from ..serving.batch import Checked, Progress, Recovered
@@ -64,6 +72,7 @@ ANSWER_SETTINGS = (
 @click.option("--no-share", is_flag=True, help="Compute each prompt whole, as if it were alone.")
 @load_options
 @sampling_options
+@think_option
 @json_option
 @verbosity_options
 def batch(
@@ -132,6 +141,7 @@ class BatchCommand:
         self._watch = watch
         self._company = company
         self._crowd: Crowd | None = None
+        self._markers: Markers | None = None
         self._quiet = quiet
         self._stack = ExitStack()
         self._checking = ExitStack()  # what is needed no longer once a model is loaded
@@ -198,6 +208,8 @@ class BatchCommand:
             checked = check_input(
                 self._input, form, self._defaults, lambda: self._encoder, backlog, output
             )
+            if checked.n_to_ask:
+                self._markers = self._find_markers()
         if isinstance(output, FileOutput) and output.changes:
             drop_superseded(output, backlog)
         self._note(check_line(checked, recovered))
@@ -230,6 +242,7 @@ class BatchCommand:
 
         said = self._settings.model_dump(mode="json", include=set(ANSWER_SETTINGS))
         settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
+            "think": self._settings.think if self._settings.think != "on" else None,
             "truncate": self._files.truncate,
             "errors": self._files.errors and self._files.errors.name,
         }
@@ -256,7 +269,7 @@ class BatchCommand:
         """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
         from ..config import engine_environment
         from ..engine.rendering import Renderer
-        from ..load import format_of, open_vocabulary
+        from ..load import format_of, open_vocabulary, wants_thinking
         from ..serving.batch_prompt import Encoder, LastingVocabulary, with_renderer
 
         env, meta = engine_environment(), self._found.meta
@@ -265,8 +278,15 @@ class BatchCommand:
         renderer = Renderer(env)
         self._checking.callback(vocabulary.close)
         self._checking.callback(renderer.close)
-        format = with_renderer(format_of(meta), renderer)
+        format = with_renderer(format_of(meta, think=wants_thinking(self._settings)), renderer)
         return Encoder(format, vocabulary, n_ctx, self._files.truncate)
+
+    def _find_markers(self) -> Markers | None:
+        """What parts thinking from answer in this model's vocabulary."""
+        from ..load import special_tokens
+        from ..serving.answer import find_markers
+
+        return find_markers(special_tokens(self._found.meta), self._encoder.vocabulary)
 
     # ---- the model ----
 
@@ -307,7 +327,13 @@ class BatchCommand:
         from .batch_files import crowd_of
 
         meta = self._fetched.meta
-        options = RunOptions(title(meta), format_of(meta).answers_start_text, self._company.share)
+        options = RunOptions(
+            title(meta),
+            format_of(meta).answers_start_text,
+            self._company.share,
+            self._markers,
+            thinking=self._settings.think == "on",
+        )
         self._crowd = crowd_of(backlog, self._n_ctx, self._company.n_at_once, self._company.share)
         told = Told(self._stop, render.StatusLine(self._quiet), self._note)
         try:

@@ -83,9 +83,10 @@ class Request:
 
     `max_tokens` None means until the context is full. `starts_text` says that the answer begins a
     text of its own, so that a SentencePiece vocabulary's space before its first word is left out.
-    Without `stream` there is one delta only, the last, with all text and tokens. Without `share`
-    the prompt is computed whole, whatever is held of it. `markers` are tokens that part a text from
-    another (thinking from answer): they have no text, and text that is held back ends at one.
+    `markers` are tokens that part a text from another (thinking from answer): they have no text,
+    and text that is held back ends at one. Without `stream` there is a delta at each of these and
+    at the end only, with all that is new. Without `share` the prompt is computed whole, whatever is
+    held of it.
     """
 
     tokens: tuple[int, ...]

@@ -53,7 +53,9 @@ class Run:
     first_token: float = 0.0
     last_token: float = 0.0
     copying_s: float = 0.0  # since the first token
-    unsent: str = ""  # the text so far of a request that isn't streamed
+    # of a request that isn't streamed: the text, and sampled tokens, that no delta has told yet
+    untold: str = ""
+    n_told: int = 0
 
     @property
     def n_prompt(self) -> int:
@@ -121,10 +123,8 @@ class Scheduler:
             run = part.run
             run.n_done += part.n_tokens
             new = self._progress(run) if run.n_waiting else self._sample(run, part.last)
-            if run.request.stream or isinstance(new, Failed) or new.finish_reason:
+            if new is not None:
                 news.append(new)
-            else:
-                run.unsent += new.text
         return news
 
     def _make_copies(self) -> None:
@@ -260,10 +260,11 @@ class Scheduler:
 
     # ---- answering ----
 
-    def _progress(self, run: Run) -> Delta:
-        return Delta(run.id, prompt_tokens=run.n_done)
+    def _progress(self, run: Run) -> Delta | None:
+        return Delta(run.id, prompt_tokens=run.n_done) if run.request.stream else None
 
-    def _sample(self, run: Run, index: int) -> Delta | Failed:
+    def _sample(self, run: Run, index: int) -> Delta | Failed | None:
+        """Draw the next token; gives what is to be told of it now."""
         try:
             token = run.sampler.sample(self._model.context, index)
         except GrammarDeadEnd as error:
@@ -282,21 +283,31 @@ class Scheduler:
         full = len(run.tokens) >= self._model.n_ctx
         if full or run.n_sampled == run.request.max_tokens:
             return self._finish(run, "length", text, (token,))
+        if not (run.request.stream or is_marker):
+            run.untold += text
+            return None
+        text, tokens = self._untold(run, text, (token,))
         return Delta(
             run.id,
             text=text,
-            tokens=(token,),
+            tokens=tokens,
             prompt_tokens=run.n_prompt,
             completion_tokens=run.n_sampled,
             is_held=run.text.is_holding,
         )
 
+    def _untold(self, run: Run, text: str, tokens: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """What is new, with all that was gathered of a request that isn't streamed."""
+        if run.request.stream:
+            return text, tokens
+        text, run.untold = run.untold + text, ""
+        tokens, run.n_told = tuple(run.tokens[run.n_prompt + run.n_told :]), run.n_sampled
+        return text, tokens
+
     def _finish(
         self, run: Run, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
     ) -> Delta:
-        text += run.text.finish()
-        if not run.request.stream:
-            text, tokens = run.unsent + text, tuple(run.tokens[run.n_prompt :])
+        text, tokens = self._untold(run, text + run.text.finish(), tokens)
         self._release(run)
         return Delta(
             run.id,

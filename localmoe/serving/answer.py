@@ -8,11 +8,11 @@ that no delta has text of both sides.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..engine.protocol import Delta, Piece
+from ..engine.protocol import Delta, Piece, Request, Sampling
 from .messages import Message, Tokenizer
 
 Kind = Literal["text", "thinking"]
@@ -81,6 +81,33 @@ def find_markers(special: frozenset[str], tokenizer: Tokenizer) -> Markers | Non
             ids = [encoded_ids[0] for encoded_ids in encoded]
             return HarmonyMarkers(*ids) if texts == HARMONY else ThinkMarkers(*ids)
     return None
+
+
+def begins_inside(markers: Markers | None, prompt: Sequence[int], sampling: Sampling) -> bool:
+    """Whether the prompt itself opened the thinking that the answer goes on with.
+
+    A grammar's text begins at once, wherever the template has put it.
+    """
+    return (
+        isinstance(markers, ThinkMarkers)
+        and sampling.grammar is None
+        and sampling.json_schema is None
+        and markers.is_open_after(prompt)
+    )
+
+
+def whole(deltas: Iterable[Delta], markers: Markers | None, request: Request) -> Answer:
+    """An answer from all deltas of a request that wasn't streamed.
+
+    A delta has all text between two markers, so line ends behind these are taken off here.
+    """
+    is_open = begins_inside(markers, request.tokens, request.sampling)
+    answer = Answer()
+    for delta in split(iter(deltas), markers, is_open=is_open):
+        answer.add(delta)
+    if answer.thinking:
+        answer.thinking, answer.text = answer.thinking.lstrip("\n"), answer.text.lstrip("\n")
+    return answer
 
 
 @dataclass(slots=True)
@@ -220,6 +247,3 @@ def _before_marker(delta: Delta, kind: Kind, *, says: bool = True) -> Iterator[D
         yield Delta(delta.id, delta.text, prompt_tokens=n_prompt, completion_tokens=n_completion)
         delta = replace(delta, text="")
     yield replace(delta, text=delta.text if says else "", kind="thinking")
-
-
-__all__ = ["Answer", "HarmonyMarkers", "Markers", "ThinkMarkers", "find_markers", "split"]

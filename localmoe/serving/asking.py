@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from ..engine.client import Inbox
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..errors import EngineError
+from .answer import Answer, Markers, whole
 from .schema import WrongForm, check_answer
 
 MAX_AHEAD = 1024
@@ -44,10 +45,10 @@ class BatchEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[Key]):
-    """What became of a request: an answer's last delta, or a code and a sentence."""
+    """What became of a request: an answer, or a code and a sentence."""
 
     key: Key
-    answer: Delta | None = None
+    answer: Answer | None = None
     code: str = ""
     message: str = ""
 
@@ -64,12 +65,14 @@ class _Question(Generic[Key]):
     key: Key
     request: Request
     n_asked: int = 0
+    deltas: list[Delta] = field(default_factory=list)  # of the answer under way
 
 
-def _checked(question: _Question[Key], answer: Delta) -> Outcome[Key]:
+def _checked(question: _Question[Key], answer: Answer) -> Outcome[Key]:
     """An answer, if it has the form that it must have."""
+    reason = answer.last.finish_reason if answer.last else None
     try:
-        check_answer(answer.text, answer.finish_reason, question.request.sampling)
+        check_answer(answer.text, reason, question.request.sampling)
     except WrongForm as error:
         return Outcome(question.key, code="wrong_form", message=str(error))
     return Outcome(question.key, answer)
@@ -79,12 +82,14 @@ def _checked(question: _Question[Key], answer: Delta) -> Outcome[Key]:
 class Asking(Generic[Key]):
     """Requests on their way to engines and back. `engine_of` starts an engine and loads the model.
 
-    With `stop` wanted, what isn't being computed yet is given up, without an outcome.
+    With `stop` wanted, what isn't being computed yet is given up, without an outcome. `markers` are
+    those that requests name, where they do.
     """
 
     requests: Iterable[tuple[Key, Request]]
     engine_of: Callable[[], BatchEngine]
     stop: Stop = field(default_factory=Stop)
+    markers: Markers | None = None
     n_deaths: int = 0
     _engine: BatchEngine | None = None
     _inbox: Inbox = field(default_factory=queue.SimpleQueue)
@@ -128,6 +133,7 @@ class Asking(Generic[Key]):
                 self._inbox.put(death)
                 return
             question.n_asked += 1
+            question.deltas.clear()
             self._under_way[id] = question
             self._n_tokens += len(question.request.tokens)
 
@@ -170,20 +176,23 @@ class Asking(Generic[Key]):
         return outcomes
 
     def _outcome(self, message: FromEngine) -> list[Outcome[Key]]:
-        ended = isinstance(message, Failed) or (
-            isinstance(message, Delta) and message.finish_reason is not None
-        )
-        question = self._under_way.pop(message.id, None) if ended else None
-        if question is None:
+        if not isinstance(message, (Delta, Failed)) or message.id not in self._under_way:
             return []
+        question = self._under_way[message.id]
+        if isinstance(message, Delta):
+            question.deltas.append(message)
+            if message.finish_reason is None:
+                return []
+        del self._under_way[message.id]
         self._n_tokens -= len(question.request.tokens)
         self._n_deaths_in_a_row = 0
         if isinstance(message, Failed):
             said = f"{message.message} {message.hint}".strip()
             return [Outcome(question.key, code="refused", message=said)]
-        if isinstance(message, Delta) and message.finish_reason != "cancelled":
-            return [_checked(question, message)]
-        return []
+        if message.finish_reason == "cancelled":
+            return []
+        markers = self.markers if question.request.markers else None
+        return [_checked(question, whole(question.deltas, markers, question.request))]
 
     def _died(self, death: EngineError) -> list[Outcome[Key]]:
         """Bury the engine; what was under way waits to be asked again, or has been too often."""

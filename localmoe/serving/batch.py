@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from ..engine.protocol import FinishReason, Request, Timings, Usage
+from .answer import Markers
 from .asking import Asking, BatchEngine, Outcome, Stop
 from .backlog import Ask, Backlog
 from .batch_body import ItemError, shown
@@ -198,12 +199,15 @@ def line_name(number: int) -> str:
 class RunOptions:
     """`model` is what answers name as theirs. With `share`, requests that begin alike share work.
 
-    `answers_start_text` is that of the model's prompt format.
+    `answers_start_text` is that of the model's prompt format, `markers` are those of its
+    vocabulary; what a model thought is told where `thinking` is wanted.
     """
 
     model: str
     answers_start_text: bool = False
     share: bool = True
+    markers: Markers | None = None
+    thinking: bool = True
 
 
 def run_batch(
@@ -220,12 +224,12 @@ def run_batch(
     safe, and another run goes on from there.
     """
     asked = ((ask, engine_request(ask, options)) for ask in backlog.asks())
-    asking = Asking(asked, engine_of, stop)
+    asking = Asking(asked, engine_of, stop, options.markers)
     progress = Progress(backlog.n_asks)
     started = time.monotonic()
     for outcomes in asking.outcomes():
         if outcomes:
-            output.write([reply_of(outcome, options.model) for outcome in outcomes])
+            output.write([reply_of(outcome, options) for outcome in outcomes])
         progress = advanced(progress, outcomes)
         seconds = time.monotonic() - started
         progress = replace(progress, n_deaths=asking.n_deaths, seconds=seconds)
@@ -243,21 +247,22 @@ def engine_request(ask: Ask, options: RunOptions) -> Request:
         starts_text=ask.chat and options.answers_start_text,
         stream=False,
         share=options.share,
+        markers=options.markers.ids if options.markers and ask.chat else (),
     )
 
 
-def reply_of(outcome: Outcome[Ask], model: str) -> Reply:
+def reply_of(outcome: Outcome[Ask], options: RunOptions) -> Reply:
     ask = outcome.key
     if outcome.answer is not None:
-        return answer_reply(ask, outcome.answer, model)
+        return answer_reply(ask, outcome.answer, options.model, thinking=options.thinking)
     error = ItemError(outcome.code, outcome.message)
     return error_reply(ask.key, ask.name, ask.line, error)
 
 
 def advanced(progress: Progress, outcomes: Iterable[Outcome[Ask]]) -> Progress:
     """The progress with some more outcomes in it."""
-    used = [outcome.answer.usage for outcome in outcomes if outcome.answer is not None]
-    usages = [usage for usage in used if usage is not None]
+    lasts = [o.answer.last for o in outcomes if o.answer is not None]
+    usages = [last.usage for last in lasts if last is not None and last.usage is not None]
     return replace(
         progress,
         n_answered=progress.n_answered + len(usages),
@@ -273,11 +278,15 @@ def advanced(progress: Progress, outcomes: Iterable[Outcome[Ask]]) -> Progress:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """An answer to the request of this `index`, or in `error` a sentence on why there is none."""
+    """An answer to the request of this `index`, or in `error` a sentence on why there is none.
+
+    `tokens` are all that were sampled, those of the `thinking` too.
+    """
 
     index: int
     custom_id: str | None
     text: str = ""
+    thinking: str = ""
     tokens: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
@@ -292,6 +301,7 @@ def answers(
     defaults: Defaults,
     *,
     share: bool = True,
+    markers: Markers | None = None,
 ) -> Iterator[BatchResult]:
     """Results as they finish. A request is a prompt, a list of messages, or a line's object.
 
@@ -299,7 +309,7 @@ def answers(
     may die; `engine_of` is called again when one has. Raises EngineError where none lives.
     """
     refused: list[BatchResult] = []
-    options = RunOptions("", encoder.format.answers_start_text, share)
+    options = RunOptions("", encoder.format.answers_start_text, share, markers)
 
     def asked() -> Iterator[tuple[tuple[int, str | None], Request]]:
         for index, value in enumerate(requests):
@@ -311,7 +321,7 @@ def answers(
             else:
                 yield (index, request.custom_id), engine_request(ask, options)
 
-    for outcomes in Asking(asked(), engine_of).outcomes():
+    for outcomes in Asking(asked(), engine_of, markers=markers).outcomes():
         yield from [refused.pop(0) for _ in range(len(refused))]
         yield from map(result_of, outcomes)
     yield from refused
@@ -331,9 +341,16 @@ def as_line(value: object) -> object:
 
 def result_of(outcome: Outcome[tuple[int, str | None]]) -> BatchResult:
     index, custom_id = outcome.key
-    last = outcome.answer
-    if last is None:
+    answer = outcome.answer
+    if answer is None or answer.last is None:
         return BatchResult(index, custom_id, error=outcome.message)
     return BatchResult(
-        index, custom_id, last.text, last.tokens, last.finish_reason, last.usage, last.timings
+        index,
+        custom_id,
+        answer.text,
+        answer.thinking,
+        answer.tokens,
+        answer.last.finish_reason,
+        answer.last.usage,
+        answer.last.timings,
     )

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..engine.protocol import Delta
 from ..errors import UsageError
+from .answer import Answer
 from .backlog import Ask, Backlog
 from .batch_body import ItemError
 from .journal import Journal, Record
@@ -39,24 +39,26 @@ class Output(Protocol):
 # ---- the lines -----------------------------------------------------------------------------------
 
 
-def answer_reply(ask: Ask, answer: Delta, model: str) -> Reply:
-    """The line of an answer. `answer` is the last delta of a request that wasn't streamed."""
-    assert answer.usage is not None
-    assert answer.timings is not None
-    n_prompt, n_answer = answer.usage.prompt_tokens, answer.usage.completion_tokens
+def answer_reply(ask: Ask, answer: Answer, model: str, *, thinking: bool = True) -> Reply:
+    """The line of a whole answer; `thinking`: with what was thought before it, if anything was."""
+    last = answer.last
+    assert last is not None
+    assert last.usage is not None
+    assert last.timings is not None
+    n_prompt, n_answer = last.usage.prompt_tokens, last.usage.completion_tokens
     body: dict[str, Any] = {
         "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{ask.key.hex()}",
         "object": "chat.completion" if ask.chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [_choice(ask, answer)],
+        "choices": [_choice(ask, answer, thinking=thinking)],
         "usage": {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_answer,
             "total_tokens": n_prompt + n_answer,
-            "prompt_tokens_details": {"cached_tokens": answer.usage.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": last.usage.cached_tokens},
         },
-        "timings": {name: round(value, 4) for name, value in asdict(answer.timings).items()},
+        "timings": {name: round(value, 4) for name, value in asdict(last.timings).items()},
     }
     if ask.n_cut:
         body["truncated_prompt_tokens"] = ask.n_cut
@@ -64,11 +66,15 @@ def answer_reply(ask: Ask, answer: Delta, model: str) -> Reply:
     return Reply(_line(ask.key, ask.name, ask.line, response, None), is_error=False)
 
 
-def _choice(ask: Ask, answer: Delta) -> dict[str, Any]:
+def _choice(ask: Ask, answer: Answer, *, thinking: bool) -> dict[str, Any]:
     said: dict[str, Any] = {"text": answer.text}
     if ask.chat:
-        said = {"message": {"role": "assistant", "content": answer.text}}
-    return {"index": 0, **said, "logprobs": None, "finish_reason": answer.finish_reason}
+        message = {"role": "assistant", "content": answer.text}
+        if answer.thinking and thinking:
+            message["reasoning_content"] = answer.thinking  # as DeepSeek's API and llama-server
+        said = {"message": message}
+    reason = answer.last.finish_reason if answer.last else None
+    return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
 
 
 def error_reply(key: bytes, name: str, line: int, error: ItemError) -> Reply:

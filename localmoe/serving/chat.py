@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 from ..engine.protocol import Delta, Piece, Request, Sampling
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from .again import lasting
-from .answer import Answer, Markers, ThinkMarkers, split
+from .answer import Answer, Markers, begins_inside, split
 from .context import (
     LEAST_ANSWER,
     SUMMARIZE,
@@ -47,11 +47,6 @@ class AnswerOptions:
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether a grammar says what the answer looks like, from its first token on."""
-        return self.sampling.grammar is not None or self.sampling.json_schema is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +86,7 @@ class Model:
             starts_text=self.format.answers_start_text,
             markers=markers.ids if markers else (),
         )
-        # a grammar's text begins at once, wherever the template has put it
-        is_open = (
-            isinstance(markers, ThinkMarkers)
-            and not options.is_bound
-            and markers.is_open_after(prompt.tokens)
-        )
+        is_open = begins_inside(markers, prompt.tokens, options.sampling)
         with closing(self.engine.generate(request)) as deltas:
             for delta in split(deltas, markers, is_open=is_open):
                 if delta.finish_reason and self.on_answered:
