@@ -453,6 +453,16 @@ def test_sharing_is_known_before() -> None:
     assert not nothing.wants_unified
 
 
+def test_a_cache_is_unified_where_streams_would_take_more_passes_than_it_costs() -> None:
+    """Prompts of one length are computed together in streams, those of many lengths aren't."""
+    even = [prompt(n, 128) for n in range(64)]
+    uneven = [prompt(n, 64 + n) for n in range(64)]
+    assert not sharing_of(even, max_tokens=64, n_seq=64).wants_unified
+    assert sharing_of(uneven, max_tokens=64, n_seq=64).wants_unified
+    assert sharing_of(even, max_tokens=64, n_seq=16).wants_unified  # 48 more passes
+    assert not sharing_of(uneven, max_tokens=1024, n_seq=64).wants_unified
+
+
 @given(st.lists(tokens.filter(len), min_size=1, max_size=30), st.integers(1, 8))
 def test_cells_are_enough_for_requests_next_to_each_other(
     prompts: list[list[int]], n_seq: int

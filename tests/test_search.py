@@ -112,16 +112,17 @@ def test_a_job_is_of_the_size_that_is_known() -> None:
     assert job_of("chat", n_prompt=3000) == JOBS["chat"]
 
 
-def test_batches_move_the_edge_from_which_experts_are_copied(mixtral: ModelMeta) -> None:
-    """At 16 sequences llama.cpp would compute with experts in RAM on the CPU, which is slower."""
-    crowded = replace(PlanRequest(), n_seq=16, n_ctx=512)
-    pinned = searched(mixtral, machine(16), "batch", crowded).placement
-    assert (pinned.load_mode, pinned.offload_min_batch) == ("pinned", 16)
-    # over a slow link not even 32 are worth a copy
-    mapped = replace(crowded, n_seq=32, load_mode="mmap", n_ubatch=512)
+def test_the_edge_from_which_experts_are_copied_is_where_that_is_faster(mixtral: ModelMeta) -> None:
+    """llama.cpp's is 32. Over PCIe 5 from pinned pages 8 tokens were 1.4 times as fast copied
+    (34 to 24 tok/s; docs/notes/batching.md), over a slow link not even 32 are worth it."""
+    for workload in ("run", "chat", "batch"):
+        pinned = searched(mixtral, machine(16), workload, PlanRequest(load_mode="pinned"))  # type: ignore[arg-type]
+        assert 4 <= pinned.placement.offload_min_batch <= 8
+    mapped = PlanRequest(load_mode="mmap", n_ubatch=512)
     slow = searched(mixtral, machine(16), "batch", mapped, Open(False, False)).placement
-    assert slow.offload_min_batch == 33
-    assert searched(mixtral, machine(16), "chat").placement.offload_min_batch == 0
+    assert 32 < slow.offload_min_batch <= 128
+    whole = searched(mixtral, machine(48), "chat").placement
+    assert whole.offload_min_batch == 0
 
 
 def test_short_prompts_of_many_sequences_fill_a_large_micro_batch(mixtral: ModelMeta) -> None:

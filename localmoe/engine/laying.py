@@ -71,7 +71,7 @@ class Layout:
         prompts = [run for run in runs if not run.n_sampled]
         if generating and prompts and not self._model.placement.kv_unified:
             # nobody waits for the next word of a batch: many generating together are done sooner
-            prompts_first = self._is_alike and not any(run.request.stream for run in generating)
+            prompts_first = not any(run.request.stream for run in generating)
             self._is_prompts_turn = prompts_first or not self._is_prompts_turn
             generating, prompts = ([], prompts) if self._is_prompts_turn else (generating, [])
         laid = Laid()

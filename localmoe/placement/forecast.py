@@ -15,8 +15,9 @@ runs really got corrects the rest (speeds.py).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..engine.protocol import Placement, Timings, Usage
@@ -30,6 +31,7 @@ from .tuning import repacked_ratio
 OFFLOAD_MIN_BATCH = 32
 """From so many tokens on a GPU multiplies with weights in RAM, copied over
 (GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu)."""
+MAX_OFFLOAD_EDGE = 1024
 MAX_VECTOR_ROWS = 8  # MMVQ_MAX_BATCH_SIZE (ggml/src/ggml-cuda/mmvq.cuh)
 MIN_ATTENTION_BATCH = 64  # GGML_FA_TILE_Q (ggml/src/ggml-cpu/ops.cpp)
 TILE_ROWS = 128
@@ -132,6 +134,12 @@ def setting_of(
     )
 
 
+def with_edge(setting: Setting, n_tokens: int) -> Setting:
+    """The same with weights in RAM copied to a GPU from so many tokens on."""
+    placement = replace(setting.placement, offload_min_batch=n_tokens)
+    return replace(setting, placement=placement, offload_min_batch=n_tokens)
+
+
 def measured_gpus(bandwidths: Bandwidths) -> tuple[str, ...]:
     return tuple(d.device for d in bandwidths.devices if d.device != CPU)
 
@@ -222,6 +230,23 @@ def host_share(setting: Setting, task: Task) -> float:
         if layer.device == CPU
     )  # fmt: skip
     return (products + layers) / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
+
+
+def offload_edge(setting: Setting) -> int:
+    """From how many tokens on weights in RAM are better copied to a GPU than left to the CPU.
+
+    2 at least, as a copy for one token is never worth it, and MAX_OFFLOAD_EDGE where none is.
+    """
+
+    def is_copied_sooner(n_tokens: int) -> bool:
+        copied, left = (
+            step_seconds(with_edge(setting, edge), n_tokens, n_tokens, n_outputs=1)
+            for edge in (n_tokens, n_tokens + 1)
+        )
+        return copied < left
+
+    numbers = range(2, MAX_OFFLOAD_EDGE)
+    return numbers.start + bisect_left(numbers, True, key=is_copied_sooner)
 
 
 # ---- the time of a step ----

@@ -18,7 +18,7 @@ from ..errors import DoesNotFit
 from ..models.meta import ModelMeta
 from .bandwidth import Bandwidths
 from .copies import repack_seconds, with_copies
-from .forecast import OFFLOAD_MIN_BATCH, Forecast, Task, forecast, setting_of
+from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
 from .plan import Plan
 from .request import LoadMode, PlanRequest
 from .sizes import RAM
@@ -151,28 +151,30 @@ def promising(
 
 
 def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta) -> Iterator[Plan]:
-    """A plan, and what else may help: repacked copies; where several sequences generate beside a
-    GPU, experts in RAM copied for so few of them, or not even for so many."""
+    """A plan, and one with repacked copies where these may help."""
     yield plan
     if tuning and (other := with_copies(plan, tuning, meta)):
         yield other
-    place = plan.placement
-    has_ram_experts = place.cpu_expert_layers or place.cpu_expert_tensors
-    if place.n_seq > 1 and place.n_gpu_layers and has_ram_experts:
-        is_copied = place.n_seq >= OFFLOAD_MIN_BATCH
-        edge = place.n_seq + 1 if is_copied else place.n_seq
-        yield replace(plan, placement=replace(place, offload_min_batch=edge))
 
 
 def candidate(
     plan: Plan, job: Job, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
     setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
+    if splits_work(plan.placement, meta):
+        setting = with_edge(setting, offload_edge(setting))
+        plan = replace(plan, placement=setting.placement)
     task = replace(within(job.task, plan.placement.n_ctx), n_at_once=plan.placement.n_seq)
     expected = forecast(setting, speeds.records, task)
     loading = load_seconds(plan) + repack_seconds(plan, speeds.tuning)
     seconds = job.loads * loading + task_seconds(expected, task)
     return Candidate(plan, expected, seconds)
+
+
+def splits_work(place: Placement, meta: ModelMeta) -> bool:
+    """Whether a GPU and the CPU both have weights to compute with."""
+    has_ram_experts = bool(place.cpu_expert_layers or place.cpu_expert_tensors)
+    return place.n_gpu_layers > 0 and (has_ram_experts or place.n_gpu_layers <= meta.n_layers)
 
 
 def reasons(best: Candidate, others: Sequence[Candidate], job: Job) -> Iterator[str]:
@@ -200,7 +202,7 @@ def values(plan: Plan) -> str:
     if place.repack != "off":
         parts.append("repacked copies")
     if place.offload_min_batch:
-        parts.append(f"experts copied to the GPU from {place.offload_min_batch} tokens on")
+        parts.append(f"copied to the GPU from {place.offload_min_batch} tokens on")
     return ", ".join(parts)
 
 

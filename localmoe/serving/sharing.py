@@ -12,23 +12,31 @@ from dataclasses import dataclass
 
 from ..engine.waiting import common_prefix
 
-UNIFIED_CELLS = 16384
 UNIFIED_SHARE = 0.5
-"""Up to so many cells, or where so much of all prompts is shared, a unified cache beside a GPU.
+"""Where so much of all prompts is shared, a unified cache beside a GPU: it is there once."""
+PASS_CELLS = 90_000
+"""A pass through the weights takes as long as that many cells of a unified cache that a step passes
+by: 30 ms, and 4 ms for 12,288 cells (H100, Mixtral 8x7B; docs/notes/batching.md).
 
-Every token of a step passes by all of its cells, but the beginning that all share is there once.
-Not measured on a GPU yet. On a CPU nobody asks: there sequences always have streams of their own,
-which were the faster ones in every measurement (docs/notes/batching.md)."""
+On a CPU nobody asks: there sequences always have streams of their own, which were the faster ones
+in every measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
     """Counts of tokens. `n_shared` of `n_prompt` need not be computed again; `n_cells` is the most
-    that requests under way together hold, answers included."""
+    that requests under way together hold, answers included.
+
+    Streams of their own take `n_passes` through the weights more, as llama.cpp computes only
+    prompts of one length together, and none beside a generating one. A unified cache has all
+    `n_steps` of generation pass by the cells of all sequences.
+    """
 
     n_prompt: int
     n_shared: int
     n_cells: int
+    n_passes: int
+    n_steps: int
 
     @property
     def fraction(self) -> float:
@@ -38,7 +46,8 @@ class Sharing:
     @property
     def wants_unified(self) -> bool:
         """Whether sequences should have their cells in common, rather than streams of their own."""
-        return self.n_cells <= UNIFIED_CELLS or self.fraction >= UNIFIED_SHARE
+        is_sooner = self.n_steps * self.n_cells <= self.n_passes * PASS_CELLS
+        return is_sooner or self.fraction >= UNIFIED_SHARE
 
 
 def sharing_of(prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int) -> Sharing:
@@ -55,4 +64,6 @@ def sharing_of(prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int) ->
         n_shared += n_common
         together.append((len(prompt) - n_common + max_tokens, n_common))
         n_cells = max(n_cells, together[0][1] + sum(own for own, _ in together))
-    return Sharing(sum(map(len, ordered)), n_shared, n_cells)
+    n_rounds = -(-len(ordered) // n_seq)
+    n_passes = len({len(prompt) for prompt in ordered[:n_seq]}) + max(0, len(ordered) - n_seq)
+    return Sharing(sum(map(len, ordered)), n_shared, n_cells, n_passes, n_rounds * max_tokens)
