@@ -230,11 +230,11 @@ def config_path() -> Path:
     return config_folder() / FILE_NAME
 
 
-def engine_environment() -> dict[str, str]:
+def engine_environment(**wanted: str) -> dict[str, str]:
     """The environment of an engine process: this one's without anything secret, and what suits
-    llama.cpp where nothing else was said."""
+    llama.cpp, and is `wanted` for a plan, where nothing else was said."""
     env = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
-    return {**ENGINE_DEFAULTS, **env}
+    return {**ENGINE_DEFAULTS, **wanted, **env}
 
 
 def state_folder() -> Path:

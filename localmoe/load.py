@@ -46,7 +46,6 @@ OUT_OF_MEMORY = (
     "memory ran out",
 )  # fmt: skip
 """How llama.cpp, its backends and the end of its process say that memory ran out."""
-OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"  # read when a backend registers (ggml-cuda.cu)
 ASKS_FOR_THINKING = re.compile(r"{[%{][^}]*\b(enable_thinking|thinking)\b")
 QUICK_BYTES = 256 << 20
 """A smaller model is timed in less than a second."""
@@ -178,8 +177,14 @@ def load_once(
 
 def environment_of(place: Placement) -> dict[str, str]:
     """The environment of the engine that a plan is loaded in; what a person set there stays."""
-    edge = place.offload_min_batch
-    return {**({OFFLOAD_VARIABLE: str(edge)} if edge else {}), **engine_environment()}
+    if not place.offload_min_batch:
+        return engine_environment()
+    return engine_environment(
+        # read when a backend registers (ggml-cuda.cu)
+        GGML_OP_OFFLOAD_MIN_BATCH=str(place.offload_min_batch),
+        # threads that would sleep while the GPU does its part of a layer (docs/notes/busy-machine)
+        GOMP_SPINCOUNT="10000",
+    )
 
 
 def check_nothing_was_taken(planner: Planner) -> None:

@@ -43,11 +43,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from batch import free_port, is_ready  # noqa: E402
-from placement import MIB, Results, library_path, routing, total_mib  # noqa: E402
+from placement import MIB, Results, peer_environment, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
 from localmoe.cli.batch_files import crowd_of
-from localmoe.config import Settings, engine_environment, load_settings, parse_size
+from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.load import load_found, open_vocabulary
@@ -498,10 +498,6 @@ def printable(text: str) -> str:
 
 
 # ---- llama.cpp's own ----
-
-
-def peer_environment(tools: Path) -> dict[str, str]:
-    return {**engine_environment(), "LD_LIBRARY_PATH": f"{tools}:{library_path()}"}
 
 
 def fit_flags(budget: str | None) -> list[str]:

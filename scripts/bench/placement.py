@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from synthetic.routing import expert_logits  # noqa: E402
 
-from localmoe.config import Settings, engine_environment, load_settings, parse_size
+from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.errors import LocalMoeError
 from localmoe.load import LoadedModel, load_local
@@ -42,7 +44,9 @@ from localmoe.placement.speeds import SpeedRecord
 from localmoe.planning import Planner
 
 MIB = 1 << 20
-N_PROMPT, N_GENERATED, N_CTX = 2048, 96, 4096
+N_PROMPT, N_GENERATED, N_CTX = 2048, 64, 4096
+N_ANSWERS = 2  # of which the best counts, as neighbours on the machine make some slow
+SHORT_PROMPT = 256  # to warm up with, for `run` after the first round
 MEMORY_BUDGETS = ("6GiB", "8GiB", "12GiB", "16GiB", "20GiB", "24GiB", "all")
 SPEED_BUDGETS = ("8GiB", "16GiB", "24GiB")
 ROUTING_TOKENS = 64
@@ -60,7 +64,8 @@ def main() -> None:
                 print("out of time: run it again to go on")
                 break
             path = next(m for m in arguments.models if m.name == cell["file"])
-            results.measure(cell, lambda c=cell, p=path: measured(c, p, arguments.tools))
+            known = results.n_gpu_layers(cell)
+            results.measure(cell, partial(measured, cell, path, arguments.tools, known))
     summary(results)
 
 
@@ -84,6 +89,12 @@ class Results:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def n_gpu_layers(self, cell: dict[str, Any]) -> int | None:
+        """What the budget was found to hold in an earlier round: it takes some plans to find."""
+        same = {name: cell.get(name) for name in ("cell", "file", "budget")}
+        rows = (row for row in self.rows if same.items() <= row.items())
+        return next((row["n_gpu_layers"] for row in rows if row.get("n_gpu_layers")), None)
 
     def measure(self, cell: dict[str, Any], measure: Any) -> None:
         """Measure a cell that isn't there yet."""
@@ -109,8 +120,7 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for file in files:
                 for budget in SPEED_BUDGETS:
                     for system in ("fit", "run", "chat", "layers"):
-                        if system != "layers" or turn == 0:
-                            yield {"cell": system, "file": file, "budget": budget, "round": turn}
+                        yield {"cell": system, "file": file, "budget": budget, "round": turn}
     if "memory" in arguments.parts:
         for file in files:
             for budget in MEMORY_BUDGETS:
@@ -120,13 +130,15 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                                "ctx": n_ctx, "kv": kv}  # fmt: skip
 
 
-def measured(cell: dict[str, Any], path: Path, tools: Path) -> dict[str, Any]:
+def measured(
+    cell: dict[str, Any], path: Path, tools: Path, n_gpu_layers: int | None
+) -> dict[str, Any]:
     if cell["cell"] == "memory":
         return memory(cell, path)
     if cell["cell"] in ("run", "chat"):
         return ours(cell, path)
     # its prompts take long and are far from ours: once is enough
-    return llama_bench(cell, path, tools, N_PROMPT if cell["round"] == 0 else 0)
+    return llama_bench(cell, path, tools, N_PROMPT if cell["round"] == 0 else 0, n_gpu_layers)
 
 
 def settings_of(cell: dict[str, Any]) -> Settings:
@@ -165,21 +177,21 @@ def ours(cell: dict[str, Any], path: Path) -> dict[str, Any]:
     before, started = used_bytes(), time.perf_counter()
     with load_local(path, settings_of(cell), workload=cell["cell"]) as loaded:
         plan_and_load_s = time.perf_counter() - started
-        task = Task(n_prompt=N_PROMPT, n_generated=1)
+        n_in = N_PROMPT if cell["cell"] == "chat" or cell["round"] == 0 else SHORT_PROMPT
+        task = Task(n_prompt=n_in, n_generated=1)
         expected_in = forecast(loaded.speed_log.setting, records_of(loaded), task)
         task = Task(n_prompt=8, n_generated=N_GENERATED)
         expected_out = forecast(loaded.speed_log.setting, records_of(loaded), task)
         n_prompts = 3 if cell["cell"] == "chat" and cell["round"] == 0 else 1
-        prompts = [answer(loaded, rng, N_PROMPT, 1).prompt_tps for _ in range(n_prompts)]
-        n_answers = 2 if cell["round"] == 0 else 1
-        speeds = [answer(loaded, rng, 8, N_GENERATED).generation_tps for _ in range(n_answers)]
+        prompts = [answer(loaded, rng, n_in, 1).prompt_tps for _ in range(n_prompts)]
+        speeds = [answer(loaded, rng, 8, N_GENERATED).generation_tps for _ in range(N_ANSWERS)]
         used = used_bytes() - before
     place, budget = loaded.plan.placement, loaded.plan.memory[0].budget_bytes
     return {
         "load_s": round(loaded.load_s, 2),
         "plan_and_load_s": round(plan_and_load_s, 2),
         "pinned_bytes": loaded.loaded.n_pinned_bytes,
-        "prompt_tps": max(prompts),
+        "prompt_tps" if n_in == N_PROMPT else "short_prompt_tps": max(prompts),
         "generation_tps": max(speeds),
         "forecast_prompt_tps": expected_in.prompt_tps,
         "forecast_generation_tps": expected_out.generation_tps,
@@ -249,24 +261,26 @@ def used_bytes() -> int:
 # ---- llama.cpp's own ----
 
 
-def llama_bench(cell: dict[str, Any], path: Path, tools: Path, n_prompt: int) -> dict[str, Any]:
-    command = [str(tools / "llama-bench"), "-m", str(path), "-o", "jsonl", "-r", "1"]
+def llama_bench(
+    cell: dict[str, Any], path: Path, tools: Path, n_prompt: int, n_gpu_layers: int | None
+) -> dict[str, Any]:
+    command = [str(tools / "llama-bench"), "-m", str(path), "-o", "jsonl"]
+    command += ["-r", str(N_ANSWERS if not n_prompt else 1)]
     command += ["-p", str(n_prompt if cell["cell"] == "fit" else 0), "-n", str(N_GENERATED)]
     if cell["cell"] == "fit":
         free = total_mib() - used_bytes() // MIB
         leave = free - parse_size(cell["budget"]) // MIB + 1024
         command += ["-fitt", str(leave), "-fitc", str(N_CTX)]
     else:
-        n_layers = whole_layers(cell, path)
-        command += ["-ngl", str(n_layers)]
-    env = {**engine_environment(), "LD_LIBRARY_PATH": f"{tools}:{library_path()}"}
+        command += ["-ngl", str(n_gpu_layers or whole_layers(cell, path))]
+    env = peer_environment(tools)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
         raise ValueError(f"llama-bench: {done.stderr[-400:]}")
     found: dict[str, Any] = {"command": " ".join(command[1:])}
     for row in rows:
-        found["generation_tps" if row["n_gen"] else "prompt_tps"] = row["avg_ts"]
+        found["generation_tps" if row["n_gen"] else "prompt_tps"] = max(row["samples_ts"])
     found["n_gpu_layers"] = rows[0].get("n_gpu_layers")
     return found
 
@@ -294,8 +308,10 @@ def total_mib() -> int:
     return int(subprocess.check_output(command, text=True).split()[0])
 
 
-def library_path() -> str:
-    return engine_environment().get("LD_LIBRARY_PATH", "")
+def peer_environment(tools: Path) -> dict[str, str]:
+    """This process's own: what suits our engine is no default of llama.cpp's."""
+    libraries = f"{tools}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    return {**os.environ, "LD_LIBRARY_PATH": libraries}
 
 
 # ---- tables ----
