@@ -182,8 +182,9 @@ def environment_of(place: Placement) -> dict[str, str]:
     return engine_environment(
         # read when a backend registers (ggml-cuda.cu)
         GGML_OP_OFFLOAD_MIN_BATCH=str(place.offload_min_batch),
-        # threads that would sleep while the GPU does its part of a layer (docs/notes/busy-machine)
-        GOMP_SPINCOUNT="10000",
+        # threads sleep while the GPU does its part of a layer, if they may, and wake up slowly
+        # (docs/notes/busy-machine.md); this is GCC's own default
+        GOMP_SPINCOUNT="300000",
     )
 
 

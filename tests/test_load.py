@@ -15,7 +15,7 @@ def test_a_plan_that_splits_the_work_says_so_in_the_engines_environment(
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     split = Placement(n_threads=16, n_gpu_layers=33, cpu_expert_layers=(0,), offload_min_batch=6)
     env = environment_of(split)
-    assert (env["GGML_OP_OFFLOAD_MIN_BATCH"], env["GOMP_SPINCOUNT"]) == ("6", "10000")
+    assert (env["GGML_OP_OFFLOAD_MIN_BATCH"], env["GOMP_SPINCOUNT"]) == ("6", "300000")
     assert environment_of(Placement(n_threads=16, n_gpu_layers=33)) == engine_environment()
 
 

@@ -275,6 +275,10 @@ class Context:
         batch.native.n_tokens = n_tokens
         return int(C.llama_decode(self.handle, batch.native))
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many from the next decode on."""
+        C.llama_set_n_threads(self.handle, n_threads, n_threads)
+
     def abort(self) -> None:
         """From another thread: end the decode under way (on the CPU; a GPU goes on)."""
         self._abort.value = b"\x01"

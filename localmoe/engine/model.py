@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from .devices import host_memory
 from .pinning import PinnedPages, can_pin
 from .protocol import FileSpan, Placement, Vocabulary
 from .repacking import repacked
+from .threads import Threads
 
 # Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
 EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -63,6 +65,10 @@ class LoadedModel:
         # a recurrent state is that of a whole sequence: no beginning can be had of it
         self.can_share = not self._model.is_recurrent
         self.batch = bindings.Batch(placement.n_ubatch)
+        self._threads = Threads(placement.n_threads)
+        # on a CPU flash attention divides a sequence among threads, so their number moves its sums
+        # (use_split_kv_path, ggml/src/ggml-cpu/ops.cpp); nothing else depends on it
+        self._wants_all_threads = not placement.n_gpu_layers and placement.flash_attention != "off"
 
     @property
     def n_pinned_bytes(self) -> int:
@@ -80,16 +86,21 @@ class LoadedModel:
         """Repack the next few: some tenths of a second at most."""
         self._repacked.make_some(self.placement.n_threads)
 
-    def decode(self, n_tokens: int, *, generating: bool = False) -> bool:
+    def decode(self, n_tokens: int, *, generating: bool = False, again: bool = False) -> bool:
         """Compute the first tokens of `batch`; False where it was aborted, the cache as before.
 
         Repacked weights are for `generating`, all of them and from the first token on, so that an
-        answer does not depend on when they were made.
+        answer does not depend on when they were made. Nor does one that must come out the same
+        `again` depend on what else the machine does.
         """
         if generating:
             self._repacked.make_all(self.placement.n_threads)
         self._repacked.use(generating)
+        n_all, n_free = self.placement.n_threads, self._threads.n
+        self.context.set_threads(n_all if again and self._wants_all_threads else n_free)
+        started = time.perf_counter()
         status = self.context.decode(self.batch, n_tokens)
+        self._threads.stepped(time.perf_counter() - started)
         if status == bindings.DECODE_OK:
             return True
         self._forget(n_tokens)

@@ -75,6 +75,11 @@ class Sampling:
     grammar: str | None = None
     json_schema: str | None = None
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same request is to give the same answer."""
+        return self.temperature <= 0 or self.seed is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

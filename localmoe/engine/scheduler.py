@@ -250,8 +250,9 @@ class Scheduler:
         if len(laid.parts) == 1 and laid.parts[0].run.n_sampled == 0:
             self._computing_prompt_of = laid.parts[0].run.id
         generating = all(part.run.n_sampled for part in laid.parts)
+        again = any(part.run.request.sampling.is_repeatable for part in laid.parts)
         try:
-            if not self._model.decode(laid.n_rows, generating=generating):
+            if not self._model.decode(laid.n_rows, generating=generating, again=again):
                 return False
         finally:
             self._computing_prompt_of = None

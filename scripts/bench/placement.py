@@ -48,6 +48,7 @@ N_PROMPT, N_GENERATED, N_CTX = 2048, 64, 4096
 N_ANSWERS = 2  # of which the best counts, as neighbours on the machine make some slow
 SHORT_PROMPT = 256  # to warm up with, for `run` after the first round
 MEMORY_BUDGETS = ("6GiB", "8GiB", "12GiB", "16GiB", "20GiB", "24GiB", "all")
+SYSTEMS = ("fit", "run", "chat", "layers")
 SPEED_BUDGETS = ("8GiB", "16GiB", "24GiB")
 ROUTING_TOKENS = 64
 
@@ -76,6 +77,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--parts", nargs="+", default=["speed", "memory"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--first-round", type=int, default=0, help="of 1 on: generation alone")
     parser.add_argument("--summary", action="store_true")
@@ -119,7 +121,7 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for turn in range(arguments.first_round, arguments.rounds):
             for file in files:
                 for budget in SPEED_BUDGETS:
-                    for system in ("fit", "run", "chat", "layers"):
+                    for system in arguments.systems:
                         yield {"cell": system, "file": file, "budget": budget, "round": turn}
     if "memory" in arguments.parts:
         for file in files:
@@ -325,7 +327,7 @@ def summary(results: Results) -> None:
     for file, budget in dict.fromkeys(
         (r["file"], r["budget"]) for r in results.rows if "budget" in r
     ):
-        speeds = {s: medians(results, s, file, budget) for s in ("fit", "layers", "run", "chat")}
+        speeds = {s: medians(results, s, file, budget) for s in SYSTEMS}
         for system, found in speeds.items():
             if found:
                 print(speed_line(file, budget, system, found, speeds["fit"]))
