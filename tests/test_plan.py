@@ -570,9 +570,11 @@ def test_ram_in_three_kinds() -> None:
 
 
 def test_every_figure_says_where_it_comes_from() -> None:
-    points = tuple(ComputePoint("experts/f16/1", "GPU0", 4096, 512, 300 * MIB) for _ in range(1))
-    measured = Measured({"GPU0": 200 * MIB}, points)
-    plan = make_plan(machine(32, 8), meta_named(MIXTRAL), measured, PlanRequest())
+    meta = meta_named(MIXTRAL)
+    copied = make_plan(machine(32, 8), meta, NOTHING_MEASURED, PlanRequest()).copied_bytes
+    point = ComputePoint("experts/f16/1", "GPU0", 4096, 512, 300 * MIB, copied)
+    measured = Measured({"GPU0": 200 * MIB}, (point,))
+    plan = make_plan(machine(32, 8), meta, measured, PlanRequest())
     gpu, ram = plan.memory
     assert (gpu.compute.basis, gpu.compute.n_bytes) == ("measured", 300 * MIB)
     # what was measured on the demo model, and the quantized input of two experts' last matrix

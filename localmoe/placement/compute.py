@@ -147,12 +147,13 @@ def logits_bytes(meta: ModelMeta, n_seq: int) -> int:
     return FLOAT * meta.tokenizer.n_vocab * n_seq
 
 
-def copied_experts_bytes(meta: ModelMeta, n_gpus: int) -> int:
+def copied_experts_bytes(meta: ModelMeta, n_gpus: int, largest: int) -> int:
     """What the first GPU keeps free to copy experts from RAM into, where the batch is computed.
 
     The largest tensor. The next smaller one too where its room can't be used again: with many
     small experts, whose outputs are wider than they are, and where other GPUs wait for the result.
     """
-    sizes = sorted({t.n_bytes for t in meta.tensors if t.role == "experts"}, reverse=True)
+    experts = {t.n_bytes for t in meta.tensors if t.role == "experts"}
+    sizes = sorted((size for size in experts if size <= largest), reverse=True)
     wide = meta.n_embd > meta.n_ff_expert
     return sum(sizes[: 2 if wide or n_gpus > 1 else 1])

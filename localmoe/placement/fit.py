@@ -67,7 +67,7 @@ def points_of(plan: Plan, request: PlanRequest, sizes: BufferSizes) -> tuple[Com
     place = plan.placement
     kind = compute_kind(plan.kind, request)
     return tuple(
-        ComputePoint(kind, device, place.n_ctx_total, place.n_ubatch, n_bytes)
+        ComputePoint(kind, device, place.n_ctx_total, place.n_ubatch, n_bytes, plan.copied_bytes)
         for device, n_bytes in by_device.items()
     )
 

@@ -44,7 +44,8 @@ class MeasurementKey:
 class ComputePoint:
     """The compute buffer of a device at one context (of all sequences) and micro-batch.
 
-    `kind` names what else it depends on: placement.sizes.compute_kind.
+    `kind` names what else it depends on: placement.sizes.compute_kind. `copied_bytes` is the
+    largest tensor of experts in RAM, for whose copy the first GPU keeps room.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class ComputePoint:
     n_ctx: int
     n_ubatch: int
     n_bytes: int
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Measured:
 
     def with_points(self, points: tuple[ComputePoint, ...]) -> Measured:
         """These measurements and newer ones, which count where both say something."""
-        places = {(p.kind, p.device, p.n_ctx, p.n_ubatch): p for p in (*self.compute, *points)}
+        places = {replace(p, n_bytes=0): p for p in (*self.compute, *points)}
         return replace(self, compute=tuple(places.values()))
 
     def with_overhead(self, device: str, n_bytes: int) -> Measured:
@@ -117,8 +119,8 @@ def write_beside(path: Path, text: str) -> None:
 
 
 def _point(raw: Mapping[str, Any]) -> ComputePoint:
-    n_ctx, n_ubatch, n_bytes = (_size(raw[name]) for name in ("n_ctx", "n_ubatch", "n_bytes"))
-    return ComputePoint(str(raw["kind"]), str(raw["device"]), n_ctx, n_ubatch, n_bytes)
+    sizes = (_size(raw[name]) for name in ("n_ctx", "n_ubatch", "n_bytes", "copied_bytes"))
+    return ComputePoint(str(raw["kind"]), str(raw["device"]), *sizes)
 
 
 def _size(raw: object) -> int:

@@ -66,10 +66,14 @@ class Memory:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A placement, what it takes, and why; `rejected` says what would have been better and why it
-    wasn't had, `alternatives` what fits as well. `forecast` is None until search.py made one."""
+    wasn't had, `alternatives` what fits as well. `forecast` is None until search.py made one.
+
+    `kind` and `copied_bytes` are what its compute buffers depend on (measured.ComputePoint).
+    """
 
     fits: bool
     kind: str
+    copied_bytes: int
     placement: Placement
     memory: tuple[Memory, ...]
     reasons: tuple[str, ...]
@@ -105,11 +109,11 @@ def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: Pl
     """The plan with most of the model on the GPUs, whether it fits or not."""
     n_ctx, why_ctx = context_size(meta, request)
     at = Situation(machine, measured, sizes_of(meta, n_ctx, request), gpu_budgets(machine, request))
-    rooms = rooms_of(at)
-    layout = choose(at, rooms, fixed_layers(meta, request, at.gpus))
+    layout, rooms = closest(at, fixed_layers(meta, request, at.gpus))
     return Plan(
         fits=fits(at, layout),
         kind=kind_of(layout, at.sizes),
+        copied_bytes=copied_bytes(at.sizes, layout),
         placement=placement_of(machine, at.sizes, layout),
         memory=memory_of(at, layout),
         reasons=(why_ctx, *layout_reasons(at.sizes, layout, at.gpus)),
@@ -157,12 +161,31 @@ def fixed_layers(meta: ModelMeta, request: PlanRequest, gpus: list[tuple[Gpu, in
 # ---- the choice ----
 
 
-def rooms_of(at: Situation) -> Rooms:
+def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
+    """The layout, with the rooms that it was made for.
+
+    How large a tensor stays in RAM decides how much room is kept for its copy, and so what stays:
+    first the largest is expected there, then what is there by that layout.
+    """
+    largest = at.sizes.largest_experts()
+    rooms = rooms_of(at, largest)
+    layout = choose(at, rooms, n_gpu_layers)
+    while 0 < (smaller := copied_bytes(at.sizes, layout)) < largest:
+        more = rooms_of(at, smaller)
+        other = choose(at, more, n_gpu_layers)
+        if copied_bytes(at.sizes, other) > smaller:
+            break
+        layout, rooms, largest = other, more, smaller
+    return layout, rooms
+
+
+def rooms_of(at: Situation, copied_bytes: int) -> Rooms:
     """What each GPU has for weights and cache; experts that a person keeps in RAM need copying."""
 
     def rooms(kind: str) -> tuple[int, ...]:
+        copied = 0 if kind == ALL_ON_GPU else copied_bytes
         return tuple(
-            at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus))
+            at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus), copied)
             for place, (gpu, budget) in enumerate(at.gpus)
         )
 
@@ -206,6 +229,14 @@ def kind_of(layout: Layout, sizes: Sizes) -> str:
     return EXPERTS_IN_RAM if ram_experts(layout, sizes) else ALL_ON_GPU
 
 
+def copied_bytes(sizes: Sizes, layout: Layout) -> int:
+    """The largest tensor of experts in RAM that a GPU computes with; 0 where none is."""
+    if kind_of(layout, sizes) in (CPU_ONLY, ALL_ON_GPU):
+        return 0
+    n_first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    return sizes.largest_experts(layout.cpu_experts, max(n_first, sizes.request.n_cpu_moe or 0))
+
+
 def ram_experts(layout: Layout, sizes: Sizes) -> int:
     """Bytes of experts that stay in RAM although their layer's dense part is on a GPU."""
     names = layout.cpu_experts
@@ -246,7 +277,9 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         budget_bytes=budget,
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(kind, gpu.name, at.measured, place, len(at.gpus)),
+        compute=sizes.compute(
+            kind, gpu.name, at.measured, place, len(at.gpus), copied_bytes(sizes, layout)
+        ),
         overhead=overhead(gpu, at.sizes, at.measured, pinned_bytes(at, layout)),
     )
 
@@ -266,7 +299,9 @@ def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
         budget_bytes=max(0, ram_budget(at.machine, sizes.request) - shared_bytes),
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus)),
+        compute=sizes.compute(
+            kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus), copied_bytes(sizes, layout)
+        ),
         mapped_bytes=weights - pinned,
         pinned_bytes=pinned,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass
 
 from ..models.meta import ModelMeta
@@ -64,30 +65,61 @@ class Sizes:
     moved_bytes: int
 
     def compute(
-        self, kind: str, device: str, measured: Measured, place: int = 0, n_gpus: int = 1
+        self,
+        kind: str,
+        device: str,
+        measured: Measured,
+        place: int = 0,
+        n_gpus: int = 1,
+        copied_bytes: int = 0,
     ) -> Figure:
         """The compute buffer of a device: measured, interpolated or by formula.
 
-        `place` is a GPU's among the `n_gpus` that are used.
+        `place` is a GPU's among the `n_gpus` that are used, `copied_bytes` the largest tensor of
+        experts that stays in RAM.
         """
         wanted = (compute_kind(kind, self.request), device)
         points = [p for p in measured.compute if (p.kind, p.device) == wanted]
-        found = compute_bytes(points, self.n_cells, self.request.n_ubatch)
-        if found:
+        same = [p for p in points if p.copied_bytes == copied_bytes]
+        if found := compute_bytes(same, self.n_cells, self.request.n_ubatch):
             return found
+        here = (self.n_cells, self.request.n_ubatch)
+        if other := next((p for p in points if (p.n_ctx, p.n_ubatch) == here), None):
+            is_copied_here = device != RAM and place == 0
+            more = copied_bytes - other.copied_bytes if is_copied_here else 0
+            return Figure(max(0, other.n_bytes + more), "interpolated")
         n_ctx = self.request.n_cells or self.n_ctx
         work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq, self.has_scores)
         if device == RAM:
             return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
-        return Figure(gpu_compute_bytes(self.meta, work, kind, place, n_gpus), "formula")
+        n_bytes = gpu_compute_bytes(self.meta, work, kind, place, n_gpus, copied_bytes)
+        return Figure(n_bytes, "formula")
 
     def room(
-        self, gpu: Gpu, budget_bytes: int, kind: str, measured: Measured, place: int, n_gpus: int
+        self,
+        gpu: Gpu,
+        budget_bytes: int,
+        kind: str,
+        measured: Measured,
+        place: int,
+        n_gpus: int,
+        copied_bytes: int,
     ) -> int:
         """What a GPU has left for weights and cache; less than 0 where not even that."""
-        compute = self.compute(kind, gpu.name, measured, place, n_gpus).n_bytes
+        compute = self.compute(kind, gpu.name, measured, place, n_gpus, copied_bytes).n_bytes
         pinned = 0 if kind == ALL_ON_GPU else self.pinnable_bytes
         return budget_bytes - compute - overhead(gpu, self, measured, pinned).n_bytes
+
+    def largest_experts(self, names: Container[str] | None = None, n_layers: int = 0) -> int:
+        """The largest tensor of experts, of all or of these and those of the first layers."""
+        return max(
+            (
+                aligned(t) for t in self.meta.tensors
+                if t.role == "experts"
+                and (names is None or t.name in names or (t.layer or 0) < n_layers)
+            ),
+            default=0,
+        )  # fmt: skip
 
     @property
     def is_alike(self) -> bool:
@@ -120,13 +152,15 @@ class Sizes:
         return sum(layer.dense_bytes + layer.expert_bytes for layer in self.layers)
 
 
-def gpu_compute_bytes(meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int) -> int:
+def gpu_compute_bytes(
+    meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int, copied_bytes: int
+) -> int:
     """A GPU's compute buffer by formula. What is in RAM is computed on the first GPU."""
     n_bytes = estimated_bytes(meta, work, on_gpu=True)
     if kind == ALL_ON_GPU and n_gpus > 1:
         return n_bytes + pipeline_bytes(meta, work, is_first=place == 0)
     if kind != ALL_ON_GPU and place == 0:
-        return n_bytes + copied_experts_bytes(meta, n_gpus)
+        return n_bytes + copied_experts_bytes(meta, n_gpus, copied_bytes)
     return n_bytes
 
 
