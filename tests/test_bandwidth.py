@@ -71,6 +71,7 @@ def test_a_machine_is_measured_with_each_number_of_threads() -> None:
     for product in found.products:
         assert 1e7 < product.vector_bytes_per_s < 1e12
         assert 1e8 < product.matrix_flops < 1e14
+        assert 1e7 < product.few_flops <= product.matrix_flops
 
 
 def test_what_a_gpu_is_asked_works_on_a_device(cpu: int) -> None:
@@ -83,6 +84,7 @@ def test_what_a_gpu_is_asked_works_on_a_device(cpu: int) -> None:
     assert 0 < rates.round_trip_s < 0.1
     (product,) = place.product_rates("F16", F16)
     assert product.vector_bytes_per_s > 0
+    assert product.few_flops == 0  # a GPU has one kernel for batches
 
 
 def test_every_type_of_weights_can_be_measured() -> None:

@@ -23,11 +23,14 @@ from localmoe.placement.forecast import (
     forecast,
     generation_tps,
     likely_tps,
+    offload_edge,
     prompt_tps,
     records_of,
     regime_of,
     setting_of,
+    step_seconds,
     touched_share,
+    with_edge,
 )
 from localmoe.placement.measured import MeasurementKey
 from localmoe.placement.parts import layer_devices, parts_of
@@ -453,6 +456,23 @@ def test_a_measured_product_counts_more_than_the_formula() -> None:
         generation_tps(setting_of(ONE_CPU, meta, b), Task()) for b in (WITHOUT_GPU, slower)
     )
     assert by_measure == pytest.approx(by_formula / 2, rel=0.2)
+
+
+def test_few_tokens_of_an_expert_cost_more_each_than_many() -> None:
+    """With the rate of large batches, 16 tokens seemed to be the edge from which copying experts to
+    a GPU is sooner; really it was 6 (docs/notes/placement-speed.md)."""
+    many = ProductRate("CPU", 16, "Q4_K", 79e9, 1.5e12)
+    meta, placement = meta_named("mixtral-8x7b"), experts_in_ram(42, pinned=True)
+    edges, steps = [], []
+    for product in (many, replace(many, few_flops=350e9)):
+        setting = setting_of(placement, meta, replace(WITH_GPU, products=(product,)))
+        edges.append(offload_edge(setting))
+        steps.append([step_seconds(with_edge(setting, 10**6), n, 10, 1) for n in (8, 16, 128)])
+    assert edges[0] > 8
+    assert 4 <= edges[1] <= 7
+    # 8 and 16 tokens took 0.27 and 0.46 s with the experts of 14 layers in RAM
+    assert steps[1][:2] == pytest.approx([0.27, 0.46], rel=0.25)
+    assert steps[0][2] == steps[1][2]  # 32 of each expert
 
 
 def test_a_small_model_teaches_nothing_about_a_large_one() -> None:

@@ -42,6 +42,9 @@ WIDTH, HEIGHT = {False: 2048, True: 4096}, {False: 2048, True: 8192}
 0.7 TB/s of the former, and more than twice as much of Mixtral 8x7B's (4096 x 14336)."""
 BATCH = {False: 128, True: 2048}
 """Tokens of a large product; every expert gets a quarter of them."""
+FEW = 4
+"""Tokens that an expert gets of a small product: a CPU takes its kernel for large ones from 8 on
+(ggml/src/ggml-cpu/tiled/tiled.cpp)."""
 N_NODES = 256
 HEADS, KV_HEADS, HEAD_DIM, DEPTH = 32, 8, 128, 1024
 """Attention as in Mixtral 8x7B, at a depth between a question and a document."""
@@ -126,34 +129,40 @@ class Place:
     def product_rates(self, type_name: str, type_number: int) -> list[ProductRate]:
         """For each number of threads. Raises GraphError where such weights can't be multiplied.
 
-        One token's products each read other experts, until all weights have been read once; the
+        One token's products each read other experts, until all weights have been read once; a
         batch goes over the first experts alone, each with as many tokens.
         """
         n_tokens = max(N_EXPERTS, int(BATCH[self._is_gpu] * self._scale))
-        width = WIDTH[self._is_gpu]
         with self._bench() as bench:
             weights = self._weights(bench, type_number)
-            token, tokens = bench.tensor(F32, width, 1, 1), bench.tensor(F32, width, 1, n_tokens)
+            token = bench.tensor(F32, WIDTH[self._is_gpu], 1, 1)
             pairs = [bench.tensor(I32, N_USED, 1) for _ in range(N_EXPERTS // N_USED)]
-            in_turn = bench.tensor(I32, N_USED, n_tokens)
             one = bench.graph(*(bench.expert_product(w, token, p) for w in weights for p in pairs))
-            many = bench.graph(bench.expert_product(weights[0], tokens, in_turn))
+            sizes = (N_EXPERTS // N_USED, FEW * N_EXPERTS // N_USED, n_tokens)
+            batches = [Batch(bench, weights[0], n, WIDTH[self._is_gpu]) for n in sizes]
             bench.allocate()
             for tensor in weights:
                 bench.fill(tensor, WEIGHT_FILL)
             bench.fill(token, ACTIVATION_FILL)
-            bench.fill(tokens, ACTIVATION_FILL)
-            numbers = np.arange(n_tokens * N_USED, dtype=np.int32) % N_EXPERTS
-            write_array(bench, in_turn, numbers)
+            for batch in batches:
+                batch.fill()
             for i, pair in enumerate(pairs):
-                write_array(bench, pair, numbers[i * N_USED : (i + 1) * N_USED])
+                write_array(bench, pair, np.arange(i * N_USED, (i + 1) * N_USED, dtype=np.int32))
             n_bytes = sum(map(bench.n_bytes, weights))
-            seconds = zip(self._seconds(bench, one), self._seconds(bench, many), strict=True)
-        operations = 2 * width * HEIGHT[self._is_gpu] * N_USED * n_tokens
-        return [
-            ProductRate(self._name, n, type_name, n_bytes / one_s, operations / many_s)
-            for n, (one_s, many_s) in zip(self._n_threads, seconds, strict=True)
-        ]
+            graphs = (one, *(batch.graph for batch in batches))
+            seconds = zip(*(self._seconds(bench, graph) for graph in graphs), strict=True)
+        operations = 2 * WIDTH[self._is_gpu] * HEIGHT[self._is_gpu] * N_USED
+        rates = []
+        for n, (one_s, once_s, few_s, many_s) in zip(self._n_threads, seconds, strict=True):
+            flops = operations * n_tokens / many_s
+            # both have the weights in a cache: what is left is the further tokens' own
+            further_s = max(few_s - once_s, 1e-9)
+            few_flops = 0.0 if self._is_gpu else operations * (sizes[1] - sizes[0]) / further_s
+            rate = ProductRate(
+                self._name, n, type_name, n_bytes / one_s, flops, min(few_flops, flops)
+            )
+            rates.append(rate)
+        return rates
 
     def _weights(self, bench: Bench, type_number: int) -> list[int]:
         """Experts of several layers, in all more than a cache holds."""
@@ -227,6 +236,22 @@ class Place:
             pinned = bench.pinned_memory(n_bytes)
             round_trip = best_seconds(there_and_back, at_most_s=TIME_S / 10)
             return rate(pinned) if pinned else pageable, pageable, round_trip
+
+
+class Batch:
+    """A product of a layer's experts with some tokens, spread evenly over them."""
+
+    def __init__(self, bench: Bench, weights: int, n_tokens: int, width: int) -> None:
+        self._bench = bench
+        self._tokens = bench.tensor(F32, width, 1, n_tokens)
+        self._experts = bench.tensor(I32, N_USED, n_tokens)
+        self._numbers = np.arange(n_tokens * N_USED, dtype=np.int32) % N_EXPERTS
+        self.graph = bench.graph(bench.expert_product(weights, self._tokens, self._experts))
+
+    def fill(self) -> None:
+        """Once there is room for the tensors."""
+        self._bench.fill(self._tokens, ACTIVATION_FILL)
+        write_array(self._bench, self._experts, self._numbers)
 
 
 def write_array(bench: Bench, tensor: int, values: npt.NDArray[Any]) -> None:

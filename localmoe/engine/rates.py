@@ -18,7 +18,8 @@ class ProductRate:
     """How fast a device multiplies with weights of one type, in the form that experts have.
 
     `vector_bytes_per_s` are bytes of weights for one token; `matrix_flops` floating-point
-    operations a second (two for each weight and token) for a large batch.
+    operations a second (two for each weight and token) for a large batch, `few_flops` for the
+    tokens beyond the first where they are few; 0 where that makes no difference.
     """
 
     device: str
@@ -26,6 +27,7 @@ class ProductRate:
     type: str
     vector_bytes_per_s: float
     matrix_flops: float
+    few_flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

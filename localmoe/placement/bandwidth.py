@@ -77,6 +77,7 @@ class Rates:
             type,
             min((p.vector_bytes_per_s for p in others), default=self._vector_bytes_per_s()),
             min((p.matrix_flops for p in others), default=self._matrix_flops()),
+            min((p.few_flops for p in others), default=0.0),
         )
 
     def _vector_bytes_per_s(self) -> float:
@@ -163,7 +164,7 @@ def mixed(a: Rate, b: Rate, n_threads: int, mix: Callable[[float, float], float]
     """Every rate of two, mixed; times (`*_s`, not a second's worth of something) are b's."""
     values: dict[str, Any] = {f.name: getattr(b, f.name) for f in fields(b)}
     for name, value in values.items():
-        if isinstance(value, float) and (name.endswith("_per_s") or name == "matrix_flops"):
+        if isinstance(value, float) and name.endswith(("_per_s", "_flops")):
             values[name] = mix(getattr(a, name), value)
     return type(b)(**{**values, "n_threads": n_threads})
 

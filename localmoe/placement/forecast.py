@@ -33,6 +33,7 @@ OFFLOAD_MIN_BATCH = 32
 (GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu)."""
 MAX_OFFLOAD_EDGE = 1024
 MAX_VECTOR_ROWS = 8  # MMVQ_MAX_BATCH_SIZE (ggml/src/ggml-cuda/mmvq.cuh)
+MIN_MATRIX_ROWS = 8  # ggml/src/ggml-cpu/tiled/tiled.cpp
 MIN_ATTENTION_BATCH = 64  # GGML_FA_TILE_Q (ggml/src/ggml-cpu/ops.cpp)
 TILE_ROWS = 128
 """A GPU multiplies an expert's tokens in tiles of so many, the last of them on average half empty
@@ -277,9 +278,10 @@ def product_seconds(setting: Setting, part: Part, n_tokens: int) -> float:
     read = part.n_bytes * touched
     worker = setting.worker(part.device, n_tokens)
     rate = worker.product(part.type)
-    more_rows = max(0.0, rows(setting.meta, part, n_tokens, worker.is_gpu) - 1)
-    operations = 2 * part.n_values * touched * more_rows
-    seconds = read / rate.vector_bytes_per_s + operations / rate.matrix_flops
+    n_rows = rows(setting.meta, part, n_tokens, worker.is_gpu)
+    operations = 2 * part.n_values * touched * max(0.0, n_rows - 1)
+    flops = (n_rows < MIN_MATRIX_ROWS and rate.few_flops) or rate.matrix_flops
+    seconds = read / rate.vector_bytes_per_s + operations / flops
     if setting.is_offloaded(part.device, n_tokens):
         link = worker.device
         pinned = setting.placement.load_mode == "pinned"
