@@ -73,13 +73,13 @@ class Plan:
 
     fits: bool
     kind: str
-    copied_bytes: int
     placement: Placement
     memory: tuple[Memory, ...]
     reasons: tuple[str, ...]
     rejected: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     forecast: Forecast | None = None
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
