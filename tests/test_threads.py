@@ -109,6 +109,12 @@ def test_the_kernel_tells_of_cores_that_others_have() -> None:
 
 def test_a_system_that_does_not_tell_is_an_idle_one(tmp_path: Path) -> None:
     assert waited_s(tmp_path / "none") == 0
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1" / "schedstat").write_text("nonsense")
-    assert waited_s(tmp_path) == 0
+
+
+def test_a_thread_that_ends_takes_nothing_of_the_others_along(tmp_path: Path) -> None:
+    """It would look as if all of their waiting had been in the next window."""
+    for name, text in (("1", "0 2000000000 5"), ("2", "nonsense"), ("3", "7 1000000000 9")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(text)
+    (tmp_path / "4").mkdir()
+    assert waited_s(tmp_path) == 3

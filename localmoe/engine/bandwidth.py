@@ -139,7 +139,7 @@ class Place:
             pairs = [bench.tensor(I32, N_USED, 1) for _ in range(N_EXPERTS // N_USED)]
             one = bench.graph(*(bench.expert_product(w, token, p) for w in weights for p in pairs))
             sizes = (N_EXPERTS // N_USED, FEW * N_EXPERTS // N_USED, n_tokens)
-            batches = [Batch(bench, weights[0], n, WIDTH[self._is_gpu]) for n in sizes]
+            batches = [EvenProduct(bench, weights[0], n, WIDTH[self._is_gpu]) for n in sizes]
             bench.allocate()
             for tensor in weights:
                 bench.fill(tensor, WEIGHT_FILL)
@@ -238,7 +238,7 @@ class Place:
             return rate(pinned) if pinned else pageable, pageable, round_trip
 
 
-class Batch:
+class EvenProduct:
     """A product of a layer's experts with some tokens, spread evenly over them."""
 
     def __init__(self, bench: Bench, weights: int, n_tokens: int, width: int) -> None:

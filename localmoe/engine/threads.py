@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 WINDOW_S = 0.25
@@ -26,11 +27,10 @@ def waited_s(tasks: Path = TASKS) -> float:
     """Seconds that this process's threads have been ready to run without a core; 0 where the
     system does not tell. Threads come and go, so it may fall."""
     nanoseconds = 0
-    try:
+    with suppress(OSError):  # no such system
         for task in tasks.iterdir():
-            nanoseconds += int((task / "schedstat").read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # no such system, or a thread that just ended
-        return 0.0
+            with suppress(OSError, ValueError, IndexError):  # a thread that has just ended
+                nanoseconds += int((task / "schedstat").read_text().split()[1])
     return nanoseconds / 1e9
 
 
