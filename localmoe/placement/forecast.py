@@ -25,6 +25,7 @@ from ..engine.rates import Tuning
 from ..models.meta import ModelMeta
 from .bandwidth import CPU, Bandwidths, Rates, rates_of
 from .parts import LayerWork, Part, layers_of, parts_of
+from .sizes import FLOATS
 from .speeds import SpeedKind, SpeedRecord, correction
 from .tuning import repacked_ratio
 
@@ -38,6 +39,9 @@ MIN_ATTENTION_BATCH = 64  # GGML_FA_TILE_Q (ggml/src/ggml-cpu/ops.cpp)
 TILE_ROWS = 128
 """A GPU multiplies an expert's tokens in tiles of so many, the last of them on average half empty
 (mmq_x, ggml/src/ggml-cuda/mmq.cuh)."""
+QUANTIZED_ATTENTION = 0.6
+"""A CPU meets values of a quantized cache one token at a time, at so much of the speed for f16:
+8 to 11 of 17 G values a second (q8_0, 2 cores; docs/notes/forecast.md)."""
 DENSE_NODES, EXPERT_NODES = 21, 7
 """Operations of a layer that aren't views: norms, attention, router; the experts and their sum
 (src/models/llama.cpp, build_moe_ffn in src/llama-graph.cpp)."""
@@ -314,6 +318,8 @@ def attention_seconds(
     cells = seen if layer.window is None else min(seen, layer.window)
     is_batch = n_tokens >= MIN_ATTENTION_BATCH and not one_each
     rate = device.attention_batch_values_per_s if is_batch else device.attention_values_per_s
+    if layer.device == CPU and setting.placement.kv_type not in FLOATS:
+        rate = QUANTIZED_ATTENTION * device.attention_values_per_s
     return layer.values_per_cell * cells * n_tokens / rate
 
 
