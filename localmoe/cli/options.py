@@ -41,7 +41,9 @@ load_options = group_of(
         "-ncmoe", "--n-cpu-moe", type=int, metavar="N", help="Experts of the first N layers in RAM."
     ),
     click.option("-ctk", "--kv-type", type=KV_TYPES, help="Type of the KV cache; f16 by default."),
-    click.option("-t", "--threads", type=int, metavar="N", help="CPU threads at most; all physical cores."),
+    click.option(
+        "-t", "--threads", type=int, metavar="N", help="CPU threads at most; all physical cores."
+    ),
     click.option("-ub", "--ubatch-size", type=int, metavar="N", help="Micro-batch in tokens."),
     click.option("--load-mode", type=click.Choice(["auto", "mmap", "pinned"])),
     click.option(
