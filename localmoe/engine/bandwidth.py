@@ -151,18 +151,29 @@ class Place:
             n_bytes = sum(map(bench.n_bytes, weights))
             graphs = (one, *(batch.graph for batch in batches))
             seconds = zip(*(self._seconds(bench, graph) for graph in graphs), strict=True)
-        operations = 2 * WIDTH[self._is_gpu] * HEIGHT[self._is_gpu] * N_USED
-        rates = []
-        for n, (one_s, once_s, few_s, many_s) in zip(self._n_threads, seconds, strict=True):
-            flops = operations * n_tokens / many_s
-            # both have the weights in a cache: what is left is the further tokens' own
-            further_s = max(few_s - once_s, 1e-9)
-            few_flops = 0.0 if self._is_gpu else operations * (sizes[1] - sizes[0]) / further_s
-            rate = ProductRate(
-                self._name, n, type_name, n_bytes / one_s, flops, min(few_flops, flops)
-            )
-            rates.append(rate)
-        return rates
+        a_token = 2 * WIDTH[self._is_gpu] * HEIGHT[self._is_gpu] * N_USED
+        operations = [a_token * n for n in sizes]
+        return [
+            self._rate(n, type_name, n_bytes / one_s, operations, batch_s)
+            for n, (one_s, *batch_s) in zip(self._n_threads, seconds, strict=True)
+        ]
+
+    def _rate(
+        self,
+        n_threads: int,
+        type_name: str,
+        bytes_per_s: float,
+        operations: Sequence[float],
+        seconds: Sequence[float],
+    ) -> ProductRate:
+        """`operations` and `seconds` are of one token for each expert, of few, and of many.
+
+        Of the first two the weights are in a cache: what they differ by is the further tokens' own.
+        """
+        many = operations[2] / seconds[2]
+        few = (operations[1] - operations[0]) / max(seconds[1] - seconds[0], 1e-9)
+        few_flops = 0.0 if self._is_gpu else min(few, many)
+        return ProductRate(self._name, n_threads, type_name, bytes_per_s, many, few_flops)
 
     def _weights(self, bench: Bench, type_number: int) -> list[int]:
         """Experts of several layers, in all more than a cache holds."""
