@@ -255,8 +255,7 @@ def test_the_edge_of_batches_moves_with_the_backends_setting() -> None:
     placement, meta = experts_in_ram(51, pinned=True), meta_named("mixtral-8x7b")
     task = Task(n_prompt=0, n_at_once=16)
     usual, early = (
-        generation_tps(setting_of(placement, meta, WITH_GPU, offload_min_batch=n), task)
-        for n in (32, 16)
+        generation_tps(with_edge(setting_of(placement, meta, WITH_GPU), n), task) for n in (32, 16)
     )
     assert early > 1.5 * usual
 

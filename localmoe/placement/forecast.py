@@ -95,13 +95,13 @@ class Setting:
     parts: tuple[Part, ...]
     layers: tuple[LayerWork, ...]
     rates: Mapping[str, Rates]
-    offload_min_batch: int = OFFLOAD_MIN_BATCH
     missing_share: float = 0.0
     tuning: Tuning | None = None
 
     def is_offloaded(self, device: str, n_tokens: int) -> bool:
         """Whether a GPU does the work with weights that lie in RAM."""
-        return device == CPU and bool(self.gpus) and n_tokens >= self.offload_min_batch
+        edge = self.placement.offload_min_batch or OFFLOAD_MIN_BATCH
+        return device == CPU and bool(self.gpus) and n_tokens >= edge
 
     def worker(self, device: str, n_tokens: int) -> Rates:
         """Who does the work with weights of a device."""
@@ -113,7 +113,6 @@ def setting_of(
     meta: ModelMeta,
     bandwidths: Bandwidths,
     gpus: Sequence[str] | None = None,
-    offload_min_batch: int | None = None,
     ram_bytes: int | None = None,
     tuning: Tuning | None = None,
 ) -> Setting:
@@ -133,7 +132,6 @@ def setting_of(
         parts=parts,
         layers=layers_of(placement, meta, names),
         rates={name: rates_of(bandwidths, name, placement.n_threads) for name in (CPU, *names)},
-        offload_min_batch=offload_min_batch or placement.offload_min_batch or OFFLOAD_MIN_BATCH,
         missing_share=missing,
         tuning=tuning,
     )
@@ -141,8 +139,7 @@ def setting_of(
 
 def with_edge(setting: Setting, n_tokens: int) -> Setting:
     """The same with weights in RAM copied to a GPU from so many tokens on."""
-    placement = replace(setting.placement, offload_min_batch=n_tokens)
-    return replace(setting, placement=placement, offload_min_batch=n_tokens)
+    return replace(setting, placement=replace(setting.placement, offload_min_batch=n_tokens))
 
 
 def measured_gpus(bandwidths: Bandwidths) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from .copies import repack_seconds, with_copies
 from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
 from .plan import Plan
 from .request import LoadMode, PlanRequest
-from .sizes import RAM
+from .sizes import EXPERTS_IN_RAM, LAYERS_IN_RAM, RAM
 from .speeds import SpeedRecord
 
 Workload = Literal["run", "chat", "batch"]
@@ -161,7 +161,7 @@ def candidate(
     plan: Plan, job: Job, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
     setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
-    if splits_work(plan.placement, meta):
+    if plan.kind in (EXPERTS_IN_RAM, LAYERS_IN_RAM):
         setting = with_edge(setting, offload_edge(setting))
         plan = replace(plan, placement=setting.placement)
     task = replace(within(job.task, plan.placement.n_ctx), n_at_once=plan.placement.n_seq)
@@ -169,12 +169,6 @@ def candidate(
     loading = load_seconds(plan) + repack_seconds(plan, speeds.tuning)
     seconds = job.loads * loading + task_seconds(expected, task)
     return Candidate(plan, expected, seconds)
-
-
-def splits_work(place: Placement, meta: ModelMeta) -> bool:
-    """Whether a GPU and the CPU both have weights to compute with."""
-    has_ram_experts = bool(place.cpu_expert_layers or place.cpu_expert_tensors)
-    return place.n_gpu_layers > 0 and (has_ram_experts or place.n_gpu_layers <= meta.n_layers)
 
 
 def reasons(best: Candidate, others: Sequence[Candidate], job: Job) -> Iterator[str]:
