@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, combinations, product
 
 import pytest
@@ -27,13 +28,14 @@ sizes = st.integers(1, 12)
 @st.composite
 def layers_of_a_model(draw: st.DrawFn, most: int = 6, most_experts: int = 2) -> tuple[Layer, ...]:
     """Few sizes, so that many placements come to the same sum."""
-    n = draw(st.integers(1, most))
+    n, trip = draw(st.integers(1, most)), draw(st.integers(0, 6))
     return tuple(
         Layer(
             i,
             draw(sizes),
             draw(st.integers(0, 4)),
             tuple((f"{i}.{k}", draw(sizes)) for k in range(draw(st.integers(0, most_experts)))),
+            trip,
         )
         for i in range(n)
     )
@@ -54,27 +56,35 @@ def subsets(tensors: Sequence[tuple[str, int]]) -> Iterator[tuple[tuple[str, int
     return chain.from_iterable(combinations(tensors, k) for k in range(len(tensors) + 1))
 
 
-def best_in_room(layers: Sequence[Layer], room: int) -> tuple[int, int] | None:
-    """Most bytes in whole layers, then most in all; None where the fixed parts don't fit."""
+def worth(layers: Sequence[Layer], on_gpu: frozenset[str]) -> int:
+    """Bytes of experts on a GPU, less what the trips to layers with some in RAM cost."""
+    held = sum(size for layer in layers for name, size in layer.experts if name in on_gpu)
+    return held - sum(
+        layer.trip_bytes for layer in layers if not on_gpu >= {name for name, _ in layer.experts}
+    )
+
+
+def n_divided(layers: Sequence[Layer], on_gpu: frozenset[str]) -> int:
+    names = [{name for name, _ in layer.experts} for layer in layers]
+    return sum(bool(some & on_gpu) and not some <= on_gpu for some in names)
+
+
+def best_in_room(layers: Sequence[Layer], room: int) -> int | None:
+    """The most that is worth, with one layer divided; None where the fixed parts don't fit."""
     left = room - sum(layer.fixed_bytes for layer in layers)
     if left < 0:
         return None
-    best = (0, 0)
-    for chosen in subsets([tensor for layer in layers for tensor in layer.experts]):
-        total = sum(size for _, size in chosen)
-        names = {name for name, _ in chosen}
-        whole = sum(
-            layer.expert_bytes for layer in layers if names >= {name for name, _ in layer.experts}
-        )
-        if total <= left:
-            best = max(best, (whole, total))
-    return best
+    everything = subsets([tensor for layer in layers for tensor in layer.experts])
+    fitting = (
+        frozenset(name for name, _ in chosen)
+        for chosen in everything
+        if sum(size for _, size in chosen) <= left
+    )
+    return max(worth(layers, some) for some in fitting if n_divided(layers, some) <= 1)
 
 
-def brute_force(
-    layers: Sequence[Layer], output_bytes: int, rooms: Rooms
-) -> tuple[int, tuple[int, int]]:
-    """The most layers on GPUs, and of them the best experts, by trying everything."""
+def brute_force(layers: Sequence[Layer], output_bytes: int, rooms: Rooms) -> tuple[int, int]:
+    """The most layers on GPUs, and what the best experts are worth, by trying everything."""
     output = Layer(len(layers), output_bytes, 0)
     for n in range(len(layers) + 1, 0, -1):
         on_gpu = [*layers, output][len(layers) + 1 - n :]
@@ -82,29 +92,25 @@ def brute_force(
         for split in every_split(n, len(rooms.mixed)):
             parts = [on_gpu[start:end] for start, end in runs(split)]
             found = [
-                best_in_room(part, room) if part else (0, 0)
+                best_in_room(part, room) if part else 0
                 for part, room in zip(parts, rooms.mixed, strict=True)
             ]
-            if all(f is not None for f in found):
-                merits.append(tuple(map(sum, zip(*filter(None, found), strict=True))))
+            if None not in found:
+                merits.append(sum(f for f in found if f))
             weights = [sum(x.fixed_bytes + x.expert_bytes for x in part) for part in parts]
             held = all(w <= r for w, r in zip(weights, rooms.whole, strict=True) if w)
             if n == len(layers) + 1 and held:
-                everything = sum(layer.expert_bytes for layer in layers)
-                merits.append((everything, everything))
+                merits.append(sum(layer.expert_bytes for layer in layers))
         if merits:
-            return n, max(merits)  # type: ignore[return-value]
-    return 0, (0, 0)
+            return n, max(merits)
+    return 0, 0
 
 
-def merit_of(layers: Sequence[Layer], layout: Layout) -> tuple[int, tuple[int, int]]:
+def merit_of(layers: Sequence[Layer], layout: Layout) -> tuple[int, int]:
     first = len(layers) + 1 - layout.n_gpu_layers
-    on_gpu = layers[first:] if layout.n_gpu_layers else ()
-    whole = sum(
-        x.expert_bytes for x in on_gpu if not {n for n, _ in x.experts} & layout.cpu_experts
-    )
-    total = sum(s for x in on_gpu for n, s in x.experts if n not in layout.cpu_experts)
-    return layout.n_gpu_layers, (whole, total)
+    mine = layers[first:] if layout.n_gpu_layers else ()
+    names = {name for layer in mine for name, _ in layer.experts}
+    return layout.n_gpu_layers, worth(mine, frozenset(names - layout.cpu_experts))
 
 
 def held_by(layers: Sequence[Layer], output_bytes: int, layout: Layout) -> tuple[int, ...]:
@@ -179,6 +185,15 @@ def test_more_room_never_holds_less(
 ) -> None:
     less, larger = (lay_out(layers, output, Rooms((r,), (r,))) for r in (room, room + more))
     assert merit_of(layers, larger) >= merit_of(layers, less)
+
+
+@given(layers_of_a_model(), sizes, st.integers(-3, 90), st.integers(0, 20))
+@settings(max_examples=150)
+def test_more_room_never_holds_fewer_bytes_where_trips_cost_nothing(
+    layers: tuple[Layer, ...], output: int, room: int, more: int
+) -> None:
+    layers = tuple(replace(layer, trip_bytes=0) for layer in layers)
+    less, larger = (lay_out(layers, output, Rooms((r,), (r,))) for r in (room, room + more))
     assert sum(held_by(layers, output, larger)) >= sum(held_by(layers, output, less))
 
 
@@ -193,15 +208,34 @@ def test_most_bytes_are_most_of_all_subsets(layers: tuple[Layer, ...], room: int
 # ---- single cases ----
 
 
-def test_ways_to_one_sum_are_all_looked_at() -> None:
-    """One of two layers of 6 fits; only the second one has a tensor for the rest."""
+def test_of_two_ways_to_leave_as_much_the_one_that_fills_the_room_is_taken() -> None:
+    """One of two layers of 6 stays in RAM but for a tensor; only the second has a small one."""
     layers = (
         Layer(0, 1, 0, (("0.a", 3), ("0.b", 3))),
         Layer(1, 1, 0, (("1.a", 1), ("1.b", 5))),
     )
     found = fill(layers, 7)
-    assert (found.whole_bytes, found.n_bytes) == (6, 7)
+    assert found.n_bytes == 7
     assert found.names == {"0.a", "0.b", "1.a"}
+
+
+@pytest.mark.parametrize(("trip", "n_layers", "n_bytes"), [(0, 3, 8), (1, 1, 9)])
+def test_a_trip_is_worth_so_many_bytes(trip: int, n_layers: int, n_bytes: int) -> None:
+    """Of 8 that must be left: 3 + 3 + 2 exactly in three layers, or 9 in one."""
+    layers = tuple(Layer(i, 1, 0, ((f"{i}", n),), trip) for i, n in enumerate((3, 3, 2, 9)))
+    found = fill(layers, 9)
+    assert (len(layers) - len(found.names), 17 - found.n_bytes) == (n_layers, n_bytes)
+    assert found.worth == found.n_bytes - trip * n_layers
+
+
+def test_layers_of_many_kinds_are_filled_in_bounded_time() -> None:
+    """A file whose every tensor has a size of its own: near the best, at once."""
+    layers = tuple(
+        Layer(i, 1, 0, tuple((f"{i}.{k}", 1_000_003 + 7919 * (3 * i + k) ** 2) for k in range(3)))
+        for i in range(48)
+    )
+    room = sum(layer.expert_bytes for layer in layers) // 2
+    assert 0.99 * room <= fill(layers, room).n_bytes <= room
 
 
 def test_of_equal_layers_the_last_are_filled() -> None:
@@ -212,8 +246,9 @@ def test_of_equal_layers_the_last_are_filled() -> None:
 def test_many_sizes_are_searched_in_bounded_time() -> None:
     """A file whose every tensor has a size of its own: near the best, at once."""
     tensors = [1_000_003 + 7919 * i * i for i in range(64)]
-    ways = best_counts(tensors, [1] * 64, sum(tensors) // 2)
-    total = sum(size for size, count in zip(tensors, ways[0], strict=True) if count)
+    counts = best_counts(tensors, [1] * 64, sum(tensors) // 2)
+    assert counts
+    total = sum(size for size, count in zip(tensors, counts, strict=True) if count)
     assert 0.99 * sum(tensors) // 2 <= total <= sum(tensors) // 2
 
 

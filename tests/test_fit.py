@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,14 @@ def test_what_was_measured_holds_for_the_largest_tensor_that_was_left_in_ram(
         left.add(max(in_ram, default=0))
         return BufferSizes({"CUDA0": 500 * MIB + max(in_ram, default=0), "CPU": MIB}, {}, 0)
 
-    for tenths in (60, 80, 61, 120, 160, 200, 75, 240, 65):
+    requests = PlanRequest(), PlanRequest(largest_in_ram=min(sizes.values()))
+    for tenths, request in product((120, 160, 121, 200, 240), requests):
         card = Gpu("CUDA0", "", 24 * GIB, tenths * GIB // 10, free_from="driver")
-        fitted = fit(Machine(64 * GIB, 60 * GIB, 8, (card,)), meta, measured, PlanRequest(), probe)
+        fitted = fit(Machine(64 * GIB, 60 * GIB, 8, (card,)), meta, measured, request, probe)
         measured, gpu = fitted.measured, fitted.plan.memory[0]
         assert gpu.compute.n_bytes == probe(fitted.plan.placement).compute_bytes["CUDA0"]
         assert gpu.total_bytes <= gpu.budget_bytes
-    assert len(left - {0}) > 1  # else nothing was shown
+    assert left == set(sizes.values())
 
 
 def test_what_can_t_fit_is_refused_after_the_probes() -> None:

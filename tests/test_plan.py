@@ -521,7 +521,7 @@ def test_reasons_and_what_was_rejected() -> None:
     assert plan.reasons == (
         "context of 4096 tokens: the default; the model was trained for 32768",
         "all layers on the GPU: there is room for every layer's dense part",
-        "21 of 96 expert tensors on the GPU: no more fit beside that",
+        "22 of 96 expert tensors on the GPU: no more fit beside that",
     )
     rejected = "everything on the GPU: 26.9 GiB of weights and cache, room for 7.3 GiB"
     assert plan.rejected == (rejected,)

@@ -8,7 +8,7 @@ import pytest
 from make_model import SHAPES, make_model
 
 from localmoe.engine.rates import Bandwidths, DeviceRates
-from localmoe.errors import DoesNotFit
+from localmoe.errors import DoesNotFit, gib
 from localmoe.models.meta import ModelMeta, read_meta
 from localmoe.placement.hardware import Gpu, Machine
 from localmoe.placement.measured import NOTHING_MEASURED
@@ -44,6 +44,13 @@ H100 = Bandwidths(
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> ModelMeta:
     path = tmp_path_factory.mktemp("models") / "m.gguf"
     return read_meta(make_model(path, SHAPES["mixtral-8x7b"], "Q4_K", header_only=True)[0])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> ModelMeta:
+    """Of its experts 16 of 96 tensors are half as large again as the others."""
+    path = tmp_path_factory.mktemp("models") / "m.gguf"
+    return read_meta(make_model(path, SHAPES["mixtral-8x7b"], "Q4_K_M", header_only=True)[0])
 
 
 def machine(vram_gib: int, ram_gib: int = 64) -> Machine:
@@ -89,7 +96,9 @@ def test_conversations_get_fast_prompts_and_single_answers_fast_generation(
 
 def test_the_choice_is_told_with_what_was_not_taken(mixtral: ModelMeta) -> None:
     plan = searched(mixtral, machine(16), "chat")
-    assert plan.reasons[-1].startswith(f"micro-batch {plan.placement.n_ubatch}, experts in RAM pin")
+    in_ram = gib(plan.memory[-1].weights.n_bytes)
+    values = f"micro-batch {plan.placement.n_ubatch}, {in_ram} in RAM pinned, "
+    assert plan.reasons[-1].startswith(values)
     assert sum("by forecast" in text for text in plan.rejected) == 7
 
 
@@ -102,6 +111,28 @@ def test_a_single_long_prompt_gets_a_large_micro_batch(mixtral: ModelMeta, vram_
     )
     assert short <= 512
     assert long >= 1024
+
+
+def test_the_larger_experts_go_to_the_gpu_where_that_leaves_less_in_ram(mixed: ModelMeta) -> None:
+    """For copies of the largest one in RAM there is room kept on the GPU."""
+    request = PlanRequest(n_ubatch=128, vram_bytes=((24 << 30) - (200 << 20),))
+    plain = make_plan(machine(24), mixed, NOTHING_MEASURED, request)
+    plan = searched(mixed, machine(24), "run", request, Open(n_ubatch=False))
+    assert plan.copied_bytes < plain.copied_bytes
+    assert plan.memory[-1].weights.n_bytes < plain.memory[-1].weights.n_bytes
+    gpu = plan.memory[0]
+    assert gpu.total_bytes <= gpu.budget_bytes
+
+
+@pytest.mark.parametrize(("vram_gib", "n_each"), [(8, 1), (24, 2)])
+def test_it_is_tried_where_the_larger_experts_fit(
+    mixed: ModelMeta, vram_gib: int, n_each: int
+) -> None:
+    plan = searched(mixed, machine(vram_gib), "run", PlanRequest(n_ubatch=128), Open(False))
+    assert 1 + sum("by forecast" in text for text in plan.rejected) == 2 * n_each  # mapped, pinned
+    fixed = PlanRequest(n_ubatch=128, n_cpu_moe=8)
+    found = searched(mixed, machine(24), "run", fixed, Open(False))
+    assert sum("by forecast" in text for text in found.rejected) == 1
 
 
 def test_a_job_is_of_the_size_that_is_known() -> None:

@@ -1,7 +1,7 @@
 """Which layers and experts go to which GPU: the search, on sizes alone. Pure.
 
-Dense parts come first (every token needs all of them), then whole layers of experts, then single
-expert tensors, until no more fits. llama.cpp puts the last layers on GPUs and counts the output
+Dense parts come first (every token needs all of them), then experts, so that what stays in RAM is
+read soonest: few bytes in few layers. llama.cpp puts the last layers on GPUs and counts the output
 matrix as one layer more (src/llama-model.cpp); layers go to devices in order, in one run each.
 """
 
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
-MAX_SUMS = 500
-"""Sums looked at when sizes differ wildly; beyond that the best ones so far go on."""
-MAX_WAYS = 4096
-"""Ways remembered to come to all of them."""
+from .leaving import MAX_SUMS, Kind, Share, least
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A transformer block in bytes: `dense` is all but its routed experts, `kv` its cache."""
+    """A transformer block in bytes: `dense` is all but its routed experts, `kv` its cache.
+
+    While `trip_bytes` of experts in RAM are read, a token's state goes to RAM and back once.
+    """
 
     index: int
     dense_bytes: int
     kv_bytes: int
     experts: tuple[tuple[str, int], ...] = ()
+    trip_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -61,9 +62,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Expert tensors that fit: bytes in whole layers, bytes in all, names."""
+    """Expert tensors that fit, by names, and in bytes; `worth` are these less what the trips cost
+    to the layers that have some in RAM."""
 
-    whole_bytes: int
+    worth: int
     n_bytes: int
     names: frozenset[str]
 
@@ -111,15 +113,14 @@ class Run:
     """What GPUs so far hold at best, the first layers in order. `evenness` breaks ties: GPUs
     that hold the same share of their room."""
 
-    whole_bytes: int
-    n_bytes: int
+    worth: int
     evenness: float
     split: tuple[int, ...]
     names: frozenset[str]
 
     @property
-    def merit(self) -> tuple[int, int, float]:
-        return self.whole_bytes, self.n_bytes, self.evenness
+    def merit(self) -> tuple[int, float]:
+        return self.worth, self.evenness
 
 
 def best_split(
@@ -130,7 +131,7 @@ def best_split(
     GPU by GPU, with the best that comes before every boundary: exact, since merits add up.
     """
     ends = [0, *accumulate([layer.fixed_bytes for layer in on_gpu] + [output_bytes])]
-    n, best = len(ends) - 1, {0: Run(0, 0, 0.0, (), frozenset())}
+    n, best = len(ends) - 1, {0: Run(0, 0.0, (), frozenset())}
     for place, room in enumerate(rooms):
         longer: dict[int, Run] = {}
         for start, before in best.items():
@@ -153,8 +154,7 @@ def extended(
     mine = filler(layers, room - fixed_bytes) if n else NOTHING
     held = fixed_bytes + mine.n_bytes
     return Run(
-        before.whole_bytes + mine.whole_bytes,
-        before.n_bytes + mine.n_bytes,
+        before.worth + mine.worth,
         before.evenness - held * held / max(1, room),
         (*before.split, n),
         before.names | mine.names,
@@ -165,38 +165,47 @@ def extended(
 
 
 def fill(layers: Sequence[Layer], room: int) -> Filling:
-    """The experts that fill a room best: most bytes in whole layers, then most in single tensors.
+    """The experts that fill a room best: what stays in RAM is read soonest (leaving.py).
 
-    Of layers of one size the last ones are taken, so that the first ones' experts stay in RAM.
+    Of layers of one kind the last ones are taken, so that the first ones' experts stay in RAM.
     """
-    with_experts = [layer for layer in layers if layer.experts]
-    if sum(layer.expert_bytes for layer in with_experts) <= room:
-        return filling(with_experts, ())
-    kinds: dict[tuple[int, ...], list[Layer]] = {}
-    for layer in reversed(with_experts):
-        kinds.setdefault(tuple(sorted(size for _, size in layer.experts)), []).append(layer)
-    ways = best_counts([sum(sizes) for sizes in kinds], [len(k) for k in kinds.values()], room)
-    fillings = []
-    for counts in ways:
-        pairs = list(zip(kinds.values(), counts, strict=True))
-        whole = [layer for kind, count in pairs for layer in kind[:count]]
-        rest = [layer for kind, count in pairs for layer in kind[count:]]
-        left = room - sum(layer.expert_bytes for layer in whole)
-        fillings.append(filling(whole, pick(rest, left)))
-    return max(fillings, key=lambda f: f.n_bytes, default=NOTHING)
+    if room < 0:
+        return NOTHING
+    alike: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in layers:
+        if layer.experts:
+            alike.setdefault(tuple(sorted(size for _, size in layer.experts)), []).append(layer)
+    everything = sum(layer.expert_bytes for layer in layers)
+    trip_bytes = max((layer.trip_bytes for layer in layers), default=0)
+    kinds = [Kind(sizes, len(some)) for sizes, some in alike.items()]
+    shares = least(kinds, everything - room, trip_bytes)
+    left = frozenset(
+        name
+        for some, share in zip(alike.values(), shares, strict=True)
+        for name in left_of(some, share)
+    )
+    held = [(n, size) for layer in layers for n, size in layer.experts if n not in left]
+    n_bytes = sum(size for _, size in held)
+    trips = trip_bytes * sum(share.n_touched for share in shares)
+    return Filling(n_bytes - trips, n_bytes, frozenset(name for name, _ in held))
+
+
+def left_of(alike: Sequence[Layer], share: Share) -> Iterator[str]:
+    """The names of what a share of some layers leaves in RAM."""
+    for layer in alike[: share.n_layers]:
+        yield from (name for name, _ in layer.experts)
+    wanted = list(share.part)
+    for name, size in alike[share.n_layers].experts if wanted else ():
+        if size in wanted:
+            wanted.remove(size)
+            yield name
 
 
 def fill_most(layers: Sequence[Layer], room: int) -> Filling:
-    """The experts that leave least of a room empty, whether whole layers or not."""
-    found = filling((), pick(layers, room))
-    return Filling(0, found.n_bytes, found.names)
-
-
-def filling(whole: Sequence[Layer], single: Sequence[tuple[str, int]]) -> Filling:
-    tensors = [tensor for layer in whole for tensor in layer.experts]
-    whole_bytes = sum(size for _, size in tensors)
-    names = frozenset(name for name, _ in (*tensors, *single))
-    return Filling(whole_bytes, whole_bytes + sum(size for _, size in single), names)
+    """The experts that leave least of a room empty, however many layers are divided."""
+    found = pick(layers, room)
+    n_bytes = sum(size for _, size in found)
+    return Filling(n_bytes, n_bytes, frozenset(name for name, _ in found))
 
 
 def pick(layers: Sequence[Layer], room: int) -> list[tuple[str, int]]:
@@ -205,30 +214,29 @@ def pick(layers: Sequence[Layer], room: int) -> list[tuple[str, int]]:
     for layer in sorted(layers, key=lambda layer: -layer.index):
         for tensor in layer.experts:
             sizes.setdefault(tensor[1], []).append(tensor)
-    ways = best_counts(list(sizes), [len(tensors) for tensors in sizes.values()], room)
-    pairs = zip(sizes.values(), ways[0], strict=True) if ways else ()
+    counts = best_counts(list(sizes), [len(tensors) for tensors in sizes.values()], room)
+    pairs = zip(sizes.values(), counts or (0,) * len(sizes), strict=True)
     return [tensor for tensors, count in pairs for tensor in tensors[:count]]
 
 
-def best_counts(sizes: Sequence[int], limits: Sequence[int], room: int) -> list[tuple[int, ...]]:
+def best_counts(sizes: Sequence[int], limits: Sequence[int], room: int) -> tuple[int, ...] | None:
     """How many to take of each size, at most its limit, to come closest to a room from below.
 
-    All ways to come to that sum, as far as they are remembered; none where there is less room than
-    nothing. Exact where there are few different sizes, as in every model.
+    None where there is less room than nothing. Exact where there are few different sizes.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    sums: dict[int, list[tuple[int, ...]]] = {0: [()]} if room >= 0 else {}
+    sums: dict[int, tuple[int, ...]] = {0: ()} if room >= 0 else {}
     for i in order:
-        longer: dict[int, list[tuple[int, ...]]] = {}
-        n_ways = max(1, MAX_WAYS // len(sums)) if sums else 0
-        for total, ways in sums.items():
+        longer: dict[int, tuple[int, ...]] = {}
+        for total, way in sums.items():
             most = min(limits[i], (room - total) // max(1, sizes[i]))
             for k in range(most + 1):
-                known = longer.setdefault(total + k * sizes[i], [])
-                known += [(*way, k) for way in ways[: n_ways - len(known)]]
+                longer.setdefault(total + k * sizes[i], (*way, k))
         sums = dict(sorted(longer.items(), reverse=True)[:MAX_SUMS])
-    found = sums[max(sums)] if sums else []
-    return [tuple(way[order.index(i)] for i in range(len(sizes))) for way in found]
+    if not sums:
+        return None
+    way = sums[max(sums)]
+    return tuple(way[order.index(i)] for i in range(len(sizes)))
 
 
 # ---- splits ----

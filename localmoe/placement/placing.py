@@ -51,7 +51,8 @@ def cpu_experts_of(sizes: Sizes, layout: Layout) -> tuple[tuple[int, ...], tuple
     in_ram = {
         n.index: [name for name, _ in n.experts if name in layout.cpu_experts] for n in on_gpu
     }
-    whole = tuple(n.index for n in on_gpu if n.experts and len(in_ram[n.index]) == len(n.experts))
+    n_experts = sizes.n_experts()
+    whole = tuple(n for n, names in in_ram.items() if names and len(names) == n_experts[n])
     return whole, tuple(name for n, names in in_ram.items() if n not in whole for name in names)
 
 

@@ -26,6 +26,7 @@ from .sizes import (
     EXPERTS_IN_RAM,
     LAYERS_IN_RAM,
     RAM,
+    Left,
     Sizes,
     overhead,
     sizes_of,
@@ -164,28 +165,34 @@ def fixed_layers(meta: ModelMeta, request: PlanRequest, gpus: list[tuple[Gpu, in
 def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
     """The layout, with the rooms that it was made for.
 
-    How large a tensor stays in RAM decides how much room is kept for its copy, and so what stays:
-    first the largest is expected there, then what is there by that layout.
+    What stays in RAM decides how much room is kept for it on a GPU, and so what stays: first all is
+    expected there, then what is there by that layout and nothing larger, as long as that comes to
+    less.
     """
-    largest = at.sizes.largest_experts()
-    rooms = rooms_of(at, largest)
+    left = Left(at.sizes.largest_experts(), at.sizes.pinnable_bytes)
+    rooms = rooms_of(at, left)
     layout = choose(at, rooms, n_gpu_layers)
-    while 0 < (smaller := copied_bytes(at.sizes, layout)) < largest:
-        more = rooms_of(at, smaller)
-        other = choose(at, more, n_gpu_layers)
-        if copied_bytes(at.sizes, other) > smaller:
+    while (less := left_in_ram(at, layout)) != left and left.covers(less) and less.copied_bytes:
+        more = rooms_of(at, less)
+        nothing_larger = replace(at, sizes=at.sizes.with_largest_in_ram(less.copied_bytes))
+        other = choose(nothing_larger, more, n_gpu_layers)
+        if not less.covers(left_in_ram(at, other)):
             break
-        layout, rooms, largest = other, more, smaller
+        layout, rooms, left = other, more, less
     return layout, rooms
 
 
-def rooms_of(at: Situation, copied_bytes: int) -> Rooms:
+def left_in_ram(at: Situation, layout: Layout) -> Left:
+    return Left(copied_bytes(at.sizes, layout), pinned_bytes(at, layout))
+
+
+def rooms_of(at: Situation, left: Left) -> Rooms:
     """What each GPU has for weights and cache; experts that a person keeps in RAM need copying."""
 
     def rooms(kind: str) -> tuple[int, ...]:
-        copied = 0 if kind == ALL_ON_GPU else copied_bytes
+        here = Left(0, 0) if kind == ALL_ON_GPU else left
         return tuple(
-            at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus), copied)
+            at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus), here)
             for place, (gpu, budget) in enumerate(at.gpus)
         )
 

@@ -60,7 +60,7 @@ def expert_reasons(sizes: Sizes, layout: Layout, where: str) -> Iterator[str]:
     if moved is not None:
         yield f"the experts of the first {min(moved, len(sizes.layers))} layers in RAM: as asked"
         return
-    n_experts = sum(len(layer.experts) for layer in sizes.layers)
+    n_experts = sizes.n_experts().total()
     on_gpus = n_experts - len(layout.cpu_experts)
     if n_experts and not layout.cpu_experts:
         yield f"all experts on {where}: there is room for all {n_experts} tensors"

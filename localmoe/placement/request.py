@@ -18,7 +18,7 @@ class PlanRequest:
     `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
     `alike` asks that answers don't depend on the requests beside them (engine/laying.py).
     `n_cells` above 0 asks for one cache of so many tokens that all sequences share; else each has
-    room for its own `n_ctx`.
+    room for its own `n_ctx`. Tensors of experts above `largest_in_ram` are kept off RAM.
     """
 
     n_ctx: int | None = None
@@ -27,6 +27,7 @@ class PlanRequest:
     alike: bool = False
     n_gpu_layers: int | Literal["auto", "all"] = "auto"
     n_cpu_moe: int | None = None
+    largest_in_ram: int | None = None
     kv_type: KvType = "f16"
     n_ubatch: int = DEFAULT_UBATCH
     n_threads: int | None = None

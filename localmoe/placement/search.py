@@ -7,6 +7,7 @@ that experts could have, which makes answers slow: how much of which is wanted d
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,14 @@ from typing import Literal
 
 from ..engine.protocol import Placement
 from ..engine.rates import Tuning
-from ..errors import DoesNotFit
+from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
 from .bandwidth import Bandwidths
 from .copies import repack_seconds, with_copies
 from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
 from .plan import Plan
 from .request import LoadMode, PlanRequest
-from .sizes import EXPERTS_IN_RAM, LAYERS_IN_RAM, RAM
+from .sizes import EXPERTS_IN_RAM, LAYERS_IN_RAM, RAM, aligned
 from .speeds import SpeedRecord
 
 Workload = Literal["run", "chat", "batch"]
@@ -109,12 +110,13 @@ def search(
     found: list[Candidate] = []
     for request in requests:
         try:
-            plan = planned(request)
+            plans = list(plans_of(request, meta, planned))
         except DoesNotFit as error:
             refusals.append(error)
             continue
-        for variant in variants(plan, speeds.tuning, meta):
-            found.append(candidate(variant, job, meta, gpus, speeds))
+        for plan in plans:
+            for variant in variants(plan, speeds.tuning, meta):
+                found.append(candidate(variant, job, meta, gpus, speeds))
     if not found:
         raise refusals[0]
     best = min(found, key=lambda candidate: candidate.seconds)
@@ -148,6 +150,37 @@ def promising(
             return math.inf
 
     return sorted(wanted, key=seconds)[:N_MEASURED]
+
+
+def plans_of(
+    request: PlanRequest, meta: ModelMeta, planned: Callable[[PlanRequest], Plan]
+) -> Iterator[Plan]:
+    """The plan of a request, and where a file's experts are of several sizes (most "_M" mixes) one
+    that keeps the larger ones off RAM: the GPU needs room to copy the largest one there.
+
+    Raises DoesNotFit for the first.
+    """
+    plan = planned(request)
+    yield plan
+    if plan.kind != EXPERTS_IN_RAM or request.n_cpu_moe is not None:
+        return
+    sizes = {aligned(t) for t in meta.tensors if t.role == "experts"}
+    limit = max((size for size in sizes if size < plan.copied_bytes), default=0)
+    if limit and least_on_gpus(meta, limit) <= bytes_on_gpus(plan):
+        with contextlib.suppress(DoesNotFit):
+            yield planned(replace(request, largest_in_ram=limit))
+
+
+def least_on_gpus(meta: ModelMeta, largest_in_ram: int) -> int:
+    """Bytes of the dense parts and of the experts that are larger than what may be in RAM."""
+    return sum(
+        t.n_bytes for t in meta.tensors
+        if t.role != "embedding" and (t.role != "experts" or aligned(t) > largest_in_ram)
+    )  # fmt: skip
+
+
+def bytes_on_gpus(plan: Plan) -> int:
+    return sum(m.weights.n_bytes for m in plan.memory if m.device != RAM)
 
 
 def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta) -> Iterator[Plan]:
@@ -192,7 +225,8 @@ def values(plan: Plan) -> str:
     place = plan.placement
     parts = [f"{at_once(place)}micro-batch {place.n_ubatch}"]
     if place.n_gpu_layers:
-        parts.append("experts in RAM pinned" if pinned_bytes(plan) else "mapped")
+        how = "pinned" if pinned_bytes(plan) else "mapped"
+        parts.append(f"{gib(plan.memory[-1].weights.n_bytes)} in RAM {how}")
     if place.repack != "off":
         parts.append("repacked copies")
     if place.offload_min_batch:
@@ -223,8 +257,7 @@ def task_seconds(expected: Forecast, task: Task) -> float:
 
 
 def load_seconds(plan: Plan) -> float:
-    on_gpus = sum(m.weights.n_bytes for m in plan.memory if m.device != RAM)
-    return on_gpus / LOAD_BYTES_PER_S + pinned_bytes(plan) / PIN_BYTES_PER_S
+    return bytes_on_gpus(plan) / LOAD_BYTES_PER_S + pinned_bytes(plan) / PIN_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True)

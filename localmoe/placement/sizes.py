@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..models.meta import ModelMeta
 from ..models.tensors import TensorInfo
@@ -31,6 +31,10 @@ PINNED_PER_BYTE = 512
 """Bytes of RAM whose locking takes a byte of the GPU: 8 for each page of 4 KiB, for its page tables
 (docs/notes/pinned-experts.md)."""
 
+TRIP_BYTES = 20 << 20
+"""What a CPU reads while a token's state goes from a GPU to RAM and back: 0.26 ms at 79 GB/s
+(docs/notes/placement-speed.md)."""
+
 ALIGNMENT = 32
 """Tensors start at multiples of it (TENSOR_ALIGNMENT, ggml-impl.h); CUDA's is 128, which makes a
 difference of a few KiB."""
@@ -46,6 +50,18 @@ MAX_SCORES_BYTES = 1 << 30
 RAM = "RAM"
 # what compute buffers depend on: no GPU, all on GPUs, some experts in RAM, some layers in RAM
 CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM, LAYERS_IN_RAM = "cpu", "gpu", "experts", "layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What stays in RAM and takes room on GPUs: the largest tensor of experts that is copied there
+    to compute with, and what is pinned."""
+
+    copied_bytes: int
+    pinned_bytes: int
+
+    def covers(self, other: Left) -> bool:
+        return self.copied_bytes >= other.copied_bytes and self.pinned_bytes >= other.pinned_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +119,35 @@ class Sizes:
         measured: Measured,
         place: int,
         n_gpus: int,
-        copied_bytes: int,
+        left: Left,
     ) -> int:
-        """What a GPU has left for weights and cache; less than 0 where not even that."""
-        compute = self.compute(kind, gpu.name, measured, place, n_gpus, copied_bytes).n_bytes
-        pinned = 0 if kind == ALL_ON_GPU else self.pinnable_bytes
-        return budget_bytes - compute - overhead(gpu, self, measured, pinned).n_bytes
+        """What a GPU has for weights and cache; less than 0 where not even that."""
+        compute = self.compute(kind, gpu.name, measured, place, n_gpus, left.copied_bytes)
+        lost = overhead(gpu, self, measured, left.pinned_bytes)
+        return budget_bytes - compute.n_bytes - lost.n_bytes
 
     def largest_experts(self, names: Container[str] | None = None, n_layers: int = 0) -> int:
-        """The largest tensor of experts, of all or of these and those of the first layers."""
+        """The largest tensor of experts: of those that may be in RAM, or of these and those of the
+        first layers."""
+        limit = self.request.largest_in_ram if names is None else None
         return max(
             (
                 aligned(t) for t in self.meta.tensors
                 if t.role == "experts"
                 and (names is None or t.name in names or (t.layer or 0) < n_layers)
+                and (limit is None or aligned(t) <= limit)
             ),
             default=0,
         )  # fmt: skip
+
+    def with_largest_in_ram(self, n_bytes: int) -> Sizes:
+        """The same, where larger tensors of experts are kept off RAM."""
+        return sizes_of(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
+
+    def n_experts(self) -> Counter[int]:
+        """How many tensors of experts each layer has."""
+        layers = (t.layer for t in self.meta.tensors if t.role == "experts")
+        return Counter(n for n in layers if n is not None and n < len(self.layers))
 
     @property
     def is_alike(self) -> bool:
@@ -185,14 +213,14 @@ def sizes_of(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> Sizes:
     output = sum(aligned(t) for t in outside if t.role != "embedding")
     tied = not any(t.role == "output" for t in outside)
     copied = sum(aligned(t) for t in outside if tied and t.name == "token_embd.weight")
-    in_layers = tensors_by_layer(meta)
+    in_layers, trip = tensors_by_layer(meta), trip_bytes(meta)
     n_moved = min(request.n_cpu_moe or 0, meta.n_layers)
     return Sizes(
         meta=meta,
         request=request,
         n_ctx=n_ctx,
         layers=tuple(
-            layer_of(n, in_layers[n], caches[n], request.n_cpu_moe) for n in range(meta.n_layers)
+            layer_of(n, in_layers[n], caches[n], request, trip) for n in range(meta.n_layers)
         ),
         output_bytes=output + copied,
         output_in_ram_bytes=output + (copied if meta.architecture in EMBEDDINGS_TWICE else 0),
@@ -216,14 +244,24 @@ def tensors_by_layer(meta: ModelMeta) -> dict[int, list[TensorInfo]]:
     return layers
 
 
-def layer_of(n: int, tensors: list[TensorInfo], kv_bytes: int, n_cpu_moe: int | None) -> Layer:
-    """A layer with the experts that the plan may move; none where the person said which stay."""
+def trip_bytes(meta: ModelMeta) -> int:
+    """Experts in RAM, used or not, of which a token's share is read during a trip there."""
+    return TRIP_BYTES * meta.n_experts // max(1, meta.n_experts_used)
+
+
+def layer_of(
+    n: int, tensors: list[TensorInfo], kv_bytes: int, request: PlanRequest, trip_bytes: int
+) -> Layer:
+    """A layer with the experts that the plan may move: none where the person said which stay."""
     experts = tuple((t.name, aligned(t)) for t in tensors if t.role == "experts")
     dense = sum(aligned(t) for t in tensors if t.role != "experts")
-    if n_cpu_moe is None:
-        return Layer(n, dense, kv_bytes, experts)
-    on_gpu = 0 if n < n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
-    return Layer(n, dense + on_gpu, kv_bytes)
+    if request.n_cpu_moe is not None:
+        on_gpu = 0 if n < request.n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
+        return Layer(n, dense + on_gpu, kv_bytes)
+    largest = request.largest_in_ram
+    may_move = tuple(e for e in experts if largest is None or e[1] <= largest)
+    stay = sum(n for _, n in experts) - sum(n for _, n in may_move)
+    return Layer(n, dense + stay, kv_bytes, may_move, trip_bytes)
 
 
 def compute_kind(kind: str, request: PlanRequest) -> str:
