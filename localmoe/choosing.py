@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from .errors import DoesNotFit, LocalMoeError, ModelFileError, gib
 from .models.quants import Quant, base_label, rank
+from .placement.asked import gpu_budgets, ram_budget
 from .placement.hardware import Machine
-from .placement.plan import gpu_budgets, ram_budget
 from .placement.request import PlanRequest
 
 RECOMMENDED = "Q4_K_M"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .config import state_folder
 from .models.catalog import ModelSpec
 from .models.quants import Quant
+from .placement.asked import gpu_budgets
 from .placement.bandwidth import BandwidthStore
 from .placement.forecast import likely_tps
 from .placement.hardware import Machine
-from .placement.plan import gpu_budgets
 from .placement.request import PlanRequest
 from .planning import key_of
 

@@ -15,8 +15,8 @@ from .models.names import parse_name
 from .models.quants import Quant, is_coarse
 from .models.store import Installed
 from .obtain import Finder
+from .placement.asked import gpu_budgets
 from .placement.hardware import Machine
-from .placement.plan import gpu_budgets
 from .placement.request import PlanRequest
 from .planning import plan_request
 

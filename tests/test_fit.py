@@ -44,7 +44,7 @@ def test_a_probe_that_needs_more_moves_experts_off_the_card() -> None:
     def probe(place: Placement) -> BufferSizes:
         return BufferSizes({"CUDA0": 90 * MIB, "CPU": MIB}, {}, 0)
 
-    small = Machine(32 * GIB, 24 * GIB, 8, (Gpu("CUDA0", "", GIB, 607 * MIB, free_from="driver"),))
+    small = Machine(32 * GIB, 24 * GIB, 8, (Gpu("CUDA0", "", GIB, 610 * MIB, free_from="driver"),))
     first = make_plan(small, DEMO, NOTHING_MEASURED, PlanRequest())
     assert not first.placement.cpu_expert_layers
     fitted = fit(small, DEMO, NOTHING_MEASURED, PlanRequest(), probe)

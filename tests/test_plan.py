@@ -34,7 +34,7 @@ from localmoe.placement.hardware import Gpu, Machine
 from localmoe.placement.measured import NOTHING_MEASURED, ComputePoint, Measured
 from localmoe.placement.plan import Plan, best_plan, make_plan
 from localmoe.placement.request import PlanRequest
-from localmoe.placement.sizes import RAM
+from localmoe.placement.sizes import GRAPHS_BYTES, RAM
 
 GIB, MIB = 1 << 30, 1 << 20
 TABLE = Path(__file__).parent / "data" / "plans.txt"
@@ -579,7 +579,10 @@ def test_every_figure_says_where_it_comes_from() -> None:
     assert (gpu.compute.basis, gpu.compute.n_bytes) == ("measured", 300 * MIB)
     # what was measured on the demo model, and the quantized input of two experts' last matrix
     pool = 512 * 2 * 14336 * 36 // 32
-    assert (gpu.overhead.basis, gpu.overhead.n_bytes) == ("interpolated", 200 * MIB + pool)
+    names = {name.split(".")[1] for name in plan.placement.cpu_expert_tensors}
+    graphs = (len(plan.placement.cpu_expert_layers) + len(names)) * GRAPHS_BYTES
+    overhead = 200 * MIB + pool + graphs
+    assert (gpu.overhead.basis, gpu.overhead.n_bytes) == ("interpolated", overhead)
     assert (gpu.weights.basis, gpu.kv.basis, ram.compute.basis) == ("formula",) * 3
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..engine.protocol import Placement
 from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
+from .asked import fixed_layers, gpu_budgets, ram_budget
 from .fill import Layout, Rooms, fill_most, lay_out, layout_of, runs
 from .forecast import Forecast
 from .hardware import Gpu, Machine
@@ -122,43 +123,6 @@ def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: Pl
     )
 
 
-# ---- what was asked ----
-
-
-def gpu_budgets(machine: Machine, request: PlanRequest) -> list[tuple[Gpu, int]]:
-    """Each GPU with the bytes that may be used of it, never more than are free."""
-    if request.n_gpu_layers == 0:
-        return []
-    asked = request.vram_bytes or tuple(gpu.free_bytes for gpu in machine.gpus)
-    pairs = zip(machine.gpus, asked, strict=False)
-    return [(gpu, min(budget, gpu.free_bytes)) for gpu, budget in pairs]
-
-
-def ram_budget(machine: Machine, request: PlanRequest) -> int:
-    available = machine.ram_available_bytes
-    return available if request.ram_bytes is None else min(available, request.ram_bytes)
-
-
-def fixed_layers(meta: ModelMeta, request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> int | None:
-    """The number of layers that a person wants on GPUs; None where the plan is to say.
-
-    llama.cpp counts a model's layers for drafting too, behind the others, and loads nothing for
-    them: of -ngl N so many don't matter.
-    """
-    if request.n_gpu_layers == "auto":
-        return None
-    everything = meta.n_layers + 1
-    n = everything if request.n_gpu_layers == "all" else request.n_gpu_layers
-    if n and not gpus:
-        raise DoesNotFit(
-            f"{n} layers are wanted on a GPU, and llama.cpp sees none here.",
-            "Leave -ngl out, or install a build for your GPU (README, Install).",
-        )
-    if request.n_gpu_layers != "all" and n:
-        n = max(1, n - meta.n_nextn_layers)
-    return min(n, everything)
-
-
 # ---- the choice ----
 
 
@@ -169,7 +133,7 @@ def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
     expected there, then what is there by that layout and nothing larger, as long as that comes to
     less.
     """
-    left = Left(at.sizes.largest_experts(), at.sizes.pinnable_bytes)
+    left = Left(at.sizes.largest_experts(), at.sizes.pinnable_bytes, len(at.sizes.layers))
     rooms = rooms_of(at, left)
     layout = choose(at, rooms, n_gpu_layers)
     while (less := left_in_ram(at, layout)) != left and left.covers(less) and less.copied_bytes:
@@ -183,14 +147,18 @@ def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
 
 
 def left_in_ram(at: Situation, layout: Layout) -> Left:
-    return Left(copied_bytes(at.sizes, layout), pinned_bytes(at, layout))
+    sizes = at.sizes
+    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
+    n_layers = sum(any(name in layout.cpu_experts for name, _ in n.experts) for n in on_gpu)
+    n_layers += min(sizes.request.n_cpu_moe or 0, len(on_gpu))
+    return Left(copied_bytes(sizes, layout), pinned_bytes(at, layout), n_layers)
 
 
 def rooms_of(at: Situation, left: Left) -> Rooms:
     """What each GPU has for weights and cache; experts that a person keeps in RAM need copying."""
 
     def rooms(kind: str) -> tuple[int, ...]:
-        here = Left(0, 0) if kind == ALL_ON_GPU else left
+        here = Left() if kind == ALL_ON_GPU else left
         return tuple(
             at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus), here)
             for place, (gpu, budget) in enumerate(at.gpus)
@@ -287,7 +255,7 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         compute=sizes.compute(
             kind, gpu.name, at.measured, place, len(at.gpus), copied_bytes(sizes, layout)
         ),
-        overhead=overhead(gpu, at.sizes, at.measured, pinned_bytes(at, layout)),
+        overhead=overhead(gpu, sizes, at.measured, left_in_ram(at, layout)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from ..models.meta import ModelMeta
 from ..models.tensors import TensorInfo
@@ -35,6 +35,10 @@ TRIP_BYTES = 20 << 20
 """What a CPU reads while a token's state goes from a GPU to RAM and back: 0.26 ms at 79 GB/s
 (docs/notes/placement-speed.md)."""
 
+GRAPHS_BYTES = 384 << 10
+"""Beside a layer with experts in RAM a GPU's work ends and begins anew. CUDA keeps graphs of each
+such piece; as the context fills up they take 10 MiB for 26 layers (docs/notes/gpu-memory.md)."""
+
 ALIGNMENT = 32
 """Tensors start at multiples of it (TENSOR_ALIGNMENT, ggml-impl.h); CUDA's is 128, which makes a
 difference of a few KiB."""
@@ -55,13 +59,15 @@ CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM, LAYERS_IN_RAM = "cpu", "gpu", "experts", "
 @dataclass(frozen=True, slots=True)
 class Left:
     """What stays in RAM and takes room on GPUs: the largest tensor of experts that is copied there
-    to compute with, and what is pinned."""
+    to compute with, what is pinned, and in how many of a GPU's layers there are experts in RAM."""
 
-    copied_bytes: int
-    pinned_bytes: int
+    copied_bytes: int = 0
+    pinned_bytes: int = 0
+    n_layers: int = 0
 
     def covers(self, other: Left) -> bool:
-        return self.copied_bytes >= other.copied_bytes and self.pinned_bytes >= other.pinned_bytes
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return all(mine >= theirs for mine, theirs in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,7 @@ class Sizes:
     ) -> int:
         """What a GPU has for weights and cache; less than 0 where not even that."""
         compute = self.compute(kind, gpu.name, measured, place, n_gpus, left.copied_bytes)
-        lost = overhead(gpu, self, measured, left.pinned_bytes)
+        lost = overhead(gpu, self, measured, left)
         return budget_bytes - compute.n_bytes - lost.n_bytes
 
     def largest_experts(self, names: Container[str] | None = None, n_layers: int = 0) -> int:
@@ -270,12 +276,13 @@ def compute_kind(kind: str, request: PlanRequest) -> str:
     return f"{kind}/{request.kv_type}/{request.n_seq}{shared}"
 
 
-def overhead(gpu: Gpu, sizes: Sizes, measured: Measured, pinned_bytes: int = 0) -> Figure:
-    """What a GPU loses to its context, its libraries, and the pages of RAM that it has mapped.
+def overhead(gpu: Gpu, sizes: Sizes, measured: Measured, left: Left) -> Figure:
+    """What a GPU loses to its context, its libraries, the pages of RAM that it has mapped, and what
+    it remembers of its work between two trips to RAM.
 
     It was measured on a model without size; this one's own micro-batch comes on top.
     """
-    tables = pinned_bytes // PINNED_PER_BYTE
+    tables = left.pinned_bytes // PINNED_PER_BYTE + left.n_layers * GRAPHS_BYTES
     if gpu.name in measured.overhead_bytes:
         pool = pool_bytes(sizes.meta, sizes.request.n_ubatch)
         return Figure(measured.overhead_bytes[gpu.name] + pool + tables, "interpolated")

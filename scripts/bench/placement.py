@@ -6,7 +6,8 @@
 Every figure is a line of the results file; a cell that is there already is not measured again, so
 that a run can be broken off and gone on with. Each system's process is started anew for each cell,
 by turns. Prompts are of random tokens; that the model's router spreads them evenly over its experts
-is measured first, and part of the results. `--summary` prints what is there as tables.
+is measured first, and part of the results, and so is how fast the file can be read.
+`--summary` prints what is there as tables.
 
 fit     llama-bench -fitt of the same llama.cpp, told to leave all but the budget free, and its own
         margin of 1 GiB within the budget; its other defaults
@@ -47,9 +48,11 @@ MIB = 1 << 20
 N_PROMPT, N_GENERATED, N_CTX = 2048, 64, 4096
 N_ANSWERS = 2  # of which the best counts, as neighbours on the machine make some slow
 SHORT_PROMPT = 256  # to warm up with, for `run` after the first round
+READ_BYTES = 16 << 20
 MEMORY_BUDGETS = ("6GiB", "8GiB", "12GiB", "16GiB", "20GiB", "24GiB", "all")
 SYSTEMS = ("fit", "run", "chat", "layers")
 SPEED_BUDGETS = ("8GiB", "16GiB", "24GiB")
+DEPTH_BUDGETS = ("8GiB", "24GiB")
 ROUTING_TOKENS = 64
 
 
@@ -60,6 +63,7 @@ def main() -> None:
         deadline = time.monotonic() + 60 * arguments.minutes
         for model in arguments.models:
             results.measure({"cell": "routing", "file": model.name}, lambda m=model: apart(m))
+            results.measure({"cell": "reading", "file": model.name}, lambda m=model: reading(m))
         for cell in cells(arguments):
             if time.monotonic() > deadline:
                 print("out of time: run it again to go on")
@@ -130,6 +134,11 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     for kv in ("f16", "q8_0"):
                         yield {"cell": "memory", "file": file, "budget": budget,
                                "ctx": n_ctx, "kv": kv}  # fmt: skip
+    if "depth" in arguments.parts:
+        for file in files:
+            for budget in DEPTH_BUDGETS:
+                for n_ctx in (4096, 32768):
+                    yield {"cell": "depth", "file": file, "budget": budget, "ctx": n_ctx}
 
 
 def measured(
@@ -137,6 +146,8 @@ def measured(
 ) -> dict[str, Any]:
     if cell["cell"] == "memory":
         return memory(cell, path)
+    if cell["cell"] == "depth":
+        return depth(cell, path)
     if cell["cell"] in ("run", "chat"):
         return ours(cell, path)
     # its prompts take long and are far from ours: once is enough
@@ -168,6 +179,17 @@ def routing(path: Path) -> dict[str, Any]:
         largest_pair = max(largest_pair, max(map(pairs.count, pairs)) / len(pairs))
     even = fewest == logits.shape[1] and largest_pair <= 0.2
     return {"experts_used": fewest, "largest_pair_share": largest_pair, "even": even}
+
+
+def reading(path: Path) -> dict[str, Any]:
+    """How fast the file can be read as it lies there, by one thread: from memory, if it has been
+    read before."""
+    buffer, started = bytearray(READ_BYTES), time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 2), "gb_s": round(path.stat().st_size / seconds / 1e9, 2)}
 
 
 # ---- localmoe ----
@@ -249,6 +271,27 @@ def memory(cell: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
+def depth(cell: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the GPU takes, in MiB, as the context fills up and after many answers."""
+    before, taken = used_bytes(), {}
+    with load_local(path, settings_of(cell), workload="chat") as loaded:
+        rng, n_ctx = random.Random(0), loaded.plan.placement.n_ctx
+        for n in (256, 2048, 4000, n_ctx // 2, n_ctx - 100):
+            answer(loaded, rng, n, 8)
+            taken[str(n)] = (used_bytes() - before) // MIB
+        for _ in range(20):
+            answer(loaded, rng, rng.randrange(8, 300), 16)
+        taken["answers"] = (used_bytes() - before) // MIB
+    gpus = loaded.plan.memory[:-1]
+    return {
+        "planned_mib": sum(m.total_bytes for m in gpus) // MIB,
+        "taken_mib": taken,
+        "budget_mib": sum(m.budget_bytes for m in gpus) // MIB,
+        "cpu_layers": len(loaded.plan.placement.cpu_expert_layers),
+        "n_ubatch": loaded.plan.placement.n_ubatch,
+    }
+
+
 def is_in_ram(tensor: Any, place: Any) -> bool:
     in_layer = tensor.layer in place.cpu_expert_layers and tensor.role == "experts"
     return in_layer or tensor.name in place.cpu_expert_tensors
@@ -323,6 +366,11 @@ def summary(results: Results) -> None:
     for row in results.rows:
         if row["cell"] == "routing":
             print(f"{row['file']}: {'even' if row.get('even') else 'UNEVEN'} routing: {row}")
+        if row["cell"] == "reading":
+            print(f"{row['file']}: read in {row['seconds']} s, {row['gb_s']} GB/s")
+    for row in results.rows:
+        if row["cell"] == "depth":
+            print(json.dumps(row))
     print(f"\n{'file':<14}{'budget':>7}  system  prompt/s  x fit   generate/s  x fit  load s")
     for file, budget in dict.fromkeys(
         (r["file"], r["budget"]) for r in results.rows if "budget" in r
