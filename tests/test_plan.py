@@ -569,6 +569,20 @@ def test_ram_in_three_kinds() -> None:
         assert ram.repacked.n_bytes == 0
 
 
+@pytest.mark.parametrize("quant", ["Q4_K", "Q4_K_M"])
+def test_no_token_goes_to_ram_twice_for_a_divided_layer(tmp_path: Path, quant: str) -> None:
+    """As it would with `up` alone on the GPU, between `gate` and `down`."""
+    path = make_model(tmp_path / "m.gguf", SHAPES[MIXTRAL], quant, header_only=True)[0]
+    meta, divided = read_meta(path), 0
+    for mib in range(6 * 1024, 24 * 1024, 300):
+        request = PlanRequest(vram_bytes=(mib * MIB,))
+        place = make_plan(machine(64, 24), meta, NOTHING_MEASURED, request).placement
+        names = [name.split(".")[2] for name in place.cpu_expert_tensors]
+        assert sorted(names) != ["ffn_down_exps", "ffn_gate_exps"]
+        divided += len(names) == 2
+    assert divided > 10
+
+
 def test_every_figure_says_where_it_comes_from() -> None:
     meta = meta_named(MIXTRAL)
     copied = make_plan(machine(32, 8), meta, NOTHING_MEASURED, PlanRequest()).copied_bytes

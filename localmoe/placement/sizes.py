@@ -258,8 +258,14 @@ def trip_bytes(meta: ModelMeta) -> int:
 def layer_of(
     n: int, tensors: list[TensorInfo], kv_bytes: int, request: PlanRequest, trip_bytes: int
 ) -> Layer:
-    """A layer with the experts that the plan may move: none where the person said which stay."""
-    experts = tuple((t.name, aligned(t)) for t in tensors if t.role == "experts")
+    """A layer with the experts that the plan may move: none where the person said which stay.
+
+    Of a divided layer the first ones of a size stay in RAM: `up` before others, as llama.cpp
+    multiplies with `gate`, then `up`, then `down` (build_moe_ffn, src/llama-graph.cpp). With `gate`
+    and `down` there, and `up` on the GPU between them, a token would go to RAM twice.
+    """
+    some = sorted((t for t in tensors if t.role == "experts"), key=lambda t: "_up_" not in t.name)
+    experts = tuple((t.name, aligned(t)) for t in some)
     dense = sum(aligned(t) for t in tensors if t.role != "experts")
     if request.n_cpu_moe is not None:
         on_gpu = 0 if n < request.n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
