@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from placement_tables import summary  # noqa: E402
 from synthetic.routing import expert_logits  # noqa: E402
 
 from localmoe.config import Settings, load_settings, parse_size
@@ -71,7 +71,7 @@ def main() -> None:
             path = next(m for m in arguments.models if m.name == cell["file"])
             known = results.n_gpu_layers(cell)
             results.measure(cell, partial(measured, cell, path, arguments.tools, known))
-    summary(results)
+    summary(results.rows)
 
 
 def parsed() -> argparse.Namespace:
@@ -238,7 +238,7 @@ def answer(loaded: LoadedModel, rng: random.Random, n_prompt: int, n: int) -> Ti
     n_vocab = loaded.meta.tokenizer.n_vocab
     for _ in range(20):
         tokens = tuple(rng.choices(range(300, n_vocab), k=n_prompt))
-        request = Request(tokens, Sampling(temperature=1.0, top_k=0, top_p=1, min_p=0, seed=1), n)
+        request = Request(tokens, Sampling(), n)
         last = list(loaded.engine.generate(request))[-1]
         if last.usage and last.timings and last.usage.completion_tokens == n:
             loaded.speed_log.add(last)
@@ -357,62 +357,6 @@ def peer_environment(tools: Path) -> dict[str, str]:
     """This process's own: what suits our engine is no default of llama.cpp's."""
     libraries = f"{tools}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     return {**os.environ, "LD_LIBRARY_PATH": libraries}
-
-
-# ---- tables ----
-
-
-def summary(results: Results) -> None:
-    for row in results.rows:
-        if row["cell"] == "routing":
-            print(f"{row['file']}: {'even' if row.get('even') else 'UNEVEN'} routing: {row}")
-        if row["cell"] == "reading":
-            print(f"{row['file']}: read in {row['seconds']} s, {row['gb_s']} GB/s")
-    for row in results.rows:
-        if row["cell"] == "depth":
-            print(json.dumps(row))
-    print(f"\n{'file':<14}{'budget':>7}  system  prompt/s  x fit   generate/s  x fit  load s")
-    for file, budget in dict.fromkeys(
-        (r["file"], r["budget"]) for r in results.rows if "budget" in r
-    ):
-        speeds = {s: medians(results, s, file, budget) for s in SYSTEMS}
-        for system, found in speeds.items():
-            if found:
-                print(speed_line(file, budget, system, found, speeds["fit"]))
-    memory_rows = [r for r in results.rows if r["cell"] == "memory"]
-    if memory_rows:
-        fine = sum(bool(r.get("fine")) for r in memory_rows)
-        print(f"\nmemory: {fine} of {len(memory_rows)} cells within max(1 %, 16 MiB) and budget")
-    for r in memory_rows:
-        print(json.dumps({k: v for k, v in r.items() if k not in ("cell", "took_s")}))
-
-
-def medians(results: Results, system: str, file: str, budget: str) -> dict[str, float]:
-    rows = [
-        r for r in results.rows
-        if (r["cell"], r["file"], r.get("budget")) == (system, file, budget)
-    ]  # fmt: skip
-    found = {}
-    for name in ("prompt_tps", "generation_tps", "load_s"):
-        values = [r[name] for r in rows if r.get(name)]
-        if values:
-            found[name] = statistics.median(values)
-    return found
-
-
-def speed_line(
-    file: str, budget: str, system: str, found: dict[str, float], fit: dict[str, float]
-) -> str:
-    def pair(name: str) -> str:
-        if name not in found:
-            return f"{'-':>9} {'-':>6}"
-        ratio = f"{found[name] / fit[name]:6.2f}" if fit.get(name) else f"{'-':>6}"
-        return f"{found[name]:>9.1f} {ratio}"
-
-    load = f"{found['load_s']:>7.1f}" if "load_s" in found else ""
-    return (
-        f"{file:<14}{budget:>7}  {system:<7}{pair('prompt_tps')}  {pair('generation_tps')} {load}"
-    )
 
 
 if __name__ == "__main__":
