@@ -21,6 +21,7 @@ from localmoe.placement.fill import (
     layout_of,
     runs,
 )
+from localmoe.placement.leaving import Kind, Share, least
 
 sizes = st.integers(1, 12)
 
@@ -226,6 +227,49 @@ def test_a_trip_is_worth_so_many_bytes(trip: int, n_layers: int, n_bytes: int) -
     found = fill(layers, 9)
     assert (len(layers) - len(found.names), 17 - found.n_bytes) == (n_layers, n_bytes)
     assert found.worth == found.n_bytes - trip * n_layers
+
+
+def test_of_several_kinds_the_layers_with_most_bytes_are_left_where_trips_are_dear() -> None:
+    """Qwen3 30B in a mix of four kinds. Ways that begin with many layers of the first kinds, and
+    come closest to the bytes, cost a third more."""
+    kinds = [
+        Kind((82, 108, 108), 23),
+        Kind((82, 82, 82), 23),
+        Kind((204, 204, 204), 17),
+        Kind((82, 204, 204), 10),
+    ]
+    assert least(kinds, 11319, 320) == (Share(0), Share(0), Share(17), Share(2))
+
+
+@given(
+    st.lists(st.tuples(st.lists(sizes, min_size=1, max_size=3), st.integers(1, 4)), max_size=3),
+    st.integers(0, 6),
+    st.floats(0, 1),
+)
+@settings(max_examples=150)
+def test_what_is_left_in_ram_costs_least(
+    drawn: list[tuple[list[int], int]], trip: int, share: float
+) -> None:
+    kinds = [Kind(tuple(some), n_layers) for some, n_layers in drawn]
+    needed = int(share * sum(kind.layer_bytes * kind.n_layers for kind in kinds))
+
+    def total(shares: Sequence[Share]) -> tuple[int, int]:
+        n_bytes = sum(
+            share.n_layers * kind.layer_bytes + sum(kind.sizes[place] for place in share.part)
+            for kind, share in zip(kinds, shares, strict=True)
+        )
+        return n_bytes, n_bytes + trip * sum(share.n_touched for share in shares)
+
+    every = product(
+        *[
+            [Share(n, part) for part, _ in kind.parts for n in range(kind.n_layers + (not part))]
+            for kind in kinds
+        ]
+    )
+    totals = (total(shares) for shares in every if sum(bool(s.part) for s in shares) <= 1)
+    n_bytes, cost = total(least(kinds, needed, trip))
+    assert n_bytes >= needed
+    assert cost == min(cost for n_bytes, cost in totals if n_bytes >= needed)
 
 
 def test_layers_of_many_kinds_are_filled_in_bounded_time() -> None:

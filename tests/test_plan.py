@@ -34,7 +34,7 @@ from localmoe.placement.hardware import Gpu, Machine
 from localmoe.placement.measured import NOTHING_MEASURED, ComputePoint, Measured
 from localmoe.placement.plan import Plan, best_plan, make_plan
 from localmoe.placement.request import PlanRequest
-from localmoe.placement.sizes import GRAPHS_BYTES, RAM
+from localmoe.placement.sizes import GRAPHS_BYTES, OVERHEAD_BYTES, RAM, Left
 
 GIB, MIB = 1 << 30, 1 << 20
 TABLE = Path(__file__).parent / "data" / "plans.txt"
@@ -569,11 +569,14 @@ def test_ram_in_three_kinds() -> None:
         assert ram.repacked.n_bytes == 0
 
 
-@pytest.mark.parametrize("quant", ["Q4_K", "Q4_K_M"])
-def test_no_token_goes_to_ram_twice_for_a_divided_layer(tmp_path: Path, quant: str) -> None:
+@pytest.mark.parametrize(("quant", "wider_up"), [("Q4_K", 0), ("Q4_K_M", 0), ("Q4_K", 64 * MIB)])
+def test_no_token_goes_to_ram_twice_for_a_divided_layer(quant: str, wider_up: int) -> None:
     """As it would with `up` alone on the GPU, between `gate` and `down`."""
-    path = make_model(tmp_path / "m.gguf", SHAPES[MIXTRAL], quant, header_only=True)[0]
-    meta, divided = read_meta(path), 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_model(Path(folder) / "m.gguf", SHAPES[MIXTRAL], quant, header_only=True)[0]
+        meta, divided = read_meta(path), 0
+    wider = (replace(t, n_bytes=t.n_bytes + wider_up * ("_up_" in t.name)) for t in meta.tensors)
+    meta = replace(meta, tensors=tuple(wider))
     for mib in range(6 * 1024, 24 * 1024, 300):
         request = PlanRequest(vram_bytes=(mib * MIB,))
         place = make_plan(machine(64, 24), meta, NOTHING_MEASURED, request).placement
@@ -583,10 +586,58 @@ def test_no_token_goes_to_ram_twice_for_a_divided_layer(tmp_path: Path, quant: s
     assert divided > 10
 
 
+def test_biases_of_experts_are_where_their_matrix_is() -> None:
+    meta, divided = meta_named("gpt-oss"), 0
+    biases = [t.name for t in meta.tensors if t.role == "experts" and t.name.endswith("bias")]
+    for mib in range(3 * 1024, 12 * 1024, 200):
+        request = PlanRequest(vram_bytes=(mib * MIB,))
+        place = make_plan(machine(64, 16), meta, NOTHING_MEASURED, request).placement
+        in_ram = set(place.cpu_expert_tensors)
+        matrices = {name.rpartition(".")[0] for name in in_ram}
+        assert {name for name in biases if name.rpartition(".")[0] in matrices} <= in_ram
+        divided += bool(in_ram)
+    assert divided > 10
+
+
+def test_layers_count_whose_experts_a_person_put_in_ram() -> None:
+    """Not those that have none, nor those that are in RAM as a whole."""
+    deepseek = meta_named("deepseek2")  # its first layer has no experts
+    request = PlanRequest(n_cpu_moe=1)
+    plan = make_plan(machine(64, 64), deepseek, NOTHING_MEASURED, request)
+    assert plan.left == Left()
+    for n_gpu_layers, n_layers in ((5, 0), (33, 8), (29, 4)):
+        request = PlanRequest(n_cpu_moe=8, n_gpu_layers=n_gpu_layers)
+        plan = best_plan(machine(64, 24), meta_named(MIXTRAL), NOTHING_MEASURED, request)
+        assert plan.left.n_layers == n_layers
+
+
+def test_each_gpu_counts_its_own_layers_with_experts_in_ram() -> None:
+    plan = make_plan(machine(64, 8, 8, 12), meta_named(MIXTRAL), NOTHING_MEASURED, PlanRequest())
+    pools = [memory.overhead.n_bytes - OVERHEAD_BYTES for memory in plan.memory[:-1]]
+    assert sum(pools) == plan.left.n_layers * GRAPHS_BYTES
+    assert max(pools) < sum(pools)
+
+
+@pytest.mark.parametrize("n_gpus", [1, 3])
+def test_files_of_many_sizes_are_planned_in_bounded_time(n_gpus: int) -> None:
+    """48 layers of five kinds; nothing is timed here, but it would not end."""
+    meta = meta_named("qwen3moe")
+    scaled = (
+        replace(t, n_bytes=t.n_bytes * (8 + (t.layer or 0) * 7 % 5) // 8 // 32 * 32)
+        if t.role == "experts"
+        else t
+        for t in meta.tensors
+    )
+    meta = replace(meta, tensors=tuple(scaled))
+    plan = best_plan(machine(64, *[4] * n_gpus), meta, NOTHING_MEASURED, PlanRequest())
+    assert plan.fits
+
+
 def test_every_figure_says_where_it_comes_from() -> None:
     meta = meta_named(MIXTRAL)
-    copied = make_plan(machine(32, 8), meta, NOTHING_MEASURED, PlanRequest()).copied_bytes
-    point = ComputePoint("experts/f16/1", "GPU0", 4096, 512, 300 * MIB, copied)
+    left = make_plan(machine(32, 8), meta, NOTHING_MEASURED, PlanRequest()).left
+    copied = left.copied_bytes, left.next_bytes
+    point = ComputePoint("experts/f16/1", "GPU0", 4096, 512, 300 * MIB, *copied)
     measured = Measured({"GPU0": 200 * MIB}, (point,))
     plan = make_plan(machine(32, 8), meta, measured, PlanRequest())
     gpu, ram = plan.memory

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from make_model import SHAPES, make_model
+from make_model import FAMILIES, SHAPES, make_model
 
 from localmoe.engine.rates import Bandwidths, DeviceRates
 from localmoe.errors import DoesNotFit, gib
@@ -24,6 +25,7 @@ from localmoe.placement.search import (
     fallbacks,
     job_of,
     pinned_bytes,
+    plans_of,
     promising,
     requests_of,
     search,
@@ -118,7 +120,7 @@ def test_the_larger_experts_go_to_the_gpu_where_that_leaves_less_in_ram(mixed: M
     request = PlanRequest(n_ubatch=128, vram_bytes=((24 << 30) - (200 << 20),))
     plain = make_plan(machine(24), mixed, NOTHING_MEASURED, request)
     plan = searched(mixed, machine(24), "run", request, Open(n_ubatch=False))
-    assert plan.copied_bytes < plain.copied_bytes
+    assert plan.left.copied_bytes < plain.left.copied_bytes
     assert plan.memory[-1].weights.n_bytes < plain.memory[-1].weights.n_bytes
     gpu = plan.memory[0]
     assert gpu.total_bytes <= gpu.budget_bytes
@@ -133,6 +135,23 @@ def test_it_is_tried_where_the_larger_experts_fit(
     fixed = PlanRequest(n_ubatch=128, n_cpu_moe=8)
     found = searched(mixed, machine(24), "run", fixed, Open(False))
     assert sum("by forecast" in text for text in found.rejected) == 1
+
+
+def test_it_is_not_taken_where_whole_layers_are_in_ram_then(tmp_path: Path) -> None:
+    """With the larger experts among them."""
+    path = make_model(tmp_path / "m.gguf", FAMILIES["granitehybrid"], "Q5_K_M", header_only=True)[0]
+    meta = read_meta(path)
+    n_bytes = int(sum(t.n_bytes for t in meta.tensors) * 0.35) + (600 << 20)
+    on = Machine(128 * GIB, 128 * GIB, 16, (Gpu("CUDA0", "a card", n_bytes, n_bytes),))
+
+    def planned(request: PlanRequest) -> Plan:
+        return make_plan(on, meta, NOTHING_MEASURED, request)
+
+    plain = planned(PlanRequest(n_ubatch=2048))
+    smaller = {t.n_bytes for t in meta.tensors if t.role == "experts"} - {plain.left.copied_bytes}
+    other = planned(PlanRequest(n_ubatch=2048, largest_in_ram=max(smaller)))
+    assert (plain.kind, other.kind) == ("experts", "layers")  # else nothing was shown
+    assert list(plans_of(PlanRequest(n_ubatch=2048), meta, planned)) == [plain]
 
 
 def test_a_job_is_of_the_size_that_is_known() -> None:

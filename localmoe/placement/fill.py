@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
-from .leaving import MAX_SUMS, Kind, Share, least
+from .leaving import Kind, Share, least
+
+MAX_SUMS = 500
+"""Sums looked at when sizes differ wildly; beyond that the best ones so far go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A transformer block in bytes: `dense` is all but its routed experts, `kv` its cache.
+    """A transformer block in bytes: `dense` is all but the experts that may go to RAM, `kv` its
+    cache. Of experts there is a name for each matrix, biases and scales counted with it.
 
     While `trip_bytes` of experts in RAM are read, a token's state goes to RAM and back once.
     """
@@ -77,7 +81,7 @@ NOTHING = Filling(0, 0, frozenset())
 def lay_out(
     layers: Sequence[Layer], output_bytes: int, rooms: Rooms, n_gpu_layers: int | None = None
 ) -> Layout:
-    """The layout with most on the GPUs, dense parts before experts.
+    """The layout with most layers on the GPUs, and then with what is read soonest in RAM.
 
     With `n_gpu_layers` that many layers are there, whether they fit or not; only experts move.
     """
@@ -126,9 +130,10 @@ class Run:
 def best_split(
     on_gpu: Sequence[Layer], output_bytes: int, rooms: Sequence[int], filler: Filler
 ) -> tuple[tuple[int, ...], frozenset[str]] | None:
-    """The split that leaves room for most experts, and their names; None where none fits.
+    """The split that leaves least in RAM, and the names of experts on GPUs; None where none fits.
 
-    GPU by GPU, with the best that comes before every boundary: exact, since merits add up.
+    GPU by GPU, with the best that comes before every boundary: as good as the filler is, since
+    merits add up.
     """
     ends = [0, *accumulate([layer.fixed_bytes for layer in on_gpu] + [output_bytes])]
     n, best = len(ends) - 1, {0: Run(0, 0.0, (), frozenset())}
@@ -174,7 +179,7 @@ def fill(layers: Sequence[Layer], room: int) -> Filling:
     alike: dict[tuple[int, ...], list[Layer]] = {}
     for layer in layers:
         if layer.experts:
-            alike.setdefault(tuple(sorted(size for _, size in layer.experts)), []).append(layer)
+            alike.setdefault(tuple(size for _, size in layer.experts), []).append(layer)
     everything = sum(layer.expert_bytes for layer in layers)
     trip_bytes = max((layer.trip_bytes for layer in layers), default=0)
     kinds = [Kind(sizes, len(some)) for sizes, some in alike.items()]
@@ -194,11 +199,7 @@ def left_of(alike: Sequence[Layer], share: Share) -> Iterator[str]:
     """The names of what a share of some layers leaves in RAM."""
     for layer in alike[: share.n_layers]:
         yield from (name for name, _ in layer.experts)
-    wanted = list(share.part)
-    for name, size in alike[share.n_layers].experts if wanted else ():
-        if size in wanted:
-            wanted.remove(size)
-            yield name
+    yield from (alike[share.n_layers].experts[place][0] for place in share.part)
 
 
 def fill_most(layers: Sequence[Layer], room: int) -> Filling:

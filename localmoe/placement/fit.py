@@ -17,7 +17,7 @@ from .plan import Plan, best_plan, make_plan
 from .request import PlanRequest
 from .sizes import RAM, compute_kind
 
-MAX_PROBES = 3
+MAX_PROBES = 5
 CACHE_ROUNDING_BYTES = 64 << 10
 """llama.cpp's log rounds each of its caches to 0.01 MiB."""
 
@@ -66,8 +66,9 @@ def points_of(plan: Plan, request: PlanRequest, sizes: BufferSizes) -> tuple[Com
         by_device[device] += n_bytes
     place = plan.placement
     kind = compute_kind(plan.kind, request)
+    copied = plan.left.copied_bytes, plan.left.next_bytes
     return tuple(
-        ComputePoint(kind, device, place.n_ctx_total, place.n_ubatch, n_bytes, plan.copied_bytes)
+        ComputePoint(kind, device, place.n_ctx_total, place.n_ubatch, n_bytes, *copied)
         for device, n_bytes in by_device.items()
     )
 

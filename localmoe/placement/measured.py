@@ -45,7 +45,8 @@ class ComputePoint:
     """The compute buffer of a device at one context (of all sequences) and micro-batch.
 
     `kind` names what else it depends on: placement.sizes.compute_kind. `copied_bytes` is the
-    largest tensor of experts in RAM, for whose copy the first GPU keeps room.
+    largest tensor of experts in RAM, for whose copy the first GPU keeps room, and `next_bytes` the
+    next smaller size of them, which some models have room for as well.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class ComputePoint:
     n_ubatch: int
     n_bytes: int
     copied_bytes: int = 0
+    next_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def write_beside(path: Path, text: str) -> None:
 
 
 def _point(raw: Mapping[str, Any]) -> ComputePoint:
-    sizes = (_size(raw[name]) for name in ("n_ctx", "n_ubatch", "n_bytes", "copied_bytes"))
+    names = "n_ctx", "n_ubatch", "n_bytes", "copied_bytes", "next_bytes"
+    sizes = (_size(raw[name]) for name in names)
     return ComputePoint(str(raw["kind"]), str(raw["device"]), *sizes)
 
 

@@ -53,7 +53,8 @@ def cpu_experts_of(sizes: Sizes, layout: Layout) -> tuple[tuple[int, ...], tuple
     }
     n_experts = sizes.n_experts()
     whole = tuple(n for n, names in in_ram.items() if names and len(names) == n_experts[n])
-    return whole, tuple(name for n, names in in_ram.items() if n not in whole for name in names)
+    single = [name for n, names in in_ram.items() if n not in whole for name in names]
+    return whole, sizes.tensors_of(single)
 
 
 def native_layers(sizes: Sizes, layout: Layout) -> int:

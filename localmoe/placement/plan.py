@@ -7,14 +7,14 @@ says which. What a person fixed is kept and the rest is fitted around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.protocol import Placement
 from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
 from .asked import fixed_layers, gpu_budgets, ram_budget
-from .fill import Layout, Rooms, fill_most, lay_out, layout_of, runs
+from .fill import Layer, Layout, Rooms, fill_most, lay_out, layout_of, runs
 from .forecast import Forecast
 from .hardware import Gpu, Machine
 from .measured import Figure, Measured
@@ -70,7 +70,7 @@ class Plan:
     """A placement, what it takes, and why; `rejected` says what would have been better and why it
     wasn't had, `alternatives` what fits as well. `forecast` is None until search.py made one.
 
-    `kind` and `copied_bytes` are what its compute buffers depend on (measured.ComputePoint).
+    `kind` and `left` are what its compute buffers depend on (measured.ComputePoint).
     """
 
     fits: bool
@@ -81,7 +81,7 @@ class Plan:
     rejected: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     forecast: Forecast | None = None
-    copied_bytes: int = 0
+    left: Left = Left()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,14 @@ def make_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: Pl
 
 
 def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
-    """The plan with most of the model on the GPUs, whether it fits or not."""
+    """The plan that leaves least of the model in RAM, whether it fits or not."""
     n_ctx, why_ctx = context_size(meta, request)
     at = Situation(machine, measured, sizes_of(meta, n_ctx, request), gpu_budgets(machine, request))
     layout, rooms = closest(at, fixed_layers(meta, request, at.gpus))
     return Plan(
         fits=fits(at, layout),
         kind=kind_of(layout, at.sizes),
-        copied_bytes=copied_bytes(at.sizes, layout),
+        left=left_in_ram(at, layout),
         placement=placement_of(machine, at.sizes, layout),
         memory=memory_of(at, layout),
         reasons=(why_ctx, *layout_reasons(at.sizes, layout, at.gpus)),
@@ -133,7 +133,8 @@ def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
     expected there, then what is there by that layout and nothing larger, as long as that comes to
     less.
     """
-    left = Left(at.sizes.largest_experts(), at.sizes.pinnable_bytes, len(at.sizes.layers))
+    largest, following = at.sizes.expert_sizes()
+    left = Left(largest, following, at.sizes.pinnable_bytes, len(at.sizes.layers))
     rooms = rooms_of(at, left)
     layout = choose(at, rooms, n_gpu_layers)
     while (less := left_in_ram(at, layout)) != left and left.covers(less) and less.copied_bytes:
@@ -141,17 +142,33 @@ def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
         nothing_larger = replace(at, sizes=at.sizes.with_largest_in_ram(less.copied_bytes))
         other = choose(nothing_larger, more, n_gpu_layers)
         if not less.covers(left_in_ram(at, other)):
-            break
+            return (layout, rooms) if fits(at, layout) else (other, more)
         layout, rooms, left = other, more, less
     return layout, rooms
 
 
 def left_in_ram(at: Situation, layout: Layout) -> Left:
+    """Of all GPUs."""
     sizes = at.sizes
-    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
-    n_layers = sum(any(name in layout.cpu_experts for name, _ in n.experts) for n in on_gpu)
-    n_layers += min(sizes.request.n_cpu_moe or 0, len(on_gpu))
-    return Left(copied_bytes(sizes, layout), pinned_bytes(at, layout), n_layers)
+    if kind_of(layout, sizes) in (CPU_ONLY, ALL_ON_GPU):
+        return Left()
+    n_first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    largest, following = sizes.expert_sizes(
+        layout.cpu_experts, max(n_first, sizes.request.n_cpu_moe or 0)
+    )
+    pinned, n_layers = pinned_bytes(at, layout), n_with_trips(sizes, layout, sizes.layers[n_first:])
+    return Left(largest, following, pinned, n_layers)
+
+
+def n_with_trips(sizes: Sizes, layout: Layout, on_gpu: Sequence[Layer]) -> int:
+    """How many of some layers on GPUs have experts in RAM."""
+    n_moved = sizes.request.n_cpu_moe or 0
+    has_experts = sizes.n_experts() if n_moved else {}
+    return sum(
+        any(name in layout.cpu_experts for name, _ in layer.experts)
+        or (layer.index < n_moved and bool(has_experts.get(layer.index)))
+        for layer in on_gpu
+    )
 
 
 def rooms_of(at: Situation, left: Left) -> Rooms:
@@ -204,14 +221,6 @@ def kind_of(layout: Layout, sizes: Sizes) -> str:
     return EXPERTS_IN_RAM if ram_experts(layout, sizes) else ALL_ON_GPU
 
 
-def copied_bytes(sizes: Sizes, layout: Layout) -> int:
-    """The largest tensor of experts in RAM that a GPU computes with; 0 where none is."""
-    if kind_of(layout, sizes) in (CPU_ONLY, ALL_ON_GPU):
-        return 0
-    n_first = len(sizes.layers) + 1 - layout.n_gpu_layers
-    return sizes.largest_experts(layout.cpu_experts, max(n_first, sizes.request.n_cpu_moe or 0))
-
-
 def ram_experts(layout: Layout, sizes: Sizes) -> int:
     """Bytes of experts that stay in RAM although their layer's dense part is on a GPU."""
     names = layout.cpu_experts
@@ -246,16 +255,15 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         weights += sizes.output_bytes
     if end == start:
         return Memory(gpu.name, budget, NOTHING, NOTHING, NOTHING)
-    kind = kind_of(layout, sizes)
+    kind, left = kind_of(layout, sizes), left_in_ram(at, layout)
+    mine_alone = replace(left, n_layers=n_with_trips(sizes, layout, mine) if left.n_layers else 0)
     return Memory(
         device=gpu.name,
         budget_bytes=budget,
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(
-            kind, gpu.name, at.measured, place, len(at.gpus), copied_bytes(sizes, layout)
-        ),
-        overhead=overhead(gpu, sizes, at.measured, left_in_ram(at, layout)),
+        compute=sizes.compute(kind, gpu.name, at.measured, place, len(at.gpus), left),
+        overhead=overhead(gpu, sizes, at.measured, mine_alone),
     )
 
 
@@ -275,7 +283,7 @@ def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
         compute=sizes.compute(
-            kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus), copied_bytes(sizes, layout)
+            kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus), left_in_ram(at, layout)
         ),
         mapped_bytes=weights - pinned,
         pinned_bytes=pinned,

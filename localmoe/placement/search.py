@@ -1,8 +1,9 @@
 """Which placement serves a workload best: candidates are planned, timed by forecast, one is taken.
 
-What a person fixed is the same in every candidate; what is left open varies: the micro-batch, and
-whether experts in RAM are pinned. A large micro-batch makes prompts fast and takes room on the GPU
-that experts could have, which makes answers slow: how much of which is wanted decides.
+What a person fixed is the same in every candidate; what is left open varies: the micro-batch,
+whether experts in RAM are pinned, and whether the largest may be there. A large micro-batch makes
+prompts fast and takes room on the GPU that experts could have, which makes answers slow: how much
+of which is wanted decides.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..engine.protocol import Placement
 from ..engine.rates import Tuning
 from ..errors import DoesNotFit, gib
 from ..models.meta import ModelMeta
+from ..models.tensors import TensorInfo
 from .bandwidth import Bandwidths
 from .copies import repack_seconds, with_copies
 from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
@@ -164,19 +166,27 @@ def plans_of(
     yield plan
     if plan.kind != EXPERTS_IN_RAM or request.n_cpu_moe is not None:
         return
-    sizes = {aligned(t) for t in meta.tensors if t.role == "experts"}
-    limit = max((size for size in sizes if size < plan.copied_bytes), default=0)
+    sizes = {aligned(t) for t in experts_of(meta)}
+    limit = max((size for size in sizes if size < plan.left.copied_bytes), default=0)
     if limit and least_on_gpus(meta, limit) <= bytes_on_gpus(plan):
         with contextlib.suppress(DoesNotFit):
-            yield planned(replace(request, largest_in_ram=limit))
+            other = planned(replace(request, largest_in_ram=limit))
+            # with fewer layers on GPUs the others would be in RAM, the larger experts with them
+            if other.kind == plan.kind and other.left.copied_bytes <= limit:
+                yield other
+
+
+def experts_of(meta: ModelMeta) -> Iterator[TensorInfo]:
+    """Without those of layers for drafting, which aren't loaded."""
+    return (t for t in meta.tensors if t.role == "experts" and (t.layer or 0) < meta.n_layers)
 
 
 def least_on_gpus(meta: ModelMeta, largest_in_ram: int) -> int:
     """Bytes of the dense parts and of the experts that are larger than what may be in RAM."""
-    return sum(
-        t.n_bytes for t in meta.tensors
-        if t.role != "embedding" and (t.role != "experts" or aligned(t) > largest_in_ram)
-    )  # fmt: skip
+    dense = meta.weights_bytes - sum(
+        t.n_bytes for t in meta.tensors if t.role in ("embedding", "experts")
+    )
+    return dense + sum(t.n_bytes for t in experts_of(meta) if aligned(t) > largest_in_ram)
 
 
 def bytes_on_gpus(plan: Plan) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import astuple, dataclass, replace
 
 from ..models.meta import ModelMeta
@@ -59,9 +59,11 @@ CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM, LAYERS_IN_RAM = "cpu", "gpu", "experts", "
 @dataclass(frozen=True, slots=True)
 class Left:
     """What stays in RAM and takes room on GPUs: the largest tensor of experts that is copied there
-    to compute with, what is pinned, and in how many of a GPU's layers there are experts in RAM."""
+    to compute with, and the next smaller size of them; what is pinned; and in how many layers of
+    GPUs there are experts in RAM."""
 
     copied_bytes: int = 0
+    next_bytes: int = 0
     pinned_bytes: int = 0
     n_layers: int = 0
 
@@ -93,28 +95,32 @@ class Sizes:
         measured: Measured,
         place: int = 0,
         n_gpus: int = 1,
-        copied_bytes: int = 0,
+        left: Left = Left(),  # noqa: B008
     ) -> Figure:
         """The compute buffer of a device: measured, interpolated or by formula.
 
-        `place` is a GPU's among the `n_gpus` that are used, `copied_bytes` the largest tensor of
-        experts that stays in RAM.
+        `place` is a GPU's among the `n_gpus` that are used.
         """
         wanted = (compute_kind(kind, self.request), device)
         points = [p for p in measured.compute if (p.kind, p.device) == wanted]
-        same = [p for p in points if p.copied_bytes == copied_bytes]
+        copied = left.copied_bytes, left.next_bytes
+        same = [p for p in points if (p.copied_bytes, p.next_bytes) == copied]
         if found := compute_bytes(same, self.n_cells, self.request.n_ubatch):
             return found
         here = (self.n_cells, self.request.n_ubatch)
-        if other := next((p for p in points if (p.n_ctx, p.n_ubatch) == here), None):
-            is_copied_here = device != RAM and place == 0
-            more = copied_bytes - other.copied_bytes if is_copied_here else 0
-            return Figure(max(0, other.n_bytes + more), "interpolated")
+        is_copied_here = device != RAM and place == 0
+        others = [
+            p.n_bytes + (left.copied_bytes - p.copied_bytes if is_copied_here else 0)
+            for p in points
+            if (p.n_ctx, p.n_ubatch) == here
+        ]
+        if others:
+            return Figure(max(0, *others), "interpolated")
         n_ctx = self.request.n_cells or self.n_ctx
         work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq, self.has_scores)
         if device == RAM:
             return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
-        n_bytes = gpu_compute_bytes(self.meta, work, kind, place, n_gpus, copied_bytes)
+        n_bytes = gpu_compute_bytes(self.meta, work, kind, place, n_gpus, left.copied_bytes)
         return Figure(n_bytes, "formula")
 
     def room(
@@ -128,32 +134,40 @@ class Sizes:
         left: Left,
     ) -> int:
         """What a GPU has for weights and cache; less than 0 where not even that."""
-        compute = self.compute(kind, gpu.name, measured, place, n_gpus, left.copied_bytes)
+        compute = self.compute(kind, gpu.name, measured, place, n_gpus, left)
         lost = overhead(gpu, self, measured, left)
         return budget_bytes - compute.n_bytes - lost.n_bytes
 
-    def largest_experts(self, names: Container[str] | None = None, n_layers: int = 0) -> int:
-        """The largest tensor of experts: of those that may be in RAM, or of these and those of the
-        first layers."""
+    def expert_sizes(
+        self, names: Container[str] | None = None, n_layers: int = 0
+    ) -> tuple[int, int]:
+        """The two largest sizes of tensors of experts: of those that may be in RAM, or of these and
+        those of the first layers; 0 where there is none."""
         limit = self.request.largest_in_ram if names is None else None
-        return max(
-            (
-                aligned(t) for t in self.meta.tensors
-                if t.role == "experts"
-                and (names is None or t.name in names or (t.layer or 0) < n_layers)
-                and (limit is None or aligned(t) <= limit)
-            ),
-            default=0,
-        )  # fmt: skip
+        sizes = {
+            aligned(t) for t in self.meta.tensors
+            if t.role == "experts"
+            and (t.layer or 0) < len(self.layers)
+            and (names is None or t.name in names or (t.layer or 0) < n_layers)
+            and (limit is None or aligned(t) <= limit)
+        }  # fmt: skip
+        largest, following, *_ = (*sorted(sizes, reverse=True), 0, 0)
+        return largest, following
 
     def with_largest_in_ram(self, n_bytes: int) -> Sizes:
         """The same, where larger tensors of experts are kept off RAM."""
         return sizes_of(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
 
     def n_experts(self) -> Counter[int]:
-        """How many tensors of experts each layer has."""
-        layers = (t.layer for t in self.meta.tensors if t.role == "experts")
-        return Counter(n for n in layers if n is not None and n < len(self.layers))
+        """How many matrices of experts each layer has."""
+        layers = {n: matrices(tensors) for n, tensors in tensors_by_layer(self.meta).items()}
+        return Counter({n: len(found) for n, found in layers.items() if n < len(self.layers)})
+
+    def tensors_of(self, names: Container[str]) -> tuple[str, ...]:
+        """The names of these matrices of experts, and of their biases and scales."""
+        experts = [t.name for t in self.meta.tensors if t.role == "experts"]
+        wanted = {matrix_of(name) for name in experts if name in names}
+        return tuple(name for name in experts if matrix_of(name) in wanted)
 
     @property
     def is_alike(self) -> bool:
@@ -258,14 +272,8 @@ def trip_bytes(meta: ModelMeta) -> int:
 def layer_of(
     n: int, tensors: list[TensorInfo], kv_bytes: int, request: PlanRequest, trip_bytes: int
 ) -> Layer:
-    """A layer with the experts that the plan may move: none where the person said which stay.
-
-    Of a divided layer the first ones of a size stay in RAM: `up` before others, as llama.cpp
-    multiplies with `gate`, then `up`, then `down` (build_moe_ffn, src/llama-graph.cpp). With `gate`
-    and `down` there, and `up` on the GPU between them, a token would go to RAM twice.
-    """
-    some = sorted((t for t in tensors if t.role == "experts"), key=lambda t: "_up_" not in t.name)
-    experts = tuple((t.name, aligned(t)) for t in some)
+    """A layer with the experts that the plan may move: none where the person said which stay."""
+    experts = matrices(tensors)
     dense = sum(aligned(t) for t in tensors if t.role != "experts")
     if request.n_cpu_moe is not None:
         on_gpu = 0 if n < request.n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
@@ -274,6 +282,28 @@ def layer_of(
     may_move = tuple(e for e in experts if largest is None or e[1] <= largest)
     stay = sum(n for _, n in experts) - sum(n for _, n in may_move)
     return Layer(n, dense + stay, kv_bytes, may_move, trip_bytes)
+
+
+def matrices(tensors: Iterable[TensorInfo]) -> tuple[tuple[str, int], ...]:
+    """Experts by matrix, with bytes; biases and scales go where their matrix goes.
+
+    `up` comes first, so that it is left in RAM before others where a layer is divided: llama.cpp
+    multiplies with `gate`, then `up`, then `down` (build_moe_ffn, src/llama-graph.cpp). With `gate`
+    and `down` in RAM, and `up` on the GPU between them, a token would go to RAM twice.
+    """
+    found: dict[str, list[TensorInfo]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.role == "experts":
+            found[matrix_of(tensor.name)].append(tensor)
+    ordered = sorted(found.values(), key=lambda some: "_up_" not in some[0].name)
+    return tuple(
+        (max(some, key=lambda t: t.n_bytes).name, sum(map(aligned, some))) for some in ordered
+    )
+
+
+def matrix_of(name: str) -> str:
+    """A tensor's name without what it is of its matrix: its weight, bias or scale."""
+    return name.rpartition(".")[0]
 
 
 def compute_kind(kind: str, request: PlanRequest) -> str:
