@@ -599,6 +599,27 @@ def test_biases_of_experts_are_where_their_matrix_is() -> None:
     assert divided > 10
 
 
+@pytest.mark.parametrize(("name", "n_tensors"), [(MIXTRAL, 96), ("gpt-oss", 72)])
+def test_room_is_kept_for_what_is_pinned_and_not_for_all_that_could_be(
+    name: str, n_tensors: int
+) -> None:
+    """For its page tables: 52 MiB for all of Mixtral's experts, 8 for those of five layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_model(Path(folder) / "m.gguf", PUBLISHED[name], "Q4_K", header_only=True)[0]
+        meta = read_meta(path)
+    experts = [t for t in meta.tensors if t.role == "experts"]
+    one = sum(t.n_bytes for t in experts) // n_tensors
+    total = sum(t.n_bytes for t in meta.tensors)
+    empty = []
+    for share in range(66, 90, 2):
+        budget = total * share // 100 + GIB
+        request = PlanRequest(vram_bytes=(budget,), load_mode="pinned", n_ctx=4096)
+        plan = make_plan(machine(64, 40), meta, NOTHING_MEASURED, request)
+        assert plan.kind == "experts"
+        empty.append(budget - plan.memory[0].total_bytes)
+    assert max(empty) < one + 2 * GRAPHS_BYTES
+
+
 def test_layers_count_whose_experts_a_person_put_in_ram() -> None:
     """Not those that have none, nor those that are in RAM as a whole."""
     deepseek = meta_named("deepseek2")  # its first layer has no experts

@@ -35,8 +35,8 @@ SHORT_UBATCHES = (128, 256)
 SHORT_N_CTX = 2048
 """The least that a conversation can be had with."""
 MANY, N_MEASURED = 16, 6
-"""Beside a GPU each plan is measured, a tenth of a second each: 56 of them took 9 s of a batch's
-start. Measured and drafted plans differ by some tensors at most."""
+"""Beside a GPU each plan is measured, one or two for a request, a tenth of a second each: 56 took
+9 s of a batch's start. Measured and drafted plans differ by some tensors at most."""
 PIN_BYTES_PER_S = 25e9
 """At which pages of a mapped file are locked for a GPU (docs/notes/pinned-experts.md)."""
 LOAD_BYTES_PER_S = 6e9

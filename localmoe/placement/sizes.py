@@ -278,14 +278,15 @@ def layer_of(
     if request.n_cpu_moe is not None:
         on_gpu = 0 if n < request.n_cpu_moe else sum(n_bytes for _, n_bytes in experts)
         return Layer(n, dense + on_gpu, kv_bytes)
-    largest = request.largest_in_ram
-    may_move = tuple(e for e in experts if largest is None or e[1] <= largest)
+    limit = request.largest_in_ram
+    small = {t.name for t in tensors if limit is None or aligned(t) <= limit}
+    may_move = tuple(e for e in experts if e[0] in small)
     stay = sum(n for _, n in experts) - sum(n for _, n in may_move)
     return Layer(n, dense + stay, kv_bytes, may_move, trip_bytes)
 
 
 def matrices(tensors: Iterable[TensorInfo]) -> tuple[tuple[str, int], ...]:
-    """Experts by matrix, with bytes; biases and scales go where their matrix goes.
+    """Experts by matrix: its name, and bytes with the biases and scales that go where it goes.
 
     `up` comes first, so that it is left in RAM before others where a layer is divided: llama.cpp
     multiplies with `gate`, then `up`, then `down` (build_moe_ffn, src/llama-graph.cpp). With `gate`
