@@ -14,7 +14,7 @@ from make_model import SHAPES, make_model
 from localmoe.engine import bindings
 from localmoe.engine.bindings import ggml
 from localmoe.engine.model import LoadedModel
-from localmoe.engine.protocol import Placement, RepackMode
+from localmoe.engine.protocol import Delta, Placement, RepackMode, Request, Sampling
 from localmoe.engine.repacking import (
     OBJECT_BYTES,
     Tensor,
@@ -23,6 +23,7 @@ from localmoe.engine.repacking import (
     repack_type,
     repacked,
 )
+from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.tuning import repackable
 from localmoe.placement.tuning import copies_within
 
@@ -138,6 +139,37 @@ def test_answers_are_what_they_were_but_for_rounding(model: Path) -> None:
     assert np.abs(c - d).max() < 0.05 * c.std()
     plain.free()
     twice.free()
+
+
+@needs_repacking
+@pytest.mark.parametrize(
+    ("in_idle", "most_wait_s", "seed", "is_made_first"),
+    [
+        (True, 0.0, None, False),
+        (True, 60.0, None, True),
+        (True, 0.0, 7, True),  # the same request is to give the same answer
+        (False, 0.0, None, True),  # the plan reckoned with them
+    ],
+)
+def test_a_question_does_not_wait_long_for_copies(
+    model: Path, in_idle: bool, most_wait_s: float, seed: int | None, is_made_first: bool
+) -> None:
+    place = Placement(
+        n_threads=2, n_ctx=512, repack="all", n_repacked_layers=99, repack_in_idle=in_idle
+    )
+    loaded = LoadedModel(str(model), place)
+    scheduler = Scheduler(loaded, most_wait_s)
+    scheduler.add(1, Request(tuple(PROMPT), Sampling(seed=seed), 8))
+    news: list[object] = []
+    while not scheduler.idle:
+        news += scheduler.step()
+    assert isinstance(news[-1], Delta)
+    assert news[-1].finish_reason in ("length", "stop")
+    assert loaded.lacks_copies is not is_made_first
+    while loaded.lacks_copies:  # as the worker does while nobody asks
+        loaded.make_copies()
+    assert loaded.copies_left_s == 0
+    loaded.free()
 
 
 @pytest.mark.parametrize(

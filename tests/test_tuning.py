@@ -28,7 +28,7 @@ from localmoe.placement.hardware import Machine
 from localmoe.placement.measured import NOTHING_MEASURED, MeasurementKey
 from localmoe.placement.plan import Plan, make_plan
 from localmoe.placement.request import PlanRequest
-from localmoe.placement.search import JOBS, Speeds, job_of, search
+from localmoe.placement.search import JOBS, Speeds, Workload, job_of, search, variants
 from localmoe.placement.tuning import (
     UNTUNED,
     Kept,
@@ -171,6 +171,16 @@ def test_a_plan_takes_the_ram_that_is_left(
         assert 0 < plan.placement.n_repacked_layers < 32
         reserve = max(RESERVE_BYTES, RESERVE_SHARE * ram.budget_bytes)
         assert reserve <= ram.budget_bytes - ram.total_bytes < reserve + (720 << 20)
+
+
+@pytest.mark.parametrize(("workload", "in_idle"), [("chat", True), ("run", False)])
+def test_only_a_conversation_has_copies_made_between_questions(
+    mixtral: ModelMeta, workload: Workload, in_idle: bool
+) -> None:
+    """A single answer takes them only where it is sooner done with them, made first."""
+    job = replace(JOBS[workload], loads=0.0)  # so that copies are worth it for both
+    found = variants(planned(mixtral, 64), TUNING, mixtral, job)
+    assert [p.placement.repack_in_idle for p in found] == [False, in_idle]
 
 
 def test_several_sequences_have_copies_of_experts_alone(mixtral: ModelMeta) -> None:

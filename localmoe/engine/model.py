@@ -82,6 +82,11 @@ class LoadedModel:
         """Whether there are matrices still to be repacked, with which answers will be generated."""
         return not self._repacked.is_whole
 
+    @property
+    def copies_left_s(self) -> float:
+        """How long those that are lacking will take, about; 0 where none was made yet."""
+        return self._repacked.left_s
+
     def make_copies(self) -> None:
         """Repack the next few: some tenths of a second at most."""
         self._repacked.make_some(self.placement.n_threads)
@@ -89,9 +94,8 @@ class LoadedModel:
     def decode(self, n_tokens: int, *, generating: bool = False, again: bool = False) -> bool:
         """Compute the first tokens of `batch`; False where it was aborted, the cache as before.
 
-        Repacked weights are for `generating`, all of them and from the first token on, so that an
-        answer does not depend on when they were made. Nor does one that must come out the same
-        `again` depend on what else the machine does.
+        Repacked weights are for `generating`, all of them: those that lack are made first. What
+        must come out the same `again` does not depend on what else the machine does.
         """
         if generating:
             self._repacked.make_all(self.placement.n_threads)

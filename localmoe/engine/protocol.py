@@ -25,7 +25,7 @@ class Placement:
     `n_gpu_layers` counts as llama.cpp does: the last layers, and the output matrix as one more.
     Experts of `cpu_expert_layers` (whole layers) and `cpu_expert_tensors` (by name) stay in RAM.
     `repack` says of which matrices of the first `n_repacked_layers` layers there is a second copy,
-    repacked, to generate with (engine/repacking.py).
+    repacked, to generate with (engine/repacking.py); `repack_in_idle`, where that takes long.
     `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells. Where `kv_unified`, all share
     them, and `n_cells` may be less than every sequence would fill; 0 is as many.
     From `offload_min_batch` tokens on a GPU computes with experts in RAM, which are copied to it;
@@ -45,6 +45,7 @@ class Placement:
     load_mode: Literal["mmap", "pinned"] = "mmap"
     repack: RepackMode = "off"
     n_repacked_layers: int = 0
+    repack_in_idle: bool = False
     flash_attention: Literal["auto", "on", "off"] = "auto"
     kv_unified: bool = False
     n_cells: int = 0

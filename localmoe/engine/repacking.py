@@ -10,6 +10,7 @@ weights are pointed to one or the other. A backend looks at them only while it c
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,6 +104,13 @@ class Repacked:
         self._waiting = iter(self._twins)
         self.is_whole = not self._twins
         self._in_use = False
+        self._made_bytes, self._made_s = 0, 0.0
+
+    @property
+    def left_s(self) -> float:
+        """How long the rest takes at the pace so far; 0 where none was made yet."""
+        pace = self._made_s / max(1, self._made_bytes)
+        return pace * (self.n_bytes - self._made_bytes)
 
     @property
     def n_bytes(self) -> int:
@@ -111,9 +119,12 @@ class Repacked:
     def make_some(self, n_threads: int) -> None:
         """Make the copies of the next few matrices, one for each thread."""
         some = list(islice(self._waiting, n_threads))
+        started = time.perf_counter()
         if some:
             with ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(Twin.fill, some))
+        self._made_s += time.perf_counter() - started
+        self._made_bytes += sum(twin.n_bytes for twin in some)
         self.is_whole = len(some) < n_threads
 
     def make_all(self, n_threads: int) -> None:

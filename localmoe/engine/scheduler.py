@@ -20,6 +20,9 @@ from .states import States
 from .text import TextStream
 from .waiting import WORTH_SHARING, Queue, Waiting, common_prefix
 
+MOST_WAIT_S = 0.5
+"""How long a person's question waits for copies of the weights that are made only once."""
+
 
 class RequestRefused(Exception):
     """A request that can't be answered as it is; `hint` says what would help."""
@@ -74,8 +77,9 @@ class Run:
 class Scheduler:
     """Answers requests on a loaded model, as many at once as it has sequences."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, most_wait_s: float = MOST_WAIT_S) -> None:
         self._model = model
+        self._most_wait_s = most_wait_s
         self._queue = Queue()
         self._running: dict[int, Run] = {}
         self._places = Places(model)
@@ -113,7 +117,7 @@ class Scheduler:
     def step(self) -> list[Delta | Failed]:
         """Admit, build one batch, compute it, sample: what is new of each answer."""
         news: list[Delta | Failed] = [*self._admit()]
-        if self._model.lacks_copies and any(run.n_sampled for run in self._running.values()):
+        if self._model.lacks_copies and self._are_copies_due():
             self._make_copies()
             return news
         laid = self._layout.lay(self._running.values())
@@ -126,6 +130,18 @@ class Scheduler:
             if new is not None:
                 news.append(new)
         return news
+
+    def _are_copies_due(self) -> bool:
+        """Whether an answer that is about to be generated waits for copies of the weights.
+
+        One that is to be repeatable does, since it must not depend on when they are made. Others
+        do where a plan says so, as it reckoned with them, or where they don't wait for long.
+        """
+        runs = [run for run in self._running.values() if run.n_sampled]
+        is_patient = not self._model.placement.repack_in_idle
+        again = any(run.request.sampling.is_repeatable for run in runs)
+        soon = self._model.copies_left_s <= self._most_wait_s
+        return bool(runs) and (is_patient or again or soon)
 
     def _make_copies(self) -> None:
         """Some of those that answers are generated with. A step of its own, so that it can be
@@ -249,7 +265,8 @@ class Scheduler:
         self._model.context.allow()
         if len(laid.parts) == 1 and laid.parts[0].run.n_sampled == 0:
             self._computing_prompt_of = laid.parts[0].run.id
-        generating = all(part.run.n_sampled for part in laid.parts)
+        whole = not self._model.lacks_copies  # else this answer does without
+        generating = whole and all(part.run.n_sampled for part in laid.parts)
         again = any(part.run.request.sampling.is_repeatable for part in laid.parts)
         try:
             if not self._model.decode(laid.n_rows, generating=generating, again=again):

@@ -17,9 +17,10 @@ RESERVE_BYTES, RESERVE_SHARE = 1 << 30, 0.05
 """What copies leave of RAM: they can't be given back like the pages of a file."""
 
 
-def with_copies(plan: Plan, tuning: Tuning, meta: ModelMeta) -> Plan | None:
+def with_copies(plan: Plan, tuning: Tuning, meta: ModelMeta, in_idle: bool = False) -> Plan | None:
     """A plan for the CPU with as many repacked copies as RAM has room for; None where there are
-    none to be had, or they don't make this many sequences faster.
+    none to be had, or they don't make this many sequences faster. `in_idle` they are made while
+    nobody asks, rather than before an answer, where they take long.
 
     Several sequences generate with experts' copies alone: a dense matrix takes other sums from
     four rows on than below (gemm and gemv in ggml/src/ggml-cpu/repack.cpp), and an answer should
@@ -40,7 +41,9 @@ def with_copies(plan: Plan, tuning: Tuning, meta: ModelMeta) -> Plan | None:
     why = f"generating with repacked copies, about {faster:.1f} times as fast by a timing here"
     return replace(
         plan,
-        placement=replace(place, repack=mode, n_repacked_layers=copies.n_layers),
+        placement=replace(
+            place, repack=mode, n_repacked_layers=copies.n_layers, repack_in_idle=in_idle
+        ),
         memory=(*plan.memory[:-1], replace(ram, repacked=repacked)),
         reasons=(*plan.reasons, f"{gib(copies.n_bytes)} of RAM for {why}"),
     )

@@ -117,7 +117,7 @@ def search(
             refusals.append(error)
             continue
         for plan in plans:
-            for variant in variants(plan, speeds.tuning, meta):
+            for variant in variants(plan, speeds.tuning, meta, job):
                 found.append(candidate(variant, job, meta, gpus, speeds))
     if not found:
         raise refusals[0]
@@ -193,10 +193,11 @@ def bytes_on_gpus(plan: Plan) -> int:
     return sum(m.weights.n_bytes for m in plan.memory if m.device != RAM)
 
 
-def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta) -> Iterator[Plan]:
-    """A plan, and one with repacked copies where these may help."""
+def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta, job: Job) -> Iterator[Plan]:
+    """A plan, and one with repacked copies where these may help. For a conversation they are made
+    between questions: a single answer's and a batch's time is reckoned with them from the start."""
     yield plan
-    if tuning and (other := with_copies(plan, tuning, meta)):
+    if tuning and (other := with_copies(plan, tuning, meta, in_idle=job.name == "chat")):
         yield other
 
 
