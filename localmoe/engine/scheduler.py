@@ -138,10 +138,10 @@ class Scheduler:
         do where a plan says so, as it reckoned with them, or where they don't wait for long.
         """
         runs = [run for run in self._running.values() if run.n_sampled]
-        is_patient = not self._model.placement.repack_in_idle
+        is_reckoned_with = not self._model.placement.repack_in_idle
         again = any(run.request.sampling.is_repeatable for run in runs)
         soon = self._model.copies_left_s <= self._most_wait_s
-        return bool(runs) and (is_patient or again or soon)
+        return bool(runs) and (is_reckoned_with or again or soon)
 
     def _make_copies(self) -> None:
         """Some of those that answers are generated with. A step of its own, so that it can be

@@ -234,16 +234,19 @@ def ram_experts(layout: Layout, sizes: Sizes) -> int:
 
 def memory_of(at: Situation, layout: Layout) -> tuple[Memory, ...]:
     """Every GPU's memory, and RAM's at the end. A unified GPU's share is gone from RAM's budget."""
+    left = left_in_ram(at, layout)
     on_gpus = tuple(
-        gpu_memory(at, layout, place, run)
+        gpu_memory(at, layout, left, place, run)
         for place, run in zip(range(len(at.gpus)), runs(layout.split), strict=False)
     )
     pairs = zip(on_gpus, at.gpus, strict=False)
     shared = sum(memory.total_bytes for memory, (gpu, _) in pairs if gpu.unified)
-    return (*on_gpus, ram_memory(at, layout, shared))
+    return (*on_gpus, ram_memory(at, layout, left, shared))
 
 
-def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) -> Memory:
+def gpu_memory(
+    at: Situation, layout: Layout, left: Left, place: int, run: tuple[int, int]
+) -> Memory:
     """What one GPU holds: its run of layers, their cache, perhaps the output."""
     sizes, (gpu, budget), (start, end) = at.sizes, at.gpus[place], run
     first = len(sizes.layers) + 1 - layout.n_gpu_layers
@@ -255,8 +258,8 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
         weights += sizes.output_bytes
     if end == start:
         return Memory(gpu.name, budget, NOTHING, NOTHING, NOTHING)
-    kind, left = kind_of(layout, sizes), left_in_ram(at, layout)
-    mine_alone = replace(left, n_layers=n_with_trips(sizes, layout, mine) if left.n_layers else 0)
+    kind = kind_of(layout, sizes)
+    mine_alone = replace(left, n_layers=n_with_trips(sizes, layout, mine))
     return Memory(
         device=gpu.name,
         budget_bytes=budget,
@@ -267,7 +270,7 @@ def gpu_memory(at: Situation, layout: Layout, place: int, run: tuple[int, int]) 
     )
 
 
-def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
+def ram_memory(at: Situation, layout: Layout, left: Left, shared_bytes: int) -> Memory:
     """What stays in RAM: the embeddings, the first layers, experts."""
     sizes = at.sizes
     n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
@@ -276,17 +279,14 @@ def ram_memory(at: Situation, layout: Layout, shared_bytes: int) -> Memory:
     weights += sum(layer.dense_bytes + layer.expert_bytes for layer in mine)
     if layout.n_gpu_layers == 0:
         weights += sizes.output_in_ram_bytes
-    pinned = pinned_bytes(at, layout)
     return Memory(
         device=RAM,
         budget_bytes=max(0, ram_budget(at.machine, sizes.request) - shared_bytes),
         weights=Figure(weights, "formula"),
         kv=Figure(sum(layer.kv_bytes for layer in mine), "formula"),
-        compute=sizes.compute(
-            kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus), left_in_ram(at, layout)
-        ),
-        mapped_bytes=weights - pinned,
-        pinned_bytes=pinned,
+        compute=sizes.compute(kind_of(layout, sizes), RAM, at.measured, 0, len(at.gpus), left),
+        mapped_bytes=weights - left.pinned_bytes,
+        pinned_bytes=left.pinned_bytes,
     )
 
 

@@ -93,9 +93,9 @@ class Sizes:
         kind: str,
         device: str,
         measured: Measured,
-        place: int = 0,
-        n_gpus: int = 1,
-        left: Left = Left(),  # noqa: B008
+        place: int,
+        n_gpus: int,
+        left: Left,
     ) -> Figure:
         """The compute buffer of a device: measured, interpolated or by formula.
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from placement_tables import summary  # noqa: E402
+from placement_tables import SYSTEMS, summary  # noqa: E402
 from synthetic.routing import expert_logits  # noqa: E402
 
 from localmoe.config import Settings, load_settings, parse_size
@@ -50,7 +50,6 @@ N_ANSWERS = 2  # of which the best counts, as neighbours on the machine make som
 SHORT_PROMPT = 256  # to warm up with, for `run` after the first round
 READ_BYTES = 16 << 20
 MEMORY_BUDGETS = ("6GiB", "8GiB", "12GiB", "16GiB", "20GiB", "24GiB", "all")
-SYSTEMS = ("fit", "run", "chat", "layers")
 SPEED_BUDGETS = ("8GiB", "16GiB", "24GiB")
 DEPTH_BUDGETS = ("8GiB", "24GiB")
 ROUTING_TOKENS = 64
