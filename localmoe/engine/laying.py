@@ -13,7 +13,7 @@ because of what is beside it (docs/notes/batching.md):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -181,7 +181,7 @@ class Layout:
         laid.n_rows = end
 
 
-def spans(sequences: Sequence[int], n_streams: int) -> list[range]:
+def spans(sequences: list[int], n_streams: int) -> list[range]:
     """Neighbouring streams that are computed together: no gap between them is wide, and none is
     alone. `sequences` are in order; there are `n_streams`, two at least."""
     found: list[range] = []
