@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "localmoe"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+MANY_MODULE_LINES = 450
+MAX_MODULE_LINES = 600
+MAX_FUNCTION_LINES = 60
 
 TERMINALS = {"click", "rich", "prompt_toolkit"}
 # what a module (or all of a folder) must not import; the longest matching entry counts
@@ -78,14 +83,17 @@ def test_the_walk_sees_an_import_that_is_forbidden() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_and_functions_stay_small(module: str) -> None:
+def test_modules_and_functions_can_be_read_in_one_sitting(module: str) -> None:
     text = (PACKAGE / module).read_text("utf-8")
-    assert len(text.splitlines()) <= 400
+    n_lines = len(text.splitlines())
     long = {
         node.name: node.end_lineno - node.lineno + 1
         for node in ast.walk(ast.parse(text))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.end_lineno
-        and node.end_lineno - node.lineno >= 40
+        and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     }
+    if n_lines > MANY_MODULE_LINES:
+        warnings.warn(f"{module} has {n_lines} lines: look for a second concept", stacklevel=1)
+    assert n_lines <= MAX_MODULE_LINES
     assert long == {}
