@@ -10,8 +10,10 @@ TYPE_CHECKING = False  # as typing has it, which takes a while to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from .api import BatchResult, Delta, LocalMoE, Reply
+    from .api import LocalMoE, Reply
+    from .engine.protocol import Delta
     from .errors import LocalMoeError
+    from .serving.batch import BatchResult
 
 __version__ = "0.1.0"
 __all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]

@@ -26,11 +26,11 @@ from .errors import EngineError, LocalMoeError, UsageError
 from .load import LoadedModel, open_model, open_vocabulary
 from .revival import Revival
 from .serving.again import lasting
+from .serving.answer import Answer
 from .serving.batch import BatchResult, answers
 from .serving.batch_input import Defaults
 from .serving.batch_prompt import Encoder, LastingVocabulary
-from .serving.chat import Answer
-from .serving.prompt import Message, parse_messages
+from .serving.messages import Message, parse_messages
 from .serving.schema import check_answer, check_sampling
 
 if TYPE_CHECKING:

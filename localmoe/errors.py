@@ -57,3 +57,22 @@ class RequestError(EngineError):
 def gib(n_bytes: int) -> str:
     """Bytes in a sentence."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**27 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+MESSAGE_CHARS = 200  # message and hint together
+NAME_CHARS = 60
+
+
+def model_file_error(file: str, reason: str, hint: str = "") -> ModelFileError:
+    """The error for a file: `reason` may quote what stands in it; it is made harmless here."""
+    # of a long name the end says more: quant and shard
+    shown = printable(file) if len(file) <= NAME_CHARS else "…" + printable(file[1 - NAME_CHARS :])
+    message = printable(f"{shown}: {reason}" if shown else reason)
+    room = MESSAGE_CHARS - (len(hint) + 2 if hint else 1)
+    message = message if len(message) <= room else message[: room - 1] + "…"
+    return ModelFileError(message if message.endswith((".", "?", "…")) else message + ".", hint)
+
+
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: controls, newlines, bidirectional marks."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import config_folder
-from .errors import DownloadError, LocalMoeError, UsageError
+from .errors import DownloadError, LocalMoeError, UsageError, printable
+from .gguf.demo import PACKAGE
 from .models.cache_layout import expected_sha256, shard_names
-from .models.catalog import PACKAGE, read_catalog
-from .models.cursor import printable
+from .models.catalog import read_catalog
 from .models.download import download, repair
 from .models.hub import Hub, file_of
 from .models.matching import catalog_quants, models_meant, places_of, quants_meant

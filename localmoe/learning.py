@@ -9,13 +9,8 @@ from pathlib import Path
 from .engine.client import Engine
 from .engine.protocol import Delta, Placement
 from .engine.rates import Tuning
-from .models.meta import ModelMeta
-from .placement.bandwidth import (
-    BandwidthStore,
-    threads_to_measure,
-    types_to_measure,
-    unmeasured,
-)
+from .gguf.model_meta import ModelMeta
+from .placement.bandwidth import BandwidthStore, threads_to_measure, types_to_measure, unmeasured
 from .placement.forecast import Setting, records_of, setting_of
 from .placement.measured import MeasurementKey
 from .placement.search import Speeds

@@ -13,9 +13,9 @@ from .config import Settings, engine_environment
 from .engine.client import Engine, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
 from .errors import EngineError, gib
+from .gguf.model_meta import ModelMeta, read_meta
 from .learning import SpeedLog
 from .models.catalog import ModelSpec
-from .models.meta import ModelMeta, read_meta
 from .models.names import ModelName
 from .obtain import Finder, Found, Watch, check_runs
 from .placement.crowd import Crowd
@@ -25,7 +25,8 @@ from .placement.search import Workload
 from .planning import Planner
 from .serving.answer import HarmonyMarkers, Markers, find_markers
 from .serving.chat import AnswerOptions, Model
-from .serving.prompt import NO_THINKING, PromptFormat, TemplateFacts, prompt_format
+from .serving.messages import PromptFormat
+from .serving.prompt import NO_THINKING, TemplateFacts, prompt_format
 from .serving.text_format import TextFormat, no_template
 
 MAX_REPEAT_LAST_N = 1 << 16

@@ -14,14 +14,22 @@ from pathlib import Path
 
 from .choosing import Choice, check_bytes, choose, free_bytes, in_order
 from .config import Settings, config_folder, hub_access
-from .errors import DoesNotFit, DownloadError, LocalMoeError, ModelFileError, gib
+from .errors import (
+    MESSAGE_CHARS,
+    DoesNotFit,
+    DownloadError,
+    LocalMoeError,
+    ModelFileError,
+    gib,
+    model_file_error,
+)
+from .gguf.architectures import refuse_unknown
+from .gguf.model_meta import EARLY, ModelMeta, read_meta
 from .likely import speed_for
-from .models.architectures import refuse_unknown
 from .models.better import better
 from .models.cache_layout import COMMIT
 from .models.catalog import ModelSpec, read_catalog
-from .models.cursor import MESSAGE_CHARS, refusal
-from .models.download import Progress, check_room, download, n_bytes_begun
+from .models.download import check_room, download, n_bytes_begun
 from .models.headers import header_files
 from .models.hub import Hub, file_of
 from .models.matching import (
@@ -35,16 +43,9 @@ from .models.matching import (
     sha256_of,
     what_to_type,
 )
-from .models.meta import EARLY, ModelMeta, read_meta
 from .models.names import ModelName, parse_name
-from .models.quants import (
-    Quant,
-    complete,
-    find_quant,
-    poor_quality,
-    quant_of_file,
-    quants_of,
-)
+from .models.progress import Progress
+from .models.quants import Quant, complete, find_quant, poor_quality, quant_of_file, quants_of
 from .models.remote import RemoteFile
 from .models.stamps import Expected
 from .models.store import Installed, Store
@@ -393,6 +394,6 @@ def why_not(meta: ModelMeta, is_here: bool = True) -> ModelFileError | None:
     newer = better(meta, read_catalog(config_folder()))
     command = newer.command if newer else "localmoe list"
     if not is_here:
-        return refusal(file, EARLY, f"Take a newer one: {command}")
+        return model_file_error(file, EARLY, f"Take a newer one: {command}")
     both = ModelFileError(early.message, f"{early.hint}, or take a newer one: {command}")
     return both if len(str(both)) <= MESSAGE_CHARS else early

@@ -13,12 +13,12 @@ from .engine.client import Engine
 from .engine.protocol import DeviceList, Request, Sampling
 from .engine.rates import Tuning
 from .errors import DoesNotFit, EngineError
+from .gguf.demo import DEMO
+from .gguf.model_meta import ModelMeta, read_meta
 from .learning import Learned, SpeedLog
-from .models.catalog import DEMO
-from .models.meta import ModelMeta, read_meta
 from .placement.crowd import Crowd
 from .placement.fit import fit, overhead_bytes
-from .placement.hardware import Machine, Sources, detect
+from .placement.hardware import Machine, detect
 from .placement.invented import machine_like
 from .placement.measured import NOTHING_MEASURED, Measured, MeasuredStore, MeasurementKey
 from .placement.plan import Plan, make_plan
@@ -33,6 +33,7 @@ from .placement.search import (
     requests_of,
     search,
 )
+from .placement.sources import Sources
 from .placement.tuning import (
     LIMIT_S,
     UNTUNED,

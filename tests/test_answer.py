@@ -16,9 +16,9 @@ from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
 from localmoe.engine.text import TextStream
+from localmoe.gguf.demo import DEMO
+from localmoe.gguf.model_meta import read_meta
 from localmoe.load import open_vocabulary, unstoppable
-from localmoe.models.catalog import DEMO
-from localmoe.models.meta import read_meta
 from localmoe.serving.answer import (
     Answer,
     HarmonyMarkers,
@@ -29,8 +29,9 @@ from localmoe.serving.answer import (
     whole,
 )
 from localmoe.serving.chat import AnswerOptions, Model
+from localmoe.serving.messages import Message, Prompt
 from localmoe.serving.mistral import MistralFormat
-from localmoe.serving.prompt import NO_THINKING, Message, Prompt, TemplateFacts, prompt_format
+from localmoe.serving.prompt import NO_THINKING, TemplateFacts, prompt_format
 
 OPEN, CLOSE = 1, 2
 THINK = ThinkMarkers(OPEN, CLOSE)

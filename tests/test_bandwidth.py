@@ -24,10 +24,9 @@ from localmoe.engine.graphs import (
     devices_of,
     weight_types,
 )
-from localmoe.engine.rates import Bandwidths, DeviceRates, ProductRate
-from localmoe.models.gguf import TENSOR_TYPES
+from localmoe.engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
+from localmoe.gguf.reader import TENSOR_TYPES
 from localmoe.placement.bandwidth import (
-    CPU,
     NO_BANDWIDTHS,
     BandwidthStore,
     rates_of,

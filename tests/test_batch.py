@@ -29,11 +29,11 @@ from localmoe.engine.protocol import (
     Usage,
 )
 from localmoe.errors import EngineError, PromptError
+from localmoe.gguf.demo import PACKAGE
+from localmoe.gguf.model_meta import read_meta
+from localmoe.gguf.reader import read_header
+from localmoe.gguf.writer import encode_header, raw_entries
 from localmoe.load import format_of, load_to_talk
-from localmoe.models.catalog import PACKAGE
-from localmoe.models.gguf import read_header
-from localmoe.models.gguf_writer import encode_header, raw_entries
-from localmoe.models.meta import read_meta
 from localmoe.models.names import ModelName
 from localmoe.obtain import Found, Watch
 from localmoe.serving import asking, batch

@@ -20,7 +20,7 @@ from vocabulary_files import with_renamed_tokens
 
 from localmoe.api import LocalMoE
 from localmoe.cli.batch_view import Pace, check_line, progress_line, summary, summary_lines
-from localmoe.models.catalog import DEMO
+from localmoe.gguf.demo import DEMO
 from localmoe.serving.batch import Checked, Progress, Recovered
 
 COMMAND = [sys.executable, "-m", "localmoe", "batch", "demo"]

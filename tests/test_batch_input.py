@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Piece, Sampling
 from localmoe.errors import EngineError, UsageError
+from localmoe.files import InputLine, digest, read_lines
 from localmoe.load import open_vocabulary
 from localmoe.serving.batch_body import ItemError
 from localmoe.serving.batch_input import (
@@ -36,7 +37,6 @@ from localmoe.serving.batch_prompt import (
     text_begins,
 )
 from localmoe.serving.chat import AnswerOptions
-from localmoe.serving.lines import Line, digest, read_lines
 from localmoe.serving.messages import Message, PromptFormat
 from localmoe.serving.mistral import MistralFormat
 from localmoe.serving.template_format import TemplateFormat
@@ -44,8 +44,8 @@ from localmoe.serving.template_format import TemplateFormat
 HI = [{"role": "user", "content": "Hi!"}]
 
 
-def line_of(raw: bytes, number: int = 1) -> Line:
-    return Line(number, 0, len(raw) + 1, raw, True, digest(raw))
+def line_of(raw: bytes, number: int = 1) -> InputLine:
+    return InputLine(number, 0, len(raw) + 1, raw, True, digest(raw))
 
 
 def asked(value: object, defaults: Defaults | None = None, form: Form = "json") -> BatchRequest:
@@ -247,7 +247,7 @@ def test_an_error_knows_the_custom_id_of_its_line() -> None:
 
 def test_a_long_line_is_refused_with_its_length() -> None:
     with pytest.raises(ItemError, match="1,000,000,000 bytes"):
-        request_of_line(Line(1, 0, 10**9, None, True, b""), "json", Defaults())
+        request_of_line(InputLine(1, 0, 10**9, None, True, b""), "json", Defaults())
 
 
 @given(st.binary(max_size=60))

@@ -13,7 +13,7 @@ from synthetic.mixtral import MixtralShape
 
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import KvType, Placement
-from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.placement.cache import cache_bytes_by_layer, cell_bytes
 from localmoe.placement.request import PlanRequest
 from localmoe.placement.sizes import sizes_of

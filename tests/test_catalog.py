@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from localmoe.config import Settings
 from localmoe.errors import LocalMoeError
+from localmoe.gguf.demo import DEMO
+from localmoe.gguf.model_meta import read_meta
 from localmoe.models.catalog import (
-    DEMO,
     ModelSpec,
     SamplingDefaults,
     catalog_path,
     read_catalog,
     read_models,
 )
-from localmoe.models.meta import read_meta
 from localmoe.models.names import parse_name
 from localmoe.models.quants import label_of
 

@@ -17,11 +17,11 @@ from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling, Timings, Usage
 from localmoe.errors import EngineError, PromptError, RequestError
-from localmoe.models.catalog import DEMO
+from localmoe.gguf.demo import DEMO
 from localmoe.serving.chat import AnswerOptions, Chat, Model
 from localmoe.serving.context import SUMMARIZE
+from localmoe.serving.messages import Message
 from localmoe.serving.mistral import MistralFormat
-from localmoe.serving.prompt import Message
 
 FORMAT = MistralFormat("v1", bos=1, eos=2)
 

@@ -10,7 +10,8 @@ from localmoe.choosing import check_bytes, choose, free_bytes, in_order
 from localmoe.errors import DoesNotFit, ModelFileError
 from localmoe.models.quants import LADDER, Quant
 from localmoe.models.remote import RemoteFile
-from localmoe.placement.hardware import Gpu, Machine
+from localmoe.placement.gpus import Gpu
+from localmoe.placement.hardware import Machine
 from localmoe.placement.request import PlanRequest
 
 GIB = 1 << 30

@@ -10,7 +10,7 @@ from make_model import FAMILIES, SHAPES, make_model
 from native_memory import RecordedGpus, native_memory, recorded, recorded_gpus
 
 from localmoe.engine.protocol import Placement
-from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.placement.compute import Work, compute_bytes, estimated_bytes
 from localmoe.placement.measured import ComputePoint
 from localmoe.placement.sizes import (

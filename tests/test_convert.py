@@ -25,9 +25,9 @@ from synthetic.weights import RandomWeights
 
 from localmoe.cli.convert import better_file, try_out
 from localmoe.errors import LocalMoeError, ModelFileError, UsageError
-from localmoe.models.convert import convert, plan_conversion, widened
-from localmoe.models.gguf import read_header
-from localmoe.models.meta import read_meta
+from localmoe.gguf.merge_experts import merge_experts, plan_conversion, widened
+from localmoe.gguf.model_meta import read_meta
+from localmoe.gguf.reader import read_header
 
 TINY = replace(SHAPES["tiny"], n_vocab=300)
 
@@ -71,7 +71,7 @@ def early_file(path: Path, blueprint: Blueprint | None = None, router: str = "F1
 
 
 def merged(path: Path, target: Path) -> Path:
-    convert(plan_conversion(path), target)
+    merge_experts(plan_conversion(path), target)
     return target
 
 
@@ -360,7 +360,7 @@ def test_a_damaged_header_is_refused_or_converted(
     except ModelFileError as error:
         check_error(error)
         return
-    convert(conversion, target)
+    merge_experts(conversion, target)
     assert target.stat().st_size == conversion.n_bytes
     assert not read_meta(target).legacy_split_experts
 
@@ -390,7 +390,7 @@ def test_whatever_ends_it_leaves_nothing(
 
     before = early.read_bytes()
     with pytest.raises(type(kind("stop"))):
-        convert(plan_conversion(early), early.with_name("new.gguf"), report)
+        merge_experts(plan_conversion(early), early.with_name("new.gguf"), report)
     nothing_but(early.parent, "early.gguf")
     assert early.read_bytes() == before
 
@@ -407,9 +407,9 @@ def test_it_gets_its_name_after_the_check(early: Path) -> None:
 
     conversion = plan_conversion(early)
     with pytest.raises(LocalMoeError, match="it doesn't run"):
-        convert(conversion, target, check=fail)
+        merge_experts(conversion, target, check=fail)
     nothing_but(early.parent, "early.gguf")
-    convert(conversion, target, check=check)
+    merge_experts(conversion, target, check=check)
     assert seen == [("new.gguf.partial", False, False)]
     nothing_but(early.parent, "early.gguf", "new.gguf")
 
@@ -417,7 +417,7 @@ def test_it_gets_its_name_after_the_check(early: Path) -> None:
 def test_progress_ends_at_the_files_length(early: Path) -> None:
     conversion = plan_conversion(early)
     told: list[int] = []
-    convert(conversion, early.with_name("new.gguf"), told.append)
+    merge_experts(conversion, early.with_name("new.gguf"), told.append)
     assert told == sorted(told)
     assert 0 <= conversion.n_bytes - told[-1] < 32
 
@@ -430,7 +430,7 @@ def test_what_is_there_is_not_overwritten(early: Path) -> None:
         if target.name == "dangling.gguf":
             target.symlink_to("nowhere")
         with pytest.raises(UsageError, match="exists already"):
-            convert(conversion, target)
+            merge_experts(conversion, target)
     assert early.with_name("taken.gguf").read_text() == "mine"
     nothing_but(early.parent, "early.gguf", "taken.gguf", "dangling.gguf")
 
@@ -438,7 +438,7 @@ def test_what_is_there_is_not_overwritten(early: Path) -> None:
 def test_what_appears_meanwhile_is_not_overwritten(early: Path) -> None:
     target = early.with_name("new.gguf")
     with pytest.raises(LocalMoeError, match="another process writes it too"):
-        convert(plan_conversion(early), target, check=lambda path: target.touch())
+        merge_experts(plan_conversion(early), target, check=lambda path: target.touch())
     assert target.read_bytes() == b""
     nothing_but(early.parent, "early.gguf", "new.gguf")
 
@@ -447,10 +447,10 @@ def test_of_two_at_once_one_is_told(early: Path) -> None:
     conversion, target = plan_conversion(early), early.with_name("new.gguf")
 
     def other(path: Path) -> None:
-        convert(conversion, target)
+        merge_experts(conversion, target)
 
     with pytest.raises(LocalMoeError, match="another process writes it too"):
-        convert(conversion, target, check=other)
+        merge_experts(conversion, target, check=other)
     assert target.stat().st_size == conversion.n_bytes
     nothing_but(early.parent, "early.gguf", "new.gguf")
 
@@ -460,7 +460,7 @@ def test_room_is_looked_for_first(early: Path) -> None:
     conversion = replace(plan_conversion(early), n_bytes=2 * free + 2**40)
     told: list[int] = []
     with pytest.raises(LocalMoeError, match=r"new\.gguf needs [\d.]+ GiB of disk; [\d.]+ GiB are"):
-        convert(conversion, early.with_name("new.gguf"), told.append)
+        merge_experts(conversion, early.with_name("new.gguf"), told.append)
     assert told == []
     nothing_but(early.parent, "early.gguf")
 
@@ -469,26 +469,26 @@ def test_a_source_cut_short_meanwhile_is_told(early: Path) -> None:
     conversion = plan_conversion(early)
     os.truncate(early, early.stat().st_size // 2)
     with pytest.raises(ModelFileError, match="cut short while it was read"):
-        convert(conversion, early.with_name("new.gguf"))
+        merge_experts(conversion, early.with_name("new.gguf"))
     early.unlink()
     with pytest.raises(ModelFileError, match="early.gguf: can't be read: No such file"):
-        convert(conversion, early.with_name("new.gguf"))
+        merge_experts(conversion, early.with_name("new.gguf"))
     nothing_but(early.parent)
 
 
 def test_a_folder_that_is_not_there_is_told(early: Path) -> None:
     with pytest.raises(LocalMoeError, match="can't be written: No such file or directory"):
-        convert(plan_conversion(early), early.parent / "none" / "new.gguf")
+        merge_experts(plan_conversion(early), early.parent / "none" / "new.gguf")
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from localmoe.models.convert import convert, plan_conversion
+from localmoe.gguf.merge_experts import merge_experts, plan_conversion
 if sys.argv[3:]:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-convert(plan_conversion(sys.argv[1]), Path(sys.argv[2]), 
+merge_experts(plan_conversion(sys.argv[1]), Path(sys.argv[2]), 
     lambda n: print(" " * 9000, flush=True))
 """
 

@@ -16,7 +16,8 @@ from test_hardware import CPU_DEVICE, CUDA_INFO, FULL_INFO, GIB, Invented, cuda,
 
 from localmoe.config import hub_access, hub_cache
 from localmoe.engine.protocol import DeviceList
-from localmoe.placement.hardware import Finding, machine_of
+from localmoe.placement.findings import Finding
+from localmoe.placement.hardware import machine_of
 from localmoe.placement.host import host_of
 
 doctor = import_module("localmoe.cli.doctor")  # the package has the command under this name

@@ -21,13 +21,14 @@ from soak.download import BUDGET_BYTES, Soak
 from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.errors import DownloadError
-from localmoe.models.download import Patience, Progress, download, repair
+from localmoe.models.download import download, repair
 from localmoe.models.hub import Hub
 from localmoe.models.partial import JOURNAL_SUFFIX, PARTIAL_SUFFIX, Partial
 from localmoe.models.pieces import PIECE_BYTES, pieces_path, read_pieces
+from localmoe.models.progress import Progress
 from localmoe.models.remote import HubAccess, RemoteFile
 from localmoe.models.stamps import Stamps
-from localmoe.models.transfer import THREAD_NAME
+from localmoe.models.transfer import THREAD_NAME, Patience
 
 REPO, NAME = "org/tiny-GGUF", "tiny.Q4_K_M.gguf"
 CONTENT = b"GGUF" + random.Random(1).randbytes(20 * PIECE_BYTES + 4321)
@@ -456,7 +457,8 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from localmoe.errors import DownloadError
-from localmoe.models.download import Patience, download
+from localmoe.models.transfer import Patience
+from localmoe.models.download import download
 from localmoe.models.hub import Hub
 from localmoe.models.remote import HubAccess, RemoteFile
 

@@ -12,10 +12,11 @@ from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit
-from localmoe.models.catalog import DEMO as DEMO_FILE
-from localmoe.models.meta import read_meta
+from localmoe.gguf.demo import DEMO as DEMO_FILE
+from localmoe.gguf.model_meta import read_meta
 from localmoe.placement.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
-from localmoe.placement.hardware import Gpu, Machine
+from localmoe.placement.gpus import Gpu
+from localmoe.placement.hardware import Machine
 from localmoe.placement.measured import NOTHING_MEASURED, Measured
 from localmoe.placement.plan import make_plan
 from localmoe.placement.request import PlanRequest

@@ -15,8 +15,8 @@ from make_model import SHAPES, make_model
 
 from localmoe.engine.protocol import Placement, Timings, Usage
 from localmoe.engine.rates import Bandwidths, DeviceRates, ProductRate
-from localmoe.models.attention import SlidingWindow
-from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.gguf.hparams import SlidingWindow
+from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.placement.forecast import (
     Setting,
     Task,

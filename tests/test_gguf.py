@@ -20,8 +20,8 @@ from synthetic.gguf_writer import KV_TYPES, Blueprint, Tensor, Typed
 from synthetic.quants import QUANTS
 
 from localmoe.errors import ModelFileError
-from localmoe.models.gguf import Header, HeaderIncomplete, StringArray, read_header
-from localmoe.models.meta import meta_of, read_meta
+from localmoe.gguf.model_meta import meta_of, read_meta
+from localmoe.gguf.reader import Header, HeaderIncomplete, StringArray, read_header
 
 TINY = replace(SHAPES["tiny"], n_vocab=260)
 ONE = Blueprint({"general.architecture": "llama"}, (Tensor("a", (32,), "F32"),))
@@ -106,7 +106,7 @@ def test_all_types_of_metadata(tmp_path: Path) -> None:
 
 
 def test_the_table_of_tensor_types_is_the_gguf_packages() -> None:
-    from localmoe.models.gguf import TENSOR_TYPES
+    from localmoe.gguf.reader import TENSOR_TYPES
 
     ours = {number: sizes for number, (_, *sizes) in TENSOR_TYPES.items()}
     for kind, sizes in gguf.GGML_QUANT_SIZES.items():

@@ -18,10 +18,10 @@ from localmoe.engine.protocol import Device, DeviceList
 from localmoe.placement.cards import Card, all_cards
 from localmoe.placement.cgroups import cpu_quota, memory_limits
 from localmoe.placement.gpus import visible_first
-from localmoe.placement.hardware import Machine, Sources, detect, machine_of, n_cores, this_machine
+from localmoe.placement.hardware import Machine, detect, machine_of, n_cores, this_machine
 from localmoe.placement.host import Host, host_of
 from localmoe.placement.processor import build_of, processor
-from localmoe.placement.sources import clean, run_tool
+from localmoe.placement.sources import Sources, clean, run_tool
 
 GIB = 1 << 30
 AVX512_FLAGS = "fpu pni ssse3 avx f16c fma avx2 bmi2 avx512f avx512_vnni"

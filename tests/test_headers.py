@@ -14,10 +14,11 @@ from make_model import FAMILIES, SHAPES, make_model
 from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.errors import DownloadError, ModelFileError
+from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.models.headers import header_files
-from localmoe.models.hub import Hub, TransferFault
-from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.models.hub import Hub
 from localmoe.models.remote import HubAccess, RemoteFile
+from localmoe.models.transport import TransferFault
 
 REPO = "org/name-GGUF"
 TINY = replace(SHAPES["tiny"], n_vocab=32000)

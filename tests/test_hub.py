@@ -17,9 +17,9 @@ from huggingface_hub import close_session
 from standin_hub import TOKEN, Fault, StandInHub
 
 from localmoe.errors import DownloadError, LocalMoeError, UsageError
-from localmoe.models.hub import Hub, RemoteBytes, TransferFault, check_name, check_repo, file_of
+from localmoe.models.hub import Hub, check_name, check_repo, file_of
 from localmoe.models.remote import HubAccess, RemoteFile, RemoteRepo
-from localmoe.models.transport import retry_after_s
+from localmoe.models.transport import RemoteBytes, TransferFault, retry_after_s
 
 REPO = "org/name-GGUF"
 CONTENT = b"GGUF" + os.urandom(300_000)

@@ -17,8 +17,8 @@ from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.cli import run_command
 from localmoe.cli.watching import download_line
-from localmoe.models.catalog import PACKAGE
-from localmoe.models.download import Progress
+from localmoe.gguf.demo import PACKAGE
+from localmoe.models.progress import Progress
 
 REPO = "maker/Small-GGUF"
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"

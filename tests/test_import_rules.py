@@ -25,7 +25,10 @@ FORBIDDEN = {
         "psutil", "localmoe.engine.client", "localmoe.models.hub", "localmoe.models.catalog",
     },
     "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
-    "models/gguf.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.models.hub"},
+    "gguf/": {
+        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement",
+        "localmoe.models",
+    },
     "engine/": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.placement", "localmoe.models",
     },

@@ -16,7 +16,7 @@ from standin_hub import StandInHub
 
 from localmoe.cli import run_command
 from localmoe.config import Settings
-from localmoe.models.catalog import DEMO
+from localmoe.gguf.demo import DEMO
 from localmoe.models.download import download, lock_of
 from localmoe.models.hub import file_of
 from localmoe.models.partial import Partial

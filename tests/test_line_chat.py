@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.models.catalog import DEMO
-from localmoe.serving.prompt import Message
+from localmoe.gguf.demo import DEMO
+from localmoe.serving.messages import Message
 from localmoe.serving.session import Sessions
 
 

@@ -17,7 +17,7 @@ from synthetic.quants import QUANTS
 from synthetic.vocabulary import vocabulary
 from synthetic.weights import random_blocks
 
-from localmoe.models.meta import read_meta
+from localmoe.gguf.model_meta import read_meta
 
 TINY = replace(SHAPES["tiny"], n_layers=3)
 

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from localmoe.models.catalog import ModelSpec, QuantSpec
-from localmoe.models.matching import (
-    models_meant,
-    newest,
-    quant_here,
-    sized_quants,
-    what_to_type,
-)
+from localmoe.models.matching import models_meant, newest, quant_here, sized_quants, what_to_type
 from localmoe.models.names import parse_name
 from localmoe.models.quants import Quant, quants_of
 from localmoe.models.remote import HubAccess, RemoteFile, RemoteRepo

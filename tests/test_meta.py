@@ -12,8 +12,8 @@ from synthetic import gguf_writer, mixtral
 from synthetic.gguf_writer import Blueprint, Tensor, Typed, Value
 
 from localmoe.errors import ModelFileError
-from localmoe.models.gguf import read_header
-from localmoe.models.meta import ModelMeta, TypeTotal, meta_of, read_meta
+from localmoe.gguf.model_meta import ModelMeta, TypeTotal, meta_of, read_meta
+from localmoe.gguf.reader import read_header
 
 TINY = replace(SHAPES["tiny"], n_vocab=260)
 

@@ -15,7 +15,7 @@ from localmoe.engine.devices import devices, host_memory
 from localmoe.engine.model import LoadedModel
 from localmoe.engine.pinning import HostMemory, PinnedPages, address_of, can_pin, joined, mapped
 from localmoe.engine.protocol import FileSpan, Placement
-from localmoe.models.meta import read_meta
+from localmoe.gguf.model_meta import read_meta
 from localmoe.placement.pinned import pinned_spans
 
 PAGE = mmap.PAGESIZE

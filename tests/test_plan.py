@@ -28,9 +28,10 @@ from synthetic.families import with_layers
 
 from localmoe.engine.protocol import KvType
 from localmoe.errors import DoesNotFit
-from localmoe.models.meta import ModelMeta, read_meta
-from localmoe.models.tensors import TensorInfo
-from localmoe.placement.hardware import Gpu, Machine
+from localmoe.gguf.model_meta import ModelMeta, read_meta
+from localmoe.gguf.tensors import TensorInfo
+from localmoe.placement.gpus import Gpu
+from localmoe.placement.hardware import Machine
 from localmoe.placement.measured import NOTHING_MEASURED, ComputePoint, Measured
 from localmoe.placement.plan import Plan, best_plan, make_plan
 from localmoe.placement.request import PlanRequest

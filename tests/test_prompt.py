@@ -7,13 +7,9 @@ from dataclasses import replace
 import pytest
 
 from localmoe.errors import PromptError
-from localmoe.serving.prompt import (
-    MistralFormat,
-    TemplateFacts,
-    TemplateFormat,
-    is_mistral,
-    prompt_format,
-)
+from localmoe.serving.mistral import MistralFormat
+from localmoe.serving.prompt import TemplateFacts, is_mistral, prompt_format
+from localmoe.serving.template_format import TemplateFormat
 from localmoe.serving.text_format import TextFormat
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

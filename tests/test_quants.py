@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from localmoe.errors import ModelFileError, UsageError
-from localmoe.models.architectures import ARCHITECTURES, refuse_unknown
+from localmoe.gguf.architectures import ARCHITECTURES, refuse_unknown
 from localmoe.models.quants import (
     LADDER,
     Quant,

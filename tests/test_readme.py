@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from standin_hub import StandInHub
 
-from localmoe.models.catalog import PACKAGE
+from localmoe.gguf.demo import PACKAGE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

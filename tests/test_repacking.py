@@ -60,7 +60,7 @@ def test_matrices_are_those_that_are_multiplied_with(weights: bindings.Model) ->
 
 def test_tied_embeddings_are_left_alone(tmp_path: Path) -> None:
     """They are looked up as rows too, which repacked ones can't be."""
-    from localmoe.models.catalog import DEMO
+    from localmoe.gguf.demo import DEMO
 
     demo = bindings.Model(str(DEMO))
     assert "token_embd.weight" not in [t.name.decode() for t in matrices(demo)]

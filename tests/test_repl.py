@@ -22,7 +22,7 @@ if sys.platform == "win32":
 from terminal import Terminal
 
 from localmoe.cli.slash_facts import COMMANDS
-from localmoe.serving.prompt import Message
+from localmoe.serving.messages import Message
 from localmoe.serving.session import Sessions
 
 CHAT = ["chat", "demo"]

@@ -25,8 +25,9 @@ from localmoe.placement.measured import Figure
 from localmoe.placement.plan import SMALLEST_N_CTX, Memory, Plan
 from localmoe.placement.sources import Sources
 from localmoe.revival import Revival, kept_bytes, oom_kills, safer
-from localmoe.serving.chat import Answer, Chat
-from localmoe.serving.prompt import Message
+from localmoe.serving.answer import Answer
+from localmoe.serving.chat import Chat
+from localmoe.serving.messages import Message
 
 if sys.platform == "win32":
     pytest.skip("needs signals", allow_module_level=True)

@@ -24,7 +24,7 @@ from localmoe.engine.places import Cells
 from localmoe.engine.protocol import Delta, Failed, KvType, Placement, Request, Sampling
 from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.waiting import MAX_PASSED, WORTH_SHARING, Queue, Waiting, common_prefix
-from localmoe.models.catalog import PACKAGE
+from localmoe.gguf.demo import PACKAGE
 from localmoe.serving.sharing import sharing_of
 
 GREEDY = Sampling(temperature=0)

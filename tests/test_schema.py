@@ -27,7 +27,7 @@ from localmoe.engine.protocol import Piece, Placement, Request, Sampling
 from localmoe.engine.schema_grammar import schema_grammar
 from localmoe.engine.schema_merge import KNOWN, NOT_HELD, TYPES
 from localmoe.errors import UsageError
-from localmoe.models.catalog import DEMO
+from localmoe.gguf.demo import DEMO
 from localmoe.serving.schema import WrongForm, check_answer, check_grammar, check_schema
 
 KEYWORDS = sorted([*KNOWN, *NOT_HELD, "$defs", "title"])

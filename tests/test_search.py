@@ -10,8 +10,9 @@ from make_model import FAMILIES, SHAPES, make_model
 
 from localmoe.engine.rates import Bandwidths, DeviceRates
 from localmoe.errors import DoesNotFit, gib
-from localmoe.models.meta import ModelMeta, read_meta
-from localmoe.placement.hardware import Gpu, Machine
+from localmoe.gguf.model_meta import ModelMeta, read_meta
+from localmoe.placement.gpus import Gpu
+from localmoe.placement.hardware import Machine
 from localmoe.placement.measured import NOTHING_MEASURED
 from localmoe.placement.plan import Plan, make_plan
 from localmoe.placement.request import PlanRequest

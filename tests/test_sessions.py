@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from localmoe.cli import run_command
 from localmoe.config import sessions_folder
 from localmoe.errors import LocalMoeError, UsageError
-from localmoe.serving.prompt import Message
+from localmoe.serving.messages import Message
 from localmoe.serving.session import Session, Sessions
 from localmoe.serving.transcript import read_transcript
 
@@ -230,7 +230,7 @@ def test_a_killed_writer_loses_nothing_that_was_kept(store: Sessions) -> None:
     program = (
         "import sys, itertools\n"
         "from pathlib import Path\n"
-        "from localmoe.serving.prompt import Message\n"
+        "from localmoe.serving.messages import Message\n"
         "from localmoe.serving.session import Sessions\n"
         "session = Sessions(Path(sys.argv[1])).open_or_new('one', 'demo')\n"
         "messages = session.messages\n"
@@ -261,7 +261,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_file_as_it_was(store: Sessions
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from localmoe.errors import LocalMoeError\n"
-        "from localmoe.serving.prompt import Message\n"
+        "from localmoe.serving.messages import Message\n"
         "from localmoe.serving.session import Sessions\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "session = Sessions(Path(sys.argv[1])).open('one')\n"

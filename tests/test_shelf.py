@@ -12,7 +12,8 @@ from localmoe.models.cache_layout import CachedFile
 from localmoe.models.catalog import ModelSpec, QuantSpec, read_catalog
 from localmoe.models.matching import sized_quants
 from localmoe.models.store import Installed
-from localmoe.placement.hardware import Gpu, Machine
+from localmoe.placement.gpus import Gpu
+from localmoe.placement.hardware import Machine
 from localmoe.placement.request import PlanRequest
 from localmoe.shelf import Entry, Room, room_of, suited
 

@@ -24,8 +24,8 @@ from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement, Request, Sampling
 from localmoe.engine.state_messages import StateRestored, StateSaved
 from localmoe.errors import EngineError
-from localmoe.models.catalog import DEMO
-from localmoe.serving.prompt import Message
+from localmoe.gguf.demo import DEMO
+from localmoe.serving.messages import Message
 from localmoe.serving.session import Session, Sessions
 from localmoe.serving.states import clear_unfinished, file_key, restore_state, save_state
 

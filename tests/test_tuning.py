@@ -15,14 +15,9 @@ from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement
 from localmoe.engine.rates import MARGIN, RepackableLayer, StepTime, Tuning
 from localmoe.engine.tuning import clearly_fastest
-from localmoe.models.catalog import DEMO
-from localmoe.models.meta import ModelMeta, read_meta
-from localmoe.placement.copies import (
-    RESERVE_BYTES,
-    RESERVE_SHARE,
-    repack_seconds,
-    with_copies,
-)
+from localmoe.gguf.demo import DEMO
+from localmoe.gguf.model_meta import ModelMeta, read_meta
+from localmoe.placement.copies import RESERVE_BYTES, RESERVE_SHARE, repack_seconds, with_copies
 from localmoe.placement.forecast import forecast, setting_of
 from localmoe.placement.hardware import Machine
 from localmoe.placement.measured import NOTHING_MEASURED, MeasurementKey

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..files import decoded, read_text
 from . import render
-from .options import decoded, read_messages, read_text
+from .options import read_messages
 
 if TYPE_CHECKING:
-    from ..serving.prompt import Message
+    from ..serving.messages import Message
 
 MAX_SILENCE_S = 1.0
 MAX_STDIN_BYTES = 64 << 20
@@ -29,7 +30,7 @@ def conversation_of(
     quiet: bool = False,
 ) -> list[Message]:
     """The conversation that a command line means. Raises UsageError."""
-    from ..serving.prompt import parse_messages
+    from ..serving.messages import parse_messages
 
     if messages is not None:
         if prompt is not None or files:
@@ -40,7 +41,7 @@ def conversation_of(
 
 
 def system_message(text: str | None) -> list[Message]:
-    from ..serving.prompt import Message
+    from ..serving.messages import Message
 
     return [] if text is None else [Message("system", text)]
 

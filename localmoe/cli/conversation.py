@@ -1,6 +1,6 @@
 """What a chat command holds: the model that answers, what was said, where it is kept.
 
-Knows no terminal: repl.py and lines.py show it.
+Knows no terminal: repl.py and files.py show it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LocalMoeError
 from ..serving.chat import Chat
-from ..serving.prompt import Message
+from ..serving.messages import Message
 from .loading import Loading
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from . import render
 from .options import json_option, verbosity_options
 
 if TYPE_CHECKING:
-    from ..models.convert import Conversion
-    from ..models.meta import ModelMeta
+    from ..gguf.merge_experts import Conversion
+    from ..gguf.model_meta import ModelMeta
 
 TRY_OUT_CONTEXT = 256  # tokens; fewer are rounded up to this
 # quants of which early files lose no more than later ones: all their matrices have one type
@@ -36,7 +36,7 @@ def convert(file: str, output: str | None, as_json: bool, verbose: bool, quiet: 
     Such files have a tensor for each expert, which llama.cpp no longer loads. The old file stays
     as it is; the new one takes as much disk again, and is tried out before it gets its name.
     """
-    from ..models.convert import plan_conversion
+    from ..gguf.merge_experts import plan_conversion
 
     path = Path(file).expanduser()
     conversion = plan_conversion(path)
@@ -58,7 +58,7 @@ def convert(file: str, output: str | None, as_json: bool, verbose: bool, quiet: 
 
 def beside(path: Path) -> Path:
     """Where the new file lies if nobody says; shards become one file."""
-    from ..models.meta import SHARD_NAME
+    from ..gguf.model_meta import SHARD_NAME
 
     stem = SHARD_NAME.sub("", path.name).removesuffix(".gguf")
     return path.with_name(f"{stem}-merged.gguf")
@@ -66,7 +66,7 @@ def beside(path: Path) -> Path:
 
 def write(conversion: Conversion, target: Path, verbose: bool, quiet: bool) -> bool:
     """Convert with progress shown; says whether the new file has generated a token here."""
-    from ..models.convert import convert as write_file
+    from ..gguf.merge_experts import merge_experts as write_file
 
     line = render.StatusLine(quiet)
     ran = False

@@ -19,8 +19,9 @@ from .options import json_option
 
 if TYPE_CHECKING:
     from ..engine.protocol import DeviceList
+    from ..placement.findings import Finding
     from ..placement.gpus import Gpu
-    from ..placement.hardware import Finding, Machine
+    from ..placement.hardware import Machine
     from ..placement.host import Host
 
 WIDTH = 80
@@ -75,8 +76,9 @@ def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
     from ..config import engine_environment, hub_access
     from ..models.store import Store
-    from ..placement.hardware import Sources, machine_of
+    from ..placement.hardware import machine_of
     from ..placement.host import host_of
+    from ..placement.sources import Sources
 
     env = engine_environment()
     host = host_of(Sources(env=env))
@@ -121,7 +123,7 @@ def settings_findings() -> Iterator[Finding]:
     """What stands in the config file, or in a variable, and makes no sense."""
     from ..config import config_path, load_settings
     from ..errors import LocalMoeError
-    from ..placement.hardware import Finding
+    from ..placement.findings import Finding
     from .config import check
 
     try:
@@ -141,7 +143,7 @@ def is_no_error(finding: Finding) -> bool:
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:
     """A disk without room for models. Raises nothing, and writes nothing to find out."""
-    from ..placement.hardware import Finding
+    from ..placement.findings import Finding
 
     if free < MIN_FREE_BYTES:
         what = f"The disk of {folders['models']} has only {render.size(free)} free."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .render import safe, size
 
 if TYPE_CHECKING:
-    from ..models.meta import ModelMeta
+    from ..gguf.model_meta import ModelMeta
     from ..placement.forecast import Forecast
     from ..placement.plan import Memory, Plan
 

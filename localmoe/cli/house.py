@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
-from ..models.cursor import printable
+from ..errors import UsageError, printable
 from . import render
 from .options import json_option, offline_option, settings_of
 from .watching import finder, watching

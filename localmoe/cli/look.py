@@ -11,7 +11,7 @@ from .options import json_option, messages_option, offline_option, settings_of
 from .watching import finder
 
 if TYPE_CHECKING:
-    from ..models.meta import ModelMeta
+    from ..gguf.model_meta import ModelMeta
     from ..obtain import Found
 
 ROLES = {

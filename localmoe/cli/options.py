@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ..errors import UsageError
+from ..files import read_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -126,24 +125,6 @@ def read_schema(given: str) -> str:
     """A JSON schema from the command line or a file."""
     text = given.strip()
     return given if text.startswith("{") or text in ("true", "false") else read_text(given)
-
-
-def read_text(path: str) -> str:
-    """A text file, or stdin for `-`, as UTF-8. Raises UsageError."""
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} can't be read: {reason}.") from None
-    return decoded(raw, "stdin" if path == "-" else path)
-
-
-def decoded(raw: bytes, name: str) -> str:
-    """Bytes from outside as text. Raises UsageError."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{name} is not UTF-8 text.") from None
 
 
 def read_messages(path: str) -> Any:

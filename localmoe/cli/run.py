@@ -24,8 +24,9 @@ from .watching import load
 
 if TYPE_CHECKING:
     from ..load import LoadedModel
-    from ..serving.chat import Answer, AnswerOptions
-    from ..serving.prompt import Message
+    from ..serving.answer import Answer
+    from ..serving.chat import AnswerOptions
+    from ..serving.messages import Message
 
 CHARACTERS_PER_TOKEN = 4  # of English; what a plan is made for need not be exact
 
@@ -96,7 +97,7 @@ def answered(
     Only a person at a terminal sees it before: a program would take half an answer for one.
     Raises LocalMoeError.
     """
-    from ..serving.chat import Answer
+    from ..serving.answer import Answer
     from ..serving.schema import check_answer, has_form
 
     waits = as_json or (has_form(options.sampling) and not sys.stdout.isatty())

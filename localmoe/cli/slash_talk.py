@@ -87,7 +87,7 @@ def read(repl: Repl, argument: str) -> None:
 
 def checked_text(repl: Repl, path: Path) -> str:
     """What a text file holds. Raises UsageError where it is none, or can't fit by its size."""
-    from .options import read_text
+    from ..files import read_text
 
     if path.is_file() and path.stat().st_size > MAX_TOKEN_BYTES * repl.ready().chat.model.n_ctx:
         size = render.size(path.stat().st_size)

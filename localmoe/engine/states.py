@@ -37,7 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..disk import replace_file, sync
+from ..files import replace_file, sync
 from .bindings import ggml
 from .model import LoadedModel
 from .places import Places

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..gguf.model_meta import SHARD_NAME, ModelMeta
 from .catalog import ModelSpec
-from .meta import SHARD_NAME, ModelMeta
 
 SAME_SIZE = 0.02  # the catalog rounds the number of parameters
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .meta import SHARD_NAME
+from ..gguf.model_meta import SHARD_NAME
 
 REPO_FOLDER = re.compile(r"models--[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -24,13 +24,11 @@ from pydantic import (
 )
 
 from ..errors import LocalMoeError
+from ..gguf.demo import PACKAGE
 from .names import REPO, is_file_name
 from .quants import LADDER, bits, near_labels, parse_label
 from .yaml_lines import Place, YamlLines
 
-PACKAGE = Path(__file__).resolve().parent.parent
-DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
-"""The model that ships with the package, and is there whatever a person's catalog says."""
 FILE_NAME = "models.yaml"
 MIN_MODEL_BYTES, MAX_MODEL_BYTES = 1 << 12, 1 << 43
 SIZE_TOLERANCE = (0.6, 2.0)

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from localmoe.errors import DownloadError
-
-from .gguf import HeaderIncomplete, read_header
+from ..errors import DownloadError
+from ..gguf.reader import HeaderIncomplete, read_header
 from .hub import Hub, check_name, check_repo
 from .remote import RemoteFile
 

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
-from localmoe.errors import DownloadError, LocalMoeError, UsageError
-
+from ..errors import DownloadError, LocalMoeError, UsageError, printable
 from .cache_layout import COMMIT, SHA256
-from .cursor import printable
 from .listings import keep_listing, kept_listing
 from .names import REPO, is_repo_name, is_revision
 from .refusals import is_no_network, no_hub, reason_for_silence, refusal_of

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from ..errors import UsageError
-from .cursor import printable
+from ..errors import UsageError, printable
 from .quants import base_label, label_of, near_labels, parse_label
 
 if TYPE_CHECKING:

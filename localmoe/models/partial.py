@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from ..disk import sync_folder
+from ..files import sync_folder
 from .pieces import PIECE_BYTES, as_ranges, fill, n_pieces
 from .remote import RemoteFile
 

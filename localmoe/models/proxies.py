@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from localmoe.errors import DownloadError
+from ..errors import DownloadError
 
 DEFAULT_PORT = 80
 

@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import ModelFileError, UsageError
-from .cursor import printable
-from .meta import SHARD_NAME
+from ..errors import ModelFileError, UsageError, printable
+from ..gguf.model_meta import SHARD_NAME
 from .remote import RemoteFile, RemoteRepo
 
 # Labels from the coarsest to the finest, each with the bits that a weight takes in the whole file.

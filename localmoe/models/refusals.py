@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from localmoe.errors import DownloadError, LocalMoeError, UsageError
-
+from ..errors import DownloadError, LocalMoeError, UsageError
 from .remote import RemoteFile
 from .transport import TransferFault, retry_after_s
 

@@ -17,17 +17,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..errors import LocalMoeError, gib
-from .cache_layout import (
-    REPO_FOLDER,
-    SHA256,
-    CachedFile,
-    cached_files,
-    entries,
-    link_target,
-    walk,
-)
-from .cursor import printable
+from ..errors import LocalMoeError, gib, printable
+from .cache_layout import REPO_FOLDER, SHA256, CachedFile, cached_files, entries, link_target, walk
 from .download import lock_of
 from .partial import Leftover, remove_leftover
 from .stamps import Stamps

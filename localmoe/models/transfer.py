@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import DownloadError, gib
-from .hub import Hub, RemoteBytes, TransferFault
+from .hub import Hub
 from .partial import Partial
 from .pieces import PIECE_BYTES, n_pieces
 from .segments import Segment, Segments
+from .transport import RemoteBytes, TransferFault
 
 SYNC_EVERY_S = 0.25
 """What came since then is fetched again after a power cut: 8 MiB at 32 MiB/s."""

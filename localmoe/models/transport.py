@@ -20,8 +20,7 @@ from time import time
 from typing import Literal
 from urllib.parse import quote, urljoin, urlsplit
 
-from localmoe.errors import DownloadError
-
+from ..errors import DownloadError
 from .proxies import proxy_for
 
 CONNECT_S = 10.0

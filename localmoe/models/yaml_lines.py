@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from ..errors import LocalMoeError
-from .cursor import printable
+from ..errors import LocalMoeError, printable
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 8

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..errors import DoesNotFit
-from ..models.meta import ModelMeta
-from .hardware import Gpu, Machine
+from ..gguf.model_meta import ModelMeta
+from .gpus import Gpu
+from .hardware import Machine
 from .request import PlanRequest
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from ..engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .measured import MeasurementKey, write_beside
 
 __all__ = ["CPU", "NO_BANDWIDTHS", "BandwidthStore", "Bandwidths", "DeviceRates", "ProductRate",

@@ -6,7 +6,7 @@ Sources: src/llama-kv-cache.cpp, src/llama-memory-recurrent.cpp, src/llama-hpara
 from __future__ import annotations
 
 from ..engine.protocol import KvType
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta, head_dims
 
 CELL_PADDING = 256
 """A sequence's cells come in steps of so many (src/llama-context.cpp)."""
@@ -50,21 +50,6 @@ def shares_cache(meta: ModelMeta, layer: int) -> bool:
     """Whether a layer looks into an earlier layer's cache instead of having one."""
     window = meta.sliding_window
     return window is not None and layer >= meta.n_layers - window.n_shared_kv_layers
-
-
-def head_dims(meta: ModelMeta, layer: int) -> tuple[int, int]:
-    window = meta.sliding_window
-    if window is not None and is_windowed(meta, layer):
-        return window.head_dim_k, window.head_dim_v
-    return meta.head_dim_k, meta.head_dim_v
-
-
-def is_windowed(meta: ModelMeta, layer: int) -> bool:
-    """Whether a layer sees a sliding window only; where its header says so."""
-    pattern = meta.sliding_window.pattern if meta.sliding_window else None
-    if isinstance(pattern, tuple):
-        return pattern[layer]
-    return pattern is not None and layer % pattern < pattern - 1
 
 
 def recurrent_state_bytes(meta: ModelMeta) -> int:

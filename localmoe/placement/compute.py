@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .measured import ComputePoint, Figure
 
 FLOAT = 4

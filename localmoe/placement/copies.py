@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..engine.protocol import RepackMode
 from ..engine.rates import MARGIN, Tuning
 from ..errors import gib
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .forecast import touched_share
 from .measured import Figure
 from .plan import Plan

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engine.protocol import BufferSizes, Placement
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .hardware import Machine
 from .measured import ComputePoint, Figure, Measured
 from .plan import Plan, best_plan, make_plan

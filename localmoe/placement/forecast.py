@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..engine.protocol import Placement, Timings, Usage
-from ..engine.rates import Tuning
-from ..models.meta import ModelMeta
-from .bandwidth import CPU, Bandwidths, Rates, rates_of
+from ..engine.rates import CPU, Bandwidths, Tuning
+from ..gguf.model_meta import ModelMeta
+from .bandwidth import Rates, rates_of
 from .parts import LayerWork, Part, layers_of, parts_of
 from .sizes import FLOATS
 from .speeds import SpeedKind, SpeedRecord, correction

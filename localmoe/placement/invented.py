@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .hardware import Gpu, Machine
+from .gpus import Gpu
+from .hardware import Machine
 from .request import PlanRequest
 
 

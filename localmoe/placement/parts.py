@@ -15,9 +15,8 @@ from typing import Literal, TypeAlias
 
 from ..engine.protocol import Placement
 from ..engine.rates import CPU
-from ..models.meta import ModelMeta
-from ..models.tensors import TensorInfo
-from .cache import head_dims, is_windowed
+from ..gguf.model_meta import ModelMeta, head_dims, is_windowed
+from ..gguf.tensors import TensorInfo
 
 Use: TypeAlias = Literal["dense", "experts", "output"]
 

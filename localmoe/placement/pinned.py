@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..engine.protocol import FileSpan, Placement
-from ..models.meta import ModelMeta
-from .bandwidth import CPU
+from ..engine.rates import CPU
+from ..gguf.model_meta import ModelMeta
 from .parts import device_of, layer_devices
 
 SMALLEST_BYTES = 1 << 20

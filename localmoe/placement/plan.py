@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from ..engine.protocol import Placement
 from ..errors import DoesNotFit, gib
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .asked import fixed_layers, gpu_budgets, ram_budget
 from .fill import Layer, Layout, Rooms, fill_most, lay_out, layout_of, runs
 from .forecast import Forecast
-from .hardware import Gpu, Machine
+from .gpus import Gpu
+from .hardware import Machine
 from .measured import Figure, Measured
 from .placing import placement_of
 from .reasons import context_size, layout_reasons, rejections

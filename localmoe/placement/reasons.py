@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import gib
-from ..models.meta import ModelMeta
+from ..gguf.model_meta import ModelMeta
 from .fill import Layout, Rooms
-from .hardware import Gpu
+from .gpus import Gpu
 from .request import PlanRequest
 from .sizes import Sizes
 

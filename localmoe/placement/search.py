@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..engine.protocol import Placement
-from ..engine.rates import Tuning
+from ..engine.rates import Bandwidths, Tuning
 from ..errors import DoesNotFit, gib
-from ..models.meta import ModelMeta
-from ..models.tensors import TensorInfo
-from .bandwidth import Bandwidths
+from ..gguf.model_meta import ModelMeta
+from ..gguf.tensors import TensorInfo
 from .copies import repack_seconds, with_copies
 from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
 from .plan import Plan

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import astuple, dataclass, replace
 
-from ..models.meta import ModelMeta
-from ..models.tensors import TensorInfo
+from ..gguf.model_meta import ModelMeta
+from ..gguf.tensors import TensorInfo
 from .cache import cache_bytes_by_layer
 from .compute import (
     Work,
@@ -20,7 +20,7 @@ from .compute import (
     scores_bytes,
 )
 from .fill import Layer
-from .hardware import Gpu
+from .gpus import Gpu
 from .measured import Figure, Measured
 from .request import PlanRequest
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from ..errors import LocalMoeError
+from ..files import digest
 from .chat import AnswerOptions
-from .lines import digest
 
 PAGE = 64
 TABLES = """

@@ -16,22 +16,15 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from ..engine.protocol import FinishReason, Request, Timings, Usage
+from ..files import InputLine, digest, read_lines
 from .answer import Markers
 from .asking import Asking, BatchEngine, Outcome, Stop
 from .backlog import Ask, Backlog
 from .batch_body import ItemError, shown
-from .batch_input import (
-    BatchRequest,
-    Defaults,
-    Form,
-    is_blank,
-    request_of,
-    request_of_line,
-)
+from .batch_input import BatchRequest, Defaults, Form, is_blank, request_of, request_of_line
 from .batch_output import FileOutput, Output, Reply, answer_reply, error_reply
 from .batch_prompt import Encoder
 from .journal import Record
-from .lines import Line, digest, read_lines
 
 GROUP = 256
 
@@ -145,7 +138,7 @@ def check_input(
 
 
 def _check_line(
-    line: Line,
+    line: InputLine,
     form: Form,
     defaults: Defaults,
     encoder_of: Callable[[], Encoder],
@@ -180,7 +173,7 @@ def _check_line(
     return None
 
 
-def _take_name(name: str, custom_id: str | None, line: Line, backlog: Backlog) -> None:
+def _take_name(name: str, custom_id: str | None, line: InputLine, backlog: Backlog) -> None:
     taken = backlog.take_name(name, line.number)
     if taken != line.number:
         message = f"The custom_id {shown(name)} is that of line {taken} already."

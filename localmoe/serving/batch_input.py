@@ -14,9 +14,9 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, Literal
 
 from ..errors import PromptError, UsageError
+from ..files import MAX_LINE_BYTES, InputLine, read_lines
 from .batch_body import ItemError, answer_options, check_text, shown
 from .chat import AnswerOptions
-from .lines import MAX_LINE_BYTES, Line, read_lines
 from .messages import Message, parse_messages
 
 Form = Literal["json", "text"]
@@ -69,11 +69,11 @@ def form_of(name: str, stream: BinaryIO) -> Form:
     return "text"
 
 
-def is_blank(line: Line) -> bool:
+def is_blank(line: InputLine) -> bool:
     return line.raw is not None and not line.raw.strip()
 
 
-def request_of_line(line: Line, form: Form, defaults: Defaults) -> BatchRequest:
+def request_of_line(line: InputLine, form: Form, defaults: Defaults) -> BatchRequest:
     """What a line asks. Raises ItemError, with the line's custom_id where it could be read."""
     text = text_of(line)
     if form == "text":
@@ -81,7 +81,7 @@ def request_of_line(line: Line, form: Form, defaults: Defaults) -> BatchRequest:
     return request_of(json_of(text), defaults)
 
 
-def text_of(line: Line) -> str:
+def text_of(line: InputLine) -> str:
     """A line as text; a byte order mark is allowed where a file begins. Raises ItemError."""
     raw = line.raw
     if raw is None:

@@ -26,7 +26,7 @@ from .context import (
     system_and_turns,
     too_long,
 )
-from .prompt import Message, Prompt, PromptFormat
+from .messages import Message, Prompt, PromptFormat
 
 OnFull = Literal["stop", "drop", "summarize"]
 T = TypeVar("T")

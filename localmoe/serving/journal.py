@@ -18,9 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..disk import APPENDING, append, replace_file, sync, sync_folder
 from ..errors import LocalMoeError, UsageError
-from .lines import Line, read_lines
+from ..files import APPENDING, InputLine, append, read_lines, replace_file, sync, sync_folder
 
 MAX_RECORD_BYTES = 64 << 20
 COPY_BYTES = 1 << 20
@@ -103,7 +102,7 @@ class Journal:
         """Every record of an output that was recovered."""
         return (record for _, record in self._lines() if record is not None)
 
-    def _lines(self) -> Iterator[tuple[Line, Record | None]]:
+    def _lines(self) -> Iterator[tuple[InputLine, Record | None]]:
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             for line in read_lines(file, MAX_RECORD_BYTES):
                 yield line, record_of(line)
@@ -188,7 +187,7 @@ def _refuse_odd(path: Path) -> None:
         raise UsageError(f"{path} is not a file.", "Give a file, or -o - for standard output.")
 
 
-def record_of(line: Line) -> Record | None:
+def record_of(line: InputLine) -> Record | None:
     """The record that a line of an output is; None where it isn't a whole one."""
     if line.raw is None or not line.whole:
         return None

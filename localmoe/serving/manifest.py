@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..disk import replace_file, sync
 from ..errors import LocalMoeError, UsageError
+from ..files import replace_file, sync
 
 FORM = "localmoe batch 1"
 MAX_SHOWN = 24

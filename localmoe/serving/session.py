@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..disk import APPENDING, append, sync_folder
 from ..errors import LocalMoeError, UsageError
+from ..files import APPENDING, append, sync_folder
 from .messages import Message
 from .session_names import is_automatic, is_name, names_for
 from .transcript import Transcript, changes, head, other_model, read_transcript

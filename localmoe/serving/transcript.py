@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocalMoeError
-from .lines import Line, read_lines
+from ..files import InputLine, read_lines
 from .messages import Message
 
 VERSION = 1
@@ -81,12 +81,12 @@ def read_transcript(path: Path) -> Transcript:
     return found
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _lines(path: Path) -> Iterator[InputLine]:
     with path.open("rb") as file:
         yield from read_lines(file, MAX_RECORD_BYTES)
 
 
-def record_of(line: Line) -> dict[str, Any] | None:
+def record_of(line: InputLine) -> dict[str, Any] | None:
     """The record that a line is, checked; None where it isn't a whole one."""
     if line.raw is None or not line.whole:
         return None

@@ -50,8 +50,8 @@ from localmoe.cli.batch_files import crowd_of
 from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Request, Sampling
+from localmoe.gguf.model_meta import read_meta
 from localmoe.load import load_found, open_vocabulary
-from localmoe.models.meta import read_meta
 from localmoe.models.names import ModelName
 from localmoe.obtain import Found, Watch
 from localmoe.placement.crowd import Crowd

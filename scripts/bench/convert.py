@@ -27,9 +27,9 @@ from make_model import SHAPES, make_model  # noqa: E402
 CONVERT = """
 import sys, time
 from pathlib import Path
-from localmoe.models.convert import convert, plan_conversion
+from localmoe.gguf.merge_experts import merge_experts, plan_conversion
 started = time.perf_counter()
-convert(plan_conversion(sys.argv[1]), Path(sys.argv[2]))
+merge_experts(plan_conversion(sys.argv[1]), Path(sys.argv[2]))
 seconds = time.perf_counter() - started
 status = Path("/proc/self/status").read_text()
 print(seconds, int(status.split("VmHWM:")[1].split()[0]) * 1024)

@@ -25,8 +25,9 @@ from pathlib import Path
 from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement, Request, Sampling, Timings, Usage
-from localmoe.models.meta import ModelMeta, read_meta
-from localmoe.placement.bandwidth import Bandwidths, parsed, threads_to_measure, types_to_measure
+from localmoe.engine.rates import Bandwidths
+from localmoe.gguf.model_meta import ModelMeta, read_meta
+from localmoe.placement.bandwidth import parsed, threads_to_measure, types_to_measure
 from localmoe.placement.forecast import Forecast, Task, forecast, records_of, setting_of
 
 N_GENERATED = 32

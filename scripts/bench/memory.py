@@ -20,7 +20,7 @@ from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Request, Sampling
 from localmoe.errors import LocalMoeError
-from localmoe.models.meta import ModelMeta, read_meta
+from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.placement.plan import Plan
 from localmoe.planning import plan_to_load
 

@@ -38,8 +38,8 @@ from synthetic.routing import expert_logits  # noqa: E402
 from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.errors import LocalMoeError
+from localmoe.gguf.model_meta import read_meta
 from localmoe.load import LoadedModel, load_local
-from localmoe.models.meta import read_meta
 from localmoe.placement.forecast import Task, forecast
 from localmoe.placement.speeds import SpeedRecord
 from localmoe.planning import Planner

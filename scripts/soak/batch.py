@@ -230,9 +230,9 @@ def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
     from localmoe.config import engine_environment
     from localmoe.engine.client import Engine
     from localmoe.engine.protocol import Placement, Sampling
+    from localmoe.gguf.demo import PACKAGE
+    from localmoe.gguf.model_meta import read_meta
     from localmoe.load import format_of
-    from localmoe.models.catalog import PACKAGE
-    from localmoe.models.meta import read_meta
     from localmoe.serving import batch
     from localmoe.serving.asking import Stop
     from localmoe.serving.backlog import Backlog

@@ -31,10 +31,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from standin_hub import Fault, RequestRecord, StandInHub  # noqa: E402
 
 from localmoe.errors import DownloadError  # noqa: E402
-from localmoe.models.download import Patience, download  # noqa: E402
+from localmoe.models.download import download  # noqa: E402
 from localmoe.models.hub import Hub  # noqa: E402
 from localmoe.models.partial import leftovers  # noqa: E402
 from localmoe.models.remote import HubAccess, RemoteFile  # noqa: E402
+from localmoe.models.transfer import Patience  # noqa: E402
 
 REPO, NAME = "org/soak-GGUF", "soak.gguf"
 BUDGET_BYTES = 8 << 20

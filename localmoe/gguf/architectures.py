@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from ..errors import ModelFileError
-from .cursor import refusal
+from ..errors import ModelFileError, model_file_error
 
 # LLM_ARCH_NAMES (src/llama-arch.cpp of llama-cpp-python 0.3.36), less clip, which only
 # llama-quantize takes
@@ -43,7 +42,7 @@ def refuse_unknown(architecture: str, name: str) -> ModelFileError | None:
         return None
     near = difflib.get_close_matches(architecture, sorted(ARCHITECTURES), n=1, cutoff=0.8)
     known = f"; {near[0]} is known" if near else ""
-    return refusal(
+    return model_file_error(
         name,
         f"of the architecture {architecture[:40] or '(none)'}, unknown to this version{known}",
         "It needs a newer localmoe: pip install -U localmoe",

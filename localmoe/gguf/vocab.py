@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cursor import StringArray
-from .keys import Keys
+from .metadata import Metadata
+from .reader import StringArray
 
 # enum llama_token_type (include/llama.h)
 CONTROL, USER_DEFINED = 3, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenizer:
+class VocabMeta:
     """How text becomes tokens. An id is None where the header has none; llama.cpp then has its own
     default for the tokenizer's kind. `control_tokens` are texts that stand for a control token,
     `user_tokens` those of tokens that are matched whole but are plain text.
@@ -36,7 +36,7 @@ class Tokenizer:
     user_tokens: tuple[str, ...]
 
 
-def read_tokenizer(keys: Keys) -> Tokenizer:
+def read_tokenizer(keys: Metadata) -> VocabMeta:
     """Raises ModelFileError for a vocabulary that llama.cpp refuses or aborts on."""
     tokens = keys.strings("tokenizer.ggml.tokens")
     if tokens is None:
@@ -44,7 +44,7 @@ def read_tokenizer(keys: Keys) -> Tokenizer:
     _check_tokens(keys, tokens)
     types = (keys.numbers("tokenizer.ggml.token_type", "i") or ())[: len(tokens)]
     bos, eos = (_token_id(keys, name, len(tokens)) for name in ("bos", "eos"))
-    return Tokenizer(
+    return VocabMeta(
         model=keys.text("tokenizer.ggml.model"),
         pre=keys.text("tokenizer.ggml.pre"),
         n_vocab=len(tokens),
@@ -64,7 +64,7 @@ def read_tokenizer(keys: Keys) -> Tokenizer:
     )
 
 
-def _check_tokens(keys: Keys, tokens: StringArray) -> None:
+def _check_tokens(keys: Metadata, tokens: StringArray) -> None:
     """What llama_vocab::impl::load (src/llama-vocab.cpp) asserts or throws on."""
     if not tokens:
         raise keys.refuse("damaged: its vocabulary is empty")
@@ -84,7 +84,7 @@ def _check_tokens(keys: Keys, tokens: StringArray) -> None:
             raise keys.refuse(f"damaged: tokenizer.ggml.{key} doesn't fit {len(tokens):,} tokens")
 
 
-def _check_bytes(keys: Keys, texts: set[bytes]) -> None:
+def _check_bytes(keys: Metadata, texts: set[bytes]) -> None:
     """SentencePiece falls back to a token for each byte; llama.cpp ends the process at the first
     text that needs one which isn't there (llama_vocab::byte_to_token).
     """
@@ -96,7 +96,7 @@ def _check_bytes(keys: Keys, texts: set[bytes]) -> None:
         raise keys.refuse(f"damaged: {reason}")
 
 
-def _token_id(keys: Keys, name: str, n_vocab: int) -> int | None:
+def _token_id(keys: Metadata, name: str, n_vocab: int) -> int | None:
     """llama.cpp ignores ids outside the vocabulary, with a warning."""
     token_id = keys.get(f"tokenizer.ggml.{name}_token_id")
     valid = isinstance(token_id, int) and 0 <= token_id < n_vocab

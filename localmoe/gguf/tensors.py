@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .gguf import Header
+from .reader import Header
 
 Role: TypeAlias = Literal[
     "attention", "router", "experts", "shared_experts", "dense_ffn", "embedding", "output", "norm",

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from array import array
 
-from localmoe.errors import ModelFileError
-
-from .cursor import StringArray, refusal
-from .gguf import Header, KvValue
+from ..errors import ModelFileError, model_file_error
+from .reader import Header, KvValue, StringArray
 
 UINT32_MAX = 2**32 - 1  # llama.cpp keeps sizes in 32 bits
 GENERAL = ("general.", "tokenizer.", "split.")
 
 
-class Keys:
+class Metadata:
     """The metadata of one header. Names without a general prefix are the architecture's own."""
 
     def __init__(self, header: Header) -> None:
@@ -22,7 +20,7 @@ class Keys:
         self.architecture = self.text("general.architecture")
 
     def refuse(self, reason: str) -> ModelFileError:
-        return refusal(self.header.name, reason)
+        return model_file_error(self.header.name, reason)
 
     def _full(self, key: str) -> str:
         return key if key.startswith(GENERAL) else f"{self.architecture}.{key}"

@@ -2,21 +2,25 @@
 
 `read_header` reads a stream no further than its header goes, so the first megabytes of a remote
 file are enough. It refuses what llama.cpp refuses (ggml/src/gguf.cpp) and what would make it
-abort or hang, before llama.cpp sees the file. What the metadata means is meta.py's business.
+abort or hang, before llama.cpp sees the file. What the metadata means is model_meta.py's business.
+
+Taking values off a stream of little-endian bytes, within bounds; and the refusal of a file.
+
+What is read may come from anyone: no length is believed before it is held against the file's
+length and our caps, and no text reaches a message before it is made harmless.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, overload
 
-from .cursor import Cursor, HeaderIncomplete, StringArray, refusal
-
-__all__ = ["Header", "HeaderIncomplete", "KvValue", "RawTensor", "StringArray", "read_header"]
-
+from ..errors import ModelFileError, model_file_error
 
 # Our own caps; the largest headers in use have a few thousand tensors and 800,000 strings.
 MAX_KEYS = 2**14
@@ -110,7 +114,7 @@ def read_header(stream: BinaryIO, file_bytes: int | None = None, name: str = "")
     if file_bytes is None:
         file_bytes = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    cursor = Cursor(stream, file_bytes, name)
+    cursor = ByteReader(stream, file_bytes, name)
     version, n_tensors, n_keys = _preamble(cursor)
     kv = _metadata(cursor, n_keys)
     alignment = _alignment(cursor, kv)
@@ -122,7 +126,7 @@ def read_header(stream: BinaryIO, file_bytes: int | None = None, name: str = "")
     return header
 
 
-def _preamble(cursor: Cursor) -> tuple[int, int, int]:
+def _preamble(cursor: ByteReader) -> tuple[int, int, int]:
     """Version, number of tensors, number of keys."""
     cursor.need(min(32, cursor.file_bytes))
     _check_magic(cursor)
@@ -139,7 +143,7 @@ def _preamble(cursor: Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_keys
 
 
-def _check_magic(cursor: Cursor) -> None:
+def _check_magic(cursor: ByteReader) -> None:
     start = bytes(cursor.buffer[:32])
     if start[:4] == b"GGUF":
         return
@@ -154,7 +158,7 @@ def _check_magic(cursor: Cursor) -> None:
     raise cursor.refuse(f"not a GGUF file: it begins with {shown!r}")
 
 
-def _metadata(cursor: Cursor, n_keys: int) -> dict[str, KvValue]:
+def _metadata(cursor: ByteReader, n_keys: int) -> dict[str, KvValue]:
     kv: dict[str, KvValue] = {}
     for _ in range(n_keys):
         key = cursor.plain_name("key", MAX_KEY_BYTES)
@@ -167,7 +171,7 @@ def _metadata(cursor: Cursor, n_keys: int) -> dict[str, KvValue]:
     return kv
 
 
-def _scalar(cursor: Cursor, key: str, kind: int) -> KvValue:
+def _scalar(cursor: ByteReader, key: str, kind: int) -> KvValue:
     if kind == TYPE_STRING:
         return cursor.string().decode("utf-8", "replace")
     if kind not in SCALARS:
@@ -176,7 +180,7 @@ def _scalar(cursor: Cursor, key: str, kind: int) -> KvValue:
     return value
 
 
-def _array(cursor: Cursor, key: str) -> KvValue:
+def _array(cursor: ByteReader, key: str) -> KvValue:
     kind, n = cursor.take("I"), cursor.take("Q")
     if n > MAX_ARRAY_ITEMS:
         limit = f"{MAX_ARRAY_ITEMS:,}"
@@ -194,7 +198,7 @@ def _array(cursor: Cursor, key: str) -> KvValue:
     return values
 
 
-def _alignment(cursor: Cursor, kv: dict[str, KvValue]) -> int:
+def _alignment(cursor: ByteReader, kv: dict[str, KvValue]) -> int:
     alignment = kv.get("general.alignment", DEFAULT_ALIGNMENT)
     assert isinstance(alignment, int)  # its type was checked when it was read
     if not MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -205,7 +209,7 @@ def _alignment(cursor: Cursor, kv: dict[str, KvValue]) -> int:
     return alignment
 
 
-def _tensor_table(cursor: Cursor, n_tensors: int) -> tuple[RawTensor, ...]:
+def _tensor_table(cursor: ByteReader, n_tensors: int) -> tuple[RawTensor, ...]:
     tensors: dict[str, RawTensor] = {}
     for _ in range(n_tensors):
         name = cursor.plain_name("tensor", MAX_TENSOR_NAME_BYTES)
@@ -220,7 +224,9 @@ def _tensor_table(cursor: Cursor, n_tensors: int) -> tuple[RawTensor, ...]:
     return tuple(tensors.values())
 
 
-def _tensor(cursor: Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int) -> RawTensor:
+def _tensor(
+    cursor: ByteReader, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> RawTensor:
     if kind not in TENSOR_TYPES:
         raise cursor.refuse(f"the tensor {name} has type {kind}, unknown to this llama.cpp")
     type_name, block_values, block_bytes = TENSOR_TYPES[kind]
@@ -242,14 +248,149 @@ def _check_layout(header: Header) -> None:
     for tensor in header.tensors:
         if tensor.offset != expected:
             reason = f"damaged: {tensor.name} lies at {tensor.offset:,}, expected at {expected:,}"
-            raise refusal(header.name, reason)
+            raise model_file_error(header.name, reason)
         end = tensor.offset + tensor.n_bytes
         expected = _padded(end, header.alignment)
     if header.tensors and header.data_offset + end > header.file_bytes:
         needed = header.data_offset + end
         reason = f"cut short: the file has {header.file_bytes:,} bytes, its tensors need {needed:,}"
-        raise refusal(header.name, reason, "Download it again.")
+        raise model_file_error(header.name, reason, "Download it again.")
 
 
 def _padded(n_bytes: int, alignment: int) -> int:
     return -(-n_bytes // alignment) * alignment
+
+
+READ_BYTES = 2**20  # at a time
+# Our own caps; the largest headers in use hold 30 MB, most of it one JSON text.
+MAX_HEADER_BYTES = 128 * 2**20
+MAX_STRING_BYTES = 32 * 2**20
+
+
+class HeaderIncomplete(ModelFileError):
+    """The stream ends inside the header although the file goes on: more of it must be read."""
+
+
+class StringArray(Sequence[str]):
+    """An array of strings, decoded one by one when asked for."""
+
+    __slots__ = ("_ends", "_raw")
+
+    def __init__(self, raw: bytes, ends: array[int]) -> None:
+        self._raw = raw  # each string behind its 8 bytes of length
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of one string."""
+        start = self._ends[index - 1] if index else 0
+        return self._raw[start + 8 : self._ends[index]]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.raw(index % len(self)).decode("utf-8", "replace")
+
+    def raws(self) -> Iterator[bytes]:
+        """The bytes of every string, in order."""
+        start, raw = 0, self._raw
+        for end in self._ends:
+            yield raw[start + 8 : end]
+            start = end
+
+
+class ByteReader:
+    """Takes little-endian values off a stream, reading it in large pieces and only as needed."""
+
+    def __init__(self, stream: BinaryIO, file_bytes: int, name: str) -> None:
+        self.stream = stream
+        self.file_bytes = file_bytes
+        self.name = name
+        self.buffer = bytearray()
+        self.at = 0
+
+    def refuse(self, reason: str, hint: str = "") -> ModelFileError:
+        return model_file_error(self.name, reason, hint)
+
+    def need(self, n_bytes: int) -> None:
+        """Have `n_bytes` from here on in the buffer."""
+        end = self.at + n_bytes
+        if end <= len(self.buffer):
+            return
+        if end > self.file_bytes:
+            raise self.refuse(
+                f"cut short: the file has {self.file_bytes:,} bytes, its header alone needs "
+                f"{end:,} or more",
+                "Download it again.",
+            )
+        if end > MAX_HEADER_BYTES:
+            raise self.refuse(f"its header is larger than {MAX_HEADER_BYTES:,} bytes")
+        while len(self.buffer) < end:
+            piece = self.stream.read(max(READ_BYTES, end - len(self.buffer)))
+            if not piece:
+                raise HeaderIncomplete(
+                    self.refuse(
+                        f"its first {len(self.buffer):,} bytes are only part of its header"
+                    ).message
+                )
+            self.buffer += piece
+
+    def take(self, form: str) -> Any:
+        """One scalar, of a struct format of one letter."""
+        size = struct.calcsize("<" + form)
+        self.need(size)
+        (value,) = struct.unpack_from("<" + form, self.buffer, self.at)
+        self.at += size
+        return value
+
+    def raw(self, n_bytes: int) -> bytes:
+        """The next `n_bytes` as they are."""
+        self.need(n_bytes)
+        self.at += n_bytes
+        return bytes(self.buffer[self.at - n_bytes : self.at])
+
+    def string(self, limit: int = MAX_STRING_BYTES) -> bytes:
+        """A string's bytes, behind their number."""
+        n_bytes = self.take("Q")
+        if n_bytes > limit:
+            raise self.refuse(f"damaged: a string of {n_bytes:,} bytes in its header")
+        return self.raw(n_bytes)
+
+    def plain_name(self, what: str, limit: int) -> str:
+        """A key's or a tensor's name: printable ASCII, as the format demands."""
+        raw = self.string(limit)
+        name = raw.decode("ascii", "replace")
+        if not raw or not name.isprintable() or not raw.isascii():
+            raise self.refuse(f"damaged: a {what} named {name[:40]!r}")
+        return name
+
+    def strings(self, n: int) -> StringArray:
+        """`n` strings, their lengths walked and their text left alone."""
+        start, ends = self.at, array("I")
+        unpack, at = struct.Struct("<Q").unpack_from, self.at
+        buffer = self.buffer  # grows in place
+        while len(ends) < n:
+            self.need(8)
+            try:
+                for _ in range(n - len(ends)):
+                    at = self.at + 8 + unpack(buffer, self.at)[0]
+                    if at > len(buffer):
+                        break
+                    self.at = at
+                    ends.append(at - start)
+                else:
+                    break
+            except struct.error:
+                continue
+            if at - self.at - 8 > MAX_STRING_BYTES:
+                raise self.refuse(f"damaged: a string of {at - self.at - 8:,} bytes in its header")
+            self.need(at - self.at)
+        return StringArray(bytes(buffer[start : self.at]), ends)

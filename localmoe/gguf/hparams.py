@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .keys import Keys
+from .metadata import Metadata
 from .tensors import TensorInfo, attention_layers, recurrent_layers
 
 
@@ -56,7 +56,7 @@ class Recurrent:
 
 
 def read_kv_heads(
-    keys: Keys, tensors: Sequence[TensorInfo], n_heads: tuple[int, ...]
+    keys: Metadata, tensors: Sequence[TensorInfo], n_heads: tuple[int, ...]
 ) -> tuple[int, ...]:
     """KV heads of each layer; 0 where a layer has no keys, whatever a single number says."""
     heads = keys.each_layer("attention.head_count_kv", len(n_heads)) or n_heads
@@ -66,7 +66,7 @@ def read_kv_heads(
     return tuple(n if layer in with_cache else 0 for layer, n in enumerate(heads))
 
 
-def read_mla(keys: Keys) -> Mla | None:
+def read_mla(keys: Metadata) -> Mla | None:
     """Latent attention's sizes, or None for attention as usual."""
     rank = keys.size("attention.kv_lora_rank", 0)
     if not rank:
@@ -81,7 +81,7 @@ def read_mla(keys: Keys) -> Mla | None:
 
 
 def read_sliding_window(
-    keys: Keys, n_layers: int, head_dim_k: int, head_dim_v: int
+    keys: Metadata, n_layers: int, head_dim_k: int, head_dim_v: int
 ) -> SlidingWindow | None:
     """The window, or None where every layer sees everything."""
     n_window = keys.size("attention.sliding_window", 0)
@@ -101,7 +101,7 @@ def read_sliding_window(
     )
 
 
-def read_recurrent(keys: Keys, tensors: Sequence[TensorInfo]) -> Recurrent | None:
+def read_recurrent(keys: Metadata, tensors: Sequence[TensorInfo]) -> Recurrent | None:
     """What layers with a state of fixed size need, or None where there are none."""
     layers = recurrent_layers(tensors)
     if not layers:

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from localmoe.errors import ModelFileError
-
-from .attention import (
+from ..errors import MESSAGE_CHARS, NAME_CHARS, ModelFileError, model_file_error
+from .hparams import (
     Mla,
     Recurrent,
     SlidingWindow,
@@ -24,11 +23,10 @@ from .attention import (
     read_recurrent,
     read_sliding_window,
 )
-from .cursor import MESSAGE_CHARS, NAME_CHARS, refusal
-from .gguf import Header, read_header
-from .keys import Keys
+from .metadata import Metadata
+from .reader import Header, read_header
 from .tensors import Role, TensorInfo, has_split_experts, list_tensors
-from .tokenizer import Tokenizer, read_tokenizer
+from .vocab import VocabMeta, read_tokenizer
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS (src/llama-hparams.h)
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -93,7 +91,7 @@ class ModelMeta:
     recurrent: Recurrent | None
     tensors: tuple[TensorInfo, ...]
     file_type: int | None
-    tokenizer: Tokenizer
+    tokenizer: VocabMeta
     chat_template: str
     sampling: Mapping[str, float | int | str]
     legacy_split_experts: bool
@@ -162,7 +160,7 @@ class ModelMeta:
         path = shlex.quote(str(self.paths[0])) if self.paths else "FILE"
         hint = "Make it run: localmoe convert "
         room = MESSAGE_CHARS - min(len(file), NAME_CHARS) - len(f": {EARLY}. {hint}")
-        return refusal(file, EARLY, hint + (path if len(path) <= room else "FILE"))
+        return model_file_error(file, EARLY, hint + (path if len(path) <= room else "FILE"))
 
 
 def read_meta(path: Path | str) -> ModelMeta:
@@ -178,7 +176,7 @@ def meta_of(headers: Sequence[Header], paths: Sequence[Path] = ()) -> ModelMeta:
     """The model whose files have these headers, first shard first."""
     _check_shards(headers)
     first = headers[0]
-    keys = Keys(first)
+    keys = Metadata(first)
     architecture = _architecture(first, keys)
     tensors = list_tensors(headers)
     n_all, n_nextn = _layer_counts(keys)
@@ -218,9 +216,9 @@ def _read_file(path: Path) -> Header:
         with path.open("rb") as stream:
             return read_header(stream, name=path.name)
     except FileNotFoundError:
-        raise refusal(path.name, "no such file") from None
+        raise model_file_error(path.name, "no such file") from None
     except OSError as error:
-        raise refusal(path.name, error.strerror or "can't be read") from None
+        raise model_file_error(path.name, error.strerror or "can't be read") from None
 
 
 def _split_count(header: Header) -> int:
@@ -234,50 +232,54 @@ def _shard_paths(path: Path, count: int) -> list[Path]:
     name = SHARD_NAME.search(path.name)
     if not name or int(name[2]) != count:
         reason = f"one of {count} shards, whose name should end in -00001-of-{count:05d}.gguf"
-        raise refusal(path.name, reason)
+        raise model_file_error(path.name, reason)
     stem = path.name[: name.start()]
     paths = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     for i, shard in enumerate(paths, 1):
         if not shard.is_file():
             # the parts of long names that differ stand at their end
             reason = f"shard {i} of {count} is missing; wanted beside it: …{shard.name[-48:]}"
-            raise refusal(path.name, reason)
+            raise model_file_error(path.name, reason)
     return paths
 
 
 def _check_shards(headers: Sequence[Header]) -> None:
     count = _split_count(headers[0])
     if len(headers) != count:
-        raise refusal(headers[0].name, f"one of {count} shards; {len(headers)} were given")
+        raise model_file_error(headers[0].name, f"one of {count} shards; {len(headers)} were given")
     if count == 1:
         return
     seen: set[str] = set()
     for i, header in enumerate(headers):
         if header.kv.get("split.no") != i or header.kv.get("split.count") != count:
-            raise refusal(header.name, f"not shard {i + 1} of {count} by its header")
+            raise model_file_error(header.name, f"not shard {i + 1} of {count} by its header")
         names = {t.name for t in header.tensors}
         if names & seen:
-            raise refusal(header.name, f"damaged: {min(names & seen)} is in an earlier shard too")
+            raise model_file_error(
+                header.name, f"damaged: {min(names & seen)} is in an earlier shard too"
+            )
         seen |= names
     total = headers[0].kv.get("split.tensors.count", len(seen))
     if total != len(seen):
-        raise refusal(headers[0].name, f"damaged: {len(seen)} tensors in all shards, not {total}")
+        raise model_file_error(
+            headers[0].name, f"damaged: {len(seen)} tensors in all shards, not {total}"
+        )
 
 
 # ---- facts -----------------------------------------------------------------------------------
 
 
-def _architecture(header: Header, keys: Keys) -> str:
+def _architecture(header: Header, keys: Metadata) -> str:
     if not keys.architecture:
-        raise refusal(header.name, "damaged: no general.architecture in its header")
+        raise model_file_error(header.name, "damaged: no general.architecture in its header")
     if keys.architecture == "clip" or keys.text("general.type") == "mmproj":
-        raise refusal(header.name, "a projector for images (mmproj), not a language model")
+        raise model_file_error(header.name, "a projector for images (mmproj), not a language model")
     if keys.text("general.type") == "adapter":
-        raise refusal(header.name, "an adapter (LoRA), not a whole model")
+        raise model_file_error(header.name, "an adapter (LoRA), not a whole model")
     return keys.architecture
 
 
-def _layer_counts(keys: Keys) -> tuple[int, int]:
+def _layer_counts(keys: Metadata) -> tuple[int, int]:
     """All layers, and how many of them are for drafting."""
     n_all, n_nextn = keys.size("block_count"), keys.size("nextn_predict_layers", 0)
     if not 1 <= n_all <= MAX_LAYERS:
@@ -287,7 +289,7 @@ def _layer_counts(keys: Keys) -> tuple[int, int]:
     return n_all, n_nextn
 
 
-def _expert_counts(keys: Keys) -> tuple[int, int]:
+def _expert_counts(keys: Metadata) -> tuple[int, int]:
     n_experts = keys.size("expert_count", 0)
     n_used = max(keys.each_layer("expert_used_count", MAX_LAYERS) or (0,))
     if n_experts > MAX_EXPERTS:
@@ -302,7 +304,22 @@ def _expert_counts(keys: Keys) -> tuple[int, int]:
     return n_experts, n_used
 
 
-def _shared_experts(keys: Keys, tensors: Sequence[TensorInfo]) -> int:
+def _shared_experts(keys: Metadata, tensors: Sequence[TensorInfo]) -> int:
     """Some converters write the tensors and not the count (granite, qwen35moe)."""
     fallback = int(any(t.role == "shared_experts" for t in tensors))
     return keys.size("expert_shared_count", 0) or fallback
+
+
+def head_dims(meta: ModelMeta, layer: int) -> tuple[int, int]:
+    window = meta.sliding_window
+    if window is not None and is_windowed(meta, layer):
+        return window.head_dim_k, window.head_dim_v
+    return meta.head_dim_k, meta.head_dim_v
+
+
+def is_windowed(meta: ModelMeta, layer: int) -> bool:
+    """Whether a layer sees a sliding window only; where its header says so."""
+    pattern = meta.sliding_window.pattern if meta.sliding_window else None
+    if isinstance(pattern, tuple):
+        return pattern[layer]
+    return pattern is not None and layer % pattern < pattern - 1

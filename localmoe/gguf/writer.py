@@ -10,8 +10,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
-from .cursor import Cursor
-from .gguf import SCALARS, TENSOR_TYPES, TYPE_ARRAY, TYPE_STRING, Header, RawTensor
+from .reader import SCALARS, TENSOR_TYPES, TYPE_ARRAY, TYPE_STRING, ByteReader, Header, RawTensor
 
 PREAMBLE_BYTES = 24  # magic, version, number of tensors, number of keys
 TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
@@ -23,7 +22,7 @@ def raw_entries(stream: BinaryIO, header: Header) -> dict[str, bytes]:
     `header` is what read_header made of this stream. Raises ModelFileError where the two differ.
     """
     stream.seek(0)
-    cursor = Cursor(stream, header.file_bytes, header.name)
+    cursor = ByteReader(stream, header.file_bytes, header.name)
     cursor.at = PREAMBLE_BYTES
     entries = {}
     for key in header.kv:
@@ -34,7 +33,7 @@ def raw_entries(stream: BinaryIO, header: Header) -> dict[str, bytes]:
     return entries
 
 
-def _skip_value(cursor: Cursor) -> None:
+def _skip_value(cursor: ByteReader) -> None:
     kind, n = cursor.take("I"), 1
     if kind == TYPE_ARRAY:
         kind, n = cursor.take("I"), cursor.take("Q")
@@ -65,7 +64,7 @@ def encode_header(
     return head.ljust(padded(len(head), alignment), b"\0")
 
 
-def lay_out(tensors: Iterable[RawTensor], alignment: int) -> tuple[RawTensor, ...]:
+def tensor_offsets(tensors: Iterable[RawTensor], alignment: int) -> tuple[RawTensor, ...]:
     """The tensors one behind the other, each padded to the alignment."""
     placed, offset = [], 0
     for t in tensors:

@@ -1,4 +1,8 @@
-"""Early Mixtral files, which llama.cpp no longer loads, become files that run.
+"""The early layout of Mixtral files: a tensor for each expert, and routers in half precision.
+
+Files of December 2023 to April 2024 have it (llama.cpp's pull requests 4406 and 6387).
+
+Early Mixtral files, which llama.cpp no longer loads, become files that run.
 
 Laid end to end in the order of their numbers, the experts' bytes are the merged tensor of today's
 files: rows of a quant end with an expert. Routers become F32, as converters write them today; in
@@ -12,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,14 +29,130 @@ from typing import BinaryIO
 import numpy as np
 
 from .. import __version__
-from ..errors import LocalMoeError, ModelFileError, UsageError, gib
-from .cursor import refusal
-from .early import EarlyLayout, check_rope_base, early_layout
-from .gguf import Header, RawTensor, read_header
-from .gguf_writer import encode_header, lay_out, padded, raw_entries, text_entry
-from .meta import ModelMeta, meta_of, read_meta
+from ..errors import LocalMoeError, ModelFileError, UsageError, gib, model_file_error
+from ..files import UnfinishedFile
+from .model_meta import ModelMeta, meta_of, read_meta
+from .reader import Header, RawTensor, read_header
 from .tensors import TensorInfo
-from .unfinished import Unfinished
+from .writer import encode_header, padded, raw_entries, tensor_offsets, text_entry
+
+EXPERT = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight$")
+UNMERGEABLE = re.compile(r"^blk\.\d+\.ffn_(?:(?:gate|up|down)\.|\w+_exps\.)")
+KINDS = ("gate", "up", "down")
+ROUTER_TYPES = ("F32", "F16", "BF16")
+ROPE_BASE = "llama.rope.freq_base"
+MIXTRAL_ROPE_BASE = 1e6
+NEWER = "Take a version made after April 2024: localmoe list"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The experts of one layer and kind, in the order of their numbers, and their merged name."""
+
+    name: str
+    experts: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyLayout:
+    """Which group each expert's tensor belongs to, by its name, and the routers' names."""
+
+    groups: Mapping[str, Group]
+    routers: frozenset[str]
+
+
+def early_layout(meta: ModelMeta) -> EarlyLayout:
+    """The experts and routers of an early file.
+
+    Raises ModelFileError where it is of another layout, and where merging would give a file that
+    doesn't run or talks nonsense.
+    """
+    _check_kind_of_file(meta)
+    groups = {t.name: group for group in _groups(meta) for t in group.experts}
+    tensors = {t.name: t for t in meta.tensors}
+    routers = [f"blk.{layer}.ffn_gate_inp.weight" for layer in range(meta.n_layers)]
+    for name in routers:
+        _check_router(meta, name, tensors.get(name))
+    return EarlyLayout(groups, frozenset(routers))
+
+
+def check_rope_base(header: Header) -> tuple[str, ...]:
+    """Warnings about the base of positions. Raises ModelFileError where there is none.
+
+    Then llama.cpp would take 10,000, and a Mixtral loses the thread. Another base than Mixtral's
+    is kept: experts made of Mistral 7B have 10,000 by right.
+    """
+    base = header.kv.get(ROPE_BASE)
+    if not isinstance(base, float) or base <= 0:
+        reason = f"no {ROPE_BASE} in its header; a Mixtral's is {MIXTRAL_ROPE_BASE:,.0f}"
+        raise model_file_error(header.name, reason, NEWER)
+    if base == MIXTRAL_ROPE_BASE:
+        return ()
+    return (f"{ROPE_BASE} is {base:,.0f} and kept; a Mixtral's is {MIXTRAL_ROPE_BASE:,.0f}.",)
+
+
+def _refuse(meta: ModelMeta, reason: str, hint: str = NEWER) -> ModelFileError:
+    return model_file_error(meta.paths[0].name, reason, hint)
+
+
+def _check_kind_of_file(meta: ModelMeta) -> None:
+    names = [t.name for t in meta.tensors]
+    if not any(map(EXPERT.match, names)):
+        what = "its experts are merged already" if meta.is_moe else "it has no experts"
+        raise _refuse(meta, f"needs no conversion: {what}", "Try: localmoe run FILE")
+    if meta.architecture != "llama":
+        reason = f"of an early layout of {meta.architecture[:20]}; only Mixtral's can be converted"
+        raise _refuse(meta, reason)
+    if not meta.n_experts:
+        raise _refuse(meta, "damaged: no llama.expert_count in its header")
+    for name in names:
+        if UNMERGEABLE.match(name) and not EXPERT.match(name):
+            raise _refuse(meta, f"damaged: {name} stands beside separate experts")
+
+
+def _groups(meta: ModelMeta) -> list[Group]:
+    found: defaultdict[tuple[int, str], list[tuple[int, TensorInfo]]] = defaultdict(list)
+    for tensor in meta.tensors:
+        if match := EXPERT.match(tensor.name):
+            found[int(match[1]), match[2]].append((int(match[3]), tensor))
+    wanted = {(layer, kind) for layer in range(meta.n_layers) for kind in KINDS}
+    for layer, kind in sorted(wanted ^ found.keys()):
+        what = "no" if (layer, kind) in wanted else "unexpected"
+        raise _refuse(meta, f"damaged: {what} ffn_{kind} experts in layer {layer}")
+    return [_group(meta, layer, kind, found[layer, kind]) for layer, kind in sorted(wanted)]
+
+
+def _group(meta: ModelMeta, layer: int, kind: str, found: list[tuple[int, TensorInfo]]) -> Group:
+    # by number: files have them in any order
+    found.sort(key=lambda item: item[0])
+    if [number for number, _ in found] != list(range(meta.n_experts)):
+        numbers = f"not one each from 0 to {meta.n_experts - 1}"
+        raise _refuse(meta, f"damaged: the ffn_{kind} experts of layer {layer} are {numbers}")
+    experts = tuple(tensor for _, tensor in found)
+    types = sorted({expert.type for expert in experts})
+    if len(types) > 1:
+        # some builds of llama.cpp from 11 to 14 January 2024 (its pull request 4927)
+        where = f"the ffn_{kind} experts of layer {layer}"
+        raise _refuse(meta, f"{where} differ in type ({', '.join(types)}), so it never worked")
+    sides = (meta.n_ff, meta.n_embd) if kind == "down" else (meta.n_embd, meta.n_ff)
+    for expert in experts:
+        _check_shape(meta, expert, sides)
+    return Group(f"blk.{layer}.ffn_{kind}_exps.weight", experts)
+
+
+def _check_router(meta: ModelMeta, name: str, router: TensorInfo | None) -> None:
+    if router is None:
+        raise _refuse(meta, f"damaged: no {name}")
+    if router.type not in ROUTER_TYPES:
+        raise _refuse(meta, f"{name} is of type {router.type}, expected F16 or F32")
+    _check_shape(meta, router, (meta.n_embd, meta.n_experts))
+
+
+def _check_shape(meta: ModelMeta, tensor: TensorInfo, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        shapes = f"{list(tensor.shape)}, expected {list(expected)}"
+        raise _refuse(meta, f"damaged: {tensor.name} has the shape {shapes}")
+
 
 BY, FROM = "general.converted.by", "general.converted.from"
 CHUNK_BYTES = 2**20  # docs/notes/convert.md
@@ -38,7 +160,7 @@ KERNEL_BYTES = 2**24  # a Ctrl-C is answered between two of these
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteRange:
     """A run of bytes of a file."""
 
     path: Path
@@ -54,7 +176,7 @@ class OutputTensor:
     """
 
     row: RawTensor
-    sources: tuple[Span, ...]
+    sources: tuple[ByteRange, ...]
     from_type: str
 
     @property
@@ -91,7 +213,7 @@ def plan_conversion(path: Path | str) -> Conversion:
     header, entries = _read_entries(meta.paths[0])
     warnings = check_rope_base(header)
     planned = tuple(_outputs(meta, layout))
-    rows = lay_out((t.row for t in planned), header.alignment)
+    rows = tensor_offsets((t.row for t in planned), header.alignment)
     tensors = tuple(replace(t, row=row) for row, t in zip(rows, planned, strict=True))
     head = encode_header(header.version, _kept(entries, meta), rows, header.alignment)
     n_bytes = len(head) + padded(rows[-1].offset + rows[-1].n_bytes, header.alignment)
@@ -99,7 +221,7 @@ def plan_conversion(path: Path | str) -> Conversion:
     return Conversion(meta, tensors, head, header.alignment, n_bytes, warnings)
 
 
-def convert(
+def merge_experts(
     conversion: Conversion,
     target: Path,
     on_progress: Callable[[int], None] | None = None,
@@ -117,7 +239,7 @@ def convert(
             raise UsageError(
                 f"{target} exists already.", "Remove it, or take another name: -o FILE"
             )
-        with Unfinished(target) as unfinished:
+        with UnfinishedFile(target) as unfinished:
             _check_room(conversion, target)
             _write(conversion, unfinished.file, on_progress or (lambda n_bytes: None))
             unfinished.complete()
@@ -140,7 +262,7 @@ def _read_entries(path: Path) -> tuple[Header, dict[str, bytes]]:
 
 
 def _unreadable(path: Path, error: OSError) -> ModelFileError:
-    return refusal(path.name, f"can't be read: {error.strerror or type(error).__name__}")
+    return model_file_error(path.name, f"can't be read: {error.strerror or type(error).__name__}")
 
 
 def _check_room(conversion: Conversion, target: Path) -> None:
@@ -170,8 +292,8 @@ def _outputs(meta: ModelMeta, layout: EarlyLayout) -> Iterator[OutputTensor]:
             yield OutputTensor(row, tuple(_span(meta, e) for e in group.experts), t.type)
 
 
-def _span(meta: ModelMeta, tensor: TensorInfo) -> Span:
-    return Span(meta.paths[tensor.shard], tensor.offset, tensor.n_bytes)
+def _span(meta: ModelMeta, tensor: TensorInfo) -> ByteRange:
+    return ByteRange(meta.paths[tensor.shard], tensor.offset, tensor.n_bytes)
 
 
 def _kept(entries: Mapping[str, bytes], meta: ModelMeta) -> list[bytes]:
@@ -224,7 +346,7 @@ def _open(path: Path) -> io.FileIO:
         raise _unreadable(path, error) from None
 
 
-def _foretell(file: io.FileIO, span: Span) -> None:
+def _foretell(file: io.FileIO, span: ByteRange) -> None:
     """Have the disk read it while what comes before it is copied (docs/notes/convert.md)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
@@ -232,7 +354,7 @@ def _foretell(file: io.FileIO, span: Span) -> None:
 
 
 def _moved(
-    file: io.FileIO, span: Span, out: BinaryIO, at: int, report: Callable[[int], None]
+    file: io.FileIO, span: ByteRange, out: BinaryIO, at: int, report: Callable[[int], None]
 ) -> int:
     """Have the kernel copy the span to `at`; gives how many bytes it did, 0 where it can't.
 
@@ -255,7 +377,7 @@ def _moved(
     return n_moved
 
 
-def _pieces(file: io.FileIO, span: Span, buffer: memoryview) -> Iterator[memoryview]:
+def _pieces(file: io.FileIO, span: ByteRange, buffer: memoryview) -> Iterator[memoryview]:
     """The span's bytes, a buffer at a time; each piece is overwritten by the next."""
     file.seek(span.offset)
     left = span.n_bytes
@@ -274,7 +396,7 @@ def _fill(piece: memoryview, file: io.FileIO, path: Path) -> None:
         except OSError as error:
             raise _unreadable(path, error) from None
         if not n:
-            raise refusal(path.name, "was cut short while it was read")
+            raise model_file_error(path.name, "was cut short while it was read")
         n_read += n
 
 
