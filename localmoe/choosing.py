@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import DoesNotFit, LocalMoeError, ModelFileError, gib
-from .models.quants import Quant, base_label, rank
+from .hub.quants import Quant, base_label, rank
 from .placement.asked import gpu_budgets, ram_budget
 from .placement.hardware import Machine
 from .placement.request import PlanRequest
 
 RECOMMENDED = "Q4_K_M"
 """Mixtral's perplexity at it is 1.5 % above that at 8 bits, and 0.9 points more are gained by a
-sixth more bytes to fetch, to hold and to read for each token (models/quants.py has the table)."""
+sixth more bytes to fetch, to hold and to read for each token (hub/quants.py has the table)."""
 LOWEST_NEAR = "IQ4_XS"
 """Down to here a quant is preferred to one above the recommended: it loses a point or two more."""
 

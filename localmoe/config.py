@@ -29,7 +29,7 @@ from .config_file import (
 )
 from .engine.protocol import KvType
 from .errors import UsageError
-from .models.remote import HubAccess
+from .hub.types import HubAccess
 
 PREFIX = "LOCALMOE_"
 FOLDERS = ("STATE", "CONFIG")

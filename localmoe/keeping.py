@@ -8,20 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .callbacks import LoadCallbacks
 from .config import config_folder
 from .errors import DownloadError, LocalMoeError, UsageError, printable
 from .gguf.demo import PACKAGE
-from .models.cache_layout import expected_sha256, shard_names
+from .hub.cache_layout import expected_sha256, shard_names
+from .hub.client import Hub, file_of
+from .hub.download import download, repair
+from .hub.installed import InstalledModel, PartialDownload
+from .hub.quants import quants_of
+from .hub.types import RemoteFile, RemoteRepo
+from .hub.verify import ExpectedHash, Verdict
 from .models.catalog import read_catalog
-from .models.download import download, repair
-from .models.hub import Hub, file_of
 from .models.matching import catalog_quants, models_meant, places_of, quants_meant
 from .models.names import ModelName, parse_name
-from .models.quants import quants_of
-from .models.remote import RemoteFile, RemoteRepo
-from .models.stamps import Expected, Verdict
-from .models.store import BrokenOff, Installed
-from .obtain import Finder, Watch
+from .obtain import Finder
 
 # ---- verify ----------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ class Kept:
 
     path: Path
     called: str
-    expected: Expected | None
+    expected: ExpectedHash | None
     repo: str = ""
     commit: str = ""
     name: str = ""
@@ -65,7 +66,7 @@ def kept_files(finder: Finder, names: Sequence[str]) -> list[Kept]:
     return told_apart(found)
 
 
-def own_files(finder: Finder, path: Path, by_name: Mapping[str, Expected]) -> Iterator[Kept]:
+def own_files(finder: Finder, path: Path, by_name: Mapping[str, ExpectedHash]) -> Iterator[Kept]:
     """A file that is no model of the cache, with its other shards. Outside the cache it is known
     by its name alone."""
     for name in shard_names(path.name):
@@ -89,7 +90,7 @@ def told_apart(files: Sequence[Kept]) -> list[Kept]:
     ]
 
 
-def check(finder: Finder, file: Kept, watch: Watch, mend: bool = False) -> Verdict:
+def check(finder: Finder, file: Kept, watch: LoadCallbacks, mend: bool = False) -> Verdict:
     """A file read again; with `mend`, what is damaged or lost of the cache is fetched again.
 
     Where that can't be done, the verdict says why.
@@ -111,7 +112,7 @@ def is_wrong(verdict: Verdict) -> bool:
     return not verdict.is_ok and verdict.outcome != "unknown hash"
 
 
-def mended(finder: Finder, file: Kept, verdict: Verdict, watch: Watch) -> Verdict:
+def mended(finder: Finder, file: Kept, verdict: Verdict, watch: LoadCallbacks) -> Verdict:
     """What is wrong of a file of the cache, fetched again. Raises LocalMoeError, OSError."""
     hub, path = finder.hub, file.path
     remote = file_of(hub.repository(file.repo, file.commit), file.name)
@@ -139,9 +140,9 @@ def link_anew(hub: Hub, file: RemoteFile, path: Path) -> None:
     old.unlink()
 
 
-def wanted(file: RemoteFile) -> Expected:
+def wanted(file: RemoteFile) -> ExpectedHash:
     assert file.sha256 is not None
-    return Expected(file.sha256, file.n_bytes)
+    return ExpectedHash(file.sha256, file.n_bytes)
 
 
 def catalog_files() -> Iterator[RemoteFile]:
@@ -150,9 +151,9 @@ def catalog_files() -> Iterator[RemoteFile]:
             yield from quant.files
 
 
-def catalog_names(known: Mapping[tuple[str, str, str], Expected]) -> dict[str, Expected]:
+def catalog_names(known: Mapping[tuple[str, str, str], ExpectedHash]) -> dict[str, ExpectedHash]:
     """What the catalog has under each bare name, where that is one file alone."""
-    found: dict[str, set[Expected]] = {}
+    found: dict[str, set[ExpectedHash]] = {}
     for (_, _, name), expected in known.items():
         found.setdefault(name.rpartition("/")[2], set()).add(expected)
     return {name: expected.pop() for name, expected in found.items() if len(expected) == 1}
@@ -161,12 +162,12 @@ def catalog_names(known: Mapping[tuple[str, str, str], Expected]) -> dict[str, E
 # ---- what a name means -----------------------------------------------------------------------
 
 
-def here(finder: Finder) -> list[Installed]:
+def here(finder: Finder) -> list[InstalledModel]:
     """The models of the cache, and those of which only links are left."""
     return [*finder.store.installed(), *finder.store.lost()]
 
 
-def matching(finder: Finder, name: ModelName) -> list[Installed]:
+def matching(finder: Finder, name: ModelName) -> list[InstalledModel]:
     """The models of the cache that a name or a path means, broken ones too."""
     if name.path is None:
         return models_meant(here(finder), name, whole=False)
@@ -176,14 +177,14 @@ def matching(finder: Finder, name: ModelName) -> list[Installed]:
 
 def removable(
     finder: Finder, names: Sequence[str]
-) -> tuple[tuple[Installed, ...], tuple[BrokenOff, ...]]:
+) -> tuple[tuple[InstalledModel, ...], tuple[PartialDownload, ...]]:
     """The models and the broken-off downloads that these names mean, for `Store.plan_removal`.
 
     Of a name of the catalog only what is of its own repositories: a copy elsewhere is another
     tool's. Raises UsageError for a name that means neither, and for files that aren't the cache's.
     """
-    models: dict[Installed, None] = {}
-    unfinished: dict[BrokenOff, None] = {}
+    models: dict[InstalledModel, None] = {}
+    unfinished: dict[PartialDownload, None] = {}
     for name in map(parsed, names):
         found = matching(finder, name)
         own = [model for model in found if name.path or model.repo in repositories(name)]
@@ -195,7 +196,7 @@ def removable(
     return tuple(models), tuple(unfinished)
 
 
-def begun_of(finder: Finder, name: ModelName) -> list[BrokenOff]:
+def begun_of(finder: Finder, name: ModelName) -> list[PartialDownload]:
     """The broken-off downloads that a name means. Their commit isn't known, so that none is of a
     revision which a person names; what lost its name is of the repository alone."""
     if name.path or (not name.key and name.revision not in (None, "main")):
@@ -207,7 +208,7 @@ def begun_of(finder: Finder, name: ModelName) -> list[BrokenOff]:
     ]
 
 
-def is_begun(broken_off: BrokenOff, name: ModelName) -> bool:
+def is_begun(broken_off: PartialDownload, name: ModelName) -> bool:
     left = broken_off.left
     file = RemoteFile(broken_off.repo, "", left.name, left.n_bytes, left.blob.name)
     quants = quants_of(RemoteRepo(broken_off.repo, "", (file,)))
@@ -245,6 +246,6 @@ def not_here(name: ModelName) -> UsageError:
     return UsageError(f"{text} is not in the cache.", "See: localmoe list --installed")
 
 
-def only_elsewhere(name: ModelName, copy: Installed) -> UsageError:
+def only_elsewhere(name: ModelName, copy: InstalledModel) -> UsageError:
     what = f"Of {printable(name.text)} the cache has only the copy of another repository."
     return UsageError(what, printable(f"If that shall go: localmoe rm {copy.repo}:{copy.label}"))

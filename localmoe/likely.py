@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .config import state_folder
+from .hub.quants import Quant
 from .models.catalog import ModelSpec
-from .models.quants import Quant
 from .placement.asked import gpu_budgets
 from .placement.bandwidth import BandwidthStore
 from .placement.forecast import likely_tps

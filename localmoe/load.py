@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .callbacks import LoadCallbacks
 from .config import Settings, engine_environment
 from .engine.client import Engine, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
@@ -17,7 +18,7 @@ from .gguf.model_meta import ModelMeta, read_meta
 from .learning import SpeedLog
 from .models.catalog import ModelSpec
 from .models.names import ModelName
-from .obtain import Finder, Found, Watch, check_runs
+from .obtain import Finder, Found, check_runs
 from .placement.crowd import Crowd
 from .placement.pinned import pinned_spans
 from .placement.plan import Plan
@@ -91,7 +92,7 @@ class LoadedModel:
 def open_model(
     name: str,
     settings: Settings,
-    watch: Watch | None = None,
+    watch: LoadCallbacks | None = None,
     workload: Workload = "chat",
     n_prompt: int | None = None,
 ) -> LoadedModel:
@@ -99,24 +100,24 @@ def open_model(
 
     `n_prompt` is about how many tokens a single prompt has.
     """
-    watch = watch or Watch()
+    watch = watch or LoadCallbacks()
     with Finder(settings, watch) as finder:
         found = finder.fetch(finder.find(name))
     return load_found(found, settings, watch, workload, n_prompt=n_prompt)
 
 
 def load_local(
-    path: Path, settings: Settings, watch: Watch | None = None, workload: Workload = "chat"
+    path: Path, settings: Settings, watch: LoadCallbacks | None = None, workload: Workload = "chat"
 ) -> LoadedModel:
     """Load a file. Raises LocalMoeError."""
     found = Found(ModelName(str(path), path=path), path, read_meta(path))
-    return load_found(found, settings, watch or Watch(), workload)
+    return load_found(found, settings, watch or LoadCallbacks(), workload)
 
 
 def load_found(
     found: Found,
     settings: Settings,
-    watch: Watch,
+    watch: LoadCallbacks,
     workload: Workload = "chat",
     crowd: Crowd | None = None,
     n_prompt: int | None = None,
@@ -135,7 +136,7 @@ def load_found(
         return load_once(found, settings, watch, workload, crowd, n_prompt)
 
 
-def load_to_talk(found: Found, settings: Settings, watch: Watch) -> LoadedModel:
+def load_to_talk(found: Found, settings: Settings, watch: LoadCallbacks) -> LoadedModel:
     """Load a model for a conversation. Raises LocalMoeError, where it only continues text, too."""
     if isinstance(format_of(found.meta), TextFormat):
         raise no_template()
@@ -145,7 +146,7 @@ def load_to_talk(found: Found, settings: Settings, watch: Watch) -> LoadedModel:
 def load_once(
     found: Found,
     settings: Settings,
-    watch: Watch,
+    watch: LoadCallbacks,
     workload: Workload,
     crowd: Crowd | None,
     n_prompt: int | None,
@@ -196,7 +197,9 @@ def check_nothing_was_taken(planner: Planner) -> None:
         raise OutOfMemory(f"Another program took {gib(lost)} of the GPU meanwhile.")
 
 
-def start(engine: Engine, planner: Planner, meta: ModelMeta, plan: Plan, watch: Watch) -> Loaded:
+def start(
+    engine: Engine, planner: Planner, meta: ModelMeta, plan: Plan, watch: LoadCallbacks
+) -> Loaded:
     """Load by a plan; on a GPU, the first time, use it once as hard as it will ever be used."""
     place, spans = plan.placement, pinned_spans(meta, plan.placement)
     path = str(meta.paths[0])

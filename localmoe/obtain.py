@@ -6,12 +6,13 @@ to refuse what would not run before 28 GB were fetched for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from .callbacks import LoadCallbacks
 from .choosing import Choice, check_bytes, choose, free_bytes, in_order
 from .config import Settings, config_folder, hub_access
 from .errors import (
@@ -25,13 +26,17 @@ from .errors import (
 )
 from .gguf.architectures import refuse_unknown
 from .gguf.model_meta import EARLY, ModelMeta, read_meta
+from .hub.cache_layout import COMMIT
+from .hub.client import Hub, file_of
+from .hub.download import check_disk_space, download, partial_bytes
+from .hub.installed import InstalledModel, InstalledModels
+from .hub.quants import Quant, complete, find_quant, poor_quality, quant_of_file, quants_of
+from .hub.remote_header import header_files
+from .hub.types import RemoteFile
+from .hub.verify import ExpectedHash
 from .likely import speed_for
 from .models.better import better
-from .models.cache_layout import COMMIT
 from .models.catalog import ModelSpec, read_catalog
-from .models.download import check_room, download, n_bytes_begun
-from .models.headers import header_files
-from .models.hub import Hub, file_of
 from .models.matching import (
     catalog_quants,
     check_hash,
@@ -44,31 +49,11 @@ from .models.matching import (
     what_to_type,
 )
 from .models.names import ModelName, parse_name
-from .models.progress import Progress
-from .models.quants import Quant, complete, find_quant, poor_quality, quant_of_file, quants_of
-from .models.remote import RemoteFile
-from .models.stamps import Expected
-from .models.store import Installed, Store
 from .placement.search import Workload
 from .planning import Planner, plan_request
 
-Here = Mapping[Quant, Installed]
+Here = Mapping[Quant, InstalledModel]
 """The quants that are in the cache; empty for those of the Hub."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Who is told how it goes: what the Hub is asked for ("" when it has answered), a download,
-    reading a file again (bytes done, bytes in all), loading (0 to 1), llama.cpp's log, remarks and
-    warnings in sentences."""
-
-    asking: Callable[[str], None] | None = None
-    downloading: Callable[[Progress], None] | None = None
-    verifying: Callable[[int, int], None] | None = None
-    loading: Callable[[float], None] | None = None
-    log: Callable[[str], None] | None = None
-    note: Callable[[str], None] | None = None
-    warning: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +98,11 @@ class Finder:
     """Finds models by name, and fetches them. Close it, or use it as a context manager."""
 
     def __init__(
-        self, settings: Settings, watch: Watch | None = None, workload: Workload = "run"
+        self, settings: Settings, watch: LoadCallbacks | None = None, workload: Workload = "run"
     ) -> None:
-        self.watch = watch or Watch()
+        self.watch = watch or LoadCallbacks()
         self.hub = Hub(hub_access(settings.offline))
-        self.store = Store(self.hub.access)
+        self.store = InstalledModels(self.hub.access)
         self.settings = settings
         self._workload: Workload = workload
         self._planner: Planner | None = None
@@ -204,7 +189,7 @@ class Finder:
         with self._asking(name.repo):
             return replace(name, revision=self.hub.commit_of(name.repo, name.revision))
 
-    def _here(self, name: ModelName) -> list[Installed]:
+    def _here(self, name: ModelName) -> list[InstalledModel]:
         """What is whole in the cache of the model, each quant once. Raises DownloadError where
         shards are lost that can't be fetched."""
         installed = self.store.installed()
@@ -316,8 +301,8 @@ class Finder:
     def _say_how_much(self, found: Found) -> None:
         """What is still to be fetched. Raises DownloadError where the disk has no room for it."""
         blobs = {file: self.hub.blob_path(file) for file in found.files}
-        missing = [f.n_bytes - n_bytes_begun(b) for f, b in blobs.items() if not b.exists()]
-        check_room(self.hub.access.cache, missing, found.files[0].base_name)
+        missing = [f.n_bytes - partial_bytes(b) for f, b in blobs.items() if not b.exists()]
+        check_disk_space(self.hub.access.cache, missing, found.files[0].base_name)
         n_bytes = sum(missing)
         what = gib(n_bytes) if n_bytes == found.n_bytes else f"the {gib(n_bytes)} that are missing"
         self._note(f"{found.called} is not here yet: fetching {what}.")
@@ -342,7 +327,7 @@ class Finder:
             return
         wanted = {path: sha256_of(path, found.label, found.spec) for path in found.meta.paths}
         unknown = [p for p, sha256 in wanted.items() if not self.store.is_verified(p, sha256)]
-        expected = {path: Expected(sha256) for path, sha256 in wanted.items() if sha256}
+        expected = {path: ExpectedHash(sha256) for path, sha256 in wanted.items() if sha256}
         for verdict in self.store.verify(unknown, expected, self.watch.verifying):
             if verdict.outcome == "unknown hash" and verdict.sha256:
                 self.store.stamp(verdict.path, verdict.sha256)  # so it is read only once
@@ -366,7 +351,7 @@ def named_alone(quants: list[Quant], name: ModelName) -> list[Quant]:
     return [find_quant(quants, name.quant)] if name.quant else quants
 
 
-def lost_shards(model: Installed, name: ModelName) -> DownloadError:
+def lost_shards(model: InstalledModel, name: ModelName) -> DownloadError:
     """The error for a model of the cache that is not whole."""
     lost, n_shards = model.missing, len(model.files) + len(model.missing)
     what = f"{model.repo} lacks {len(lost)} of {n_shards} shards of {model.label} in the cache"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from .callbacks import LoadCallbacks
 from .config import Settings, engine_environment
 from .engine.protocol import Placement
 from .errors import EngineError
 from .load import LoadedModel, load_found, says_out_of_memory
 from .models.names import ModelName
-from .obtain import Found, Watch
+from .obtain import Found
 from .placement.cgroups import groups
 from .placement.plan import SMALLEST_N_CTX, Memory, Plan
 from .placement.search import Workload
@@ -37,7 +38,7 @@ class Revival:
 
     loaded: LoadedModel
     settings: Settings
-    watch: Watch = field(default_factory=Watch)
+    watch: LoadCallbacks = field(default_factory=LoadCallbacks)
     workload: Workload = "chat"
     _n_oom_kills: int | None = field(default=None, init=False)
     _was_killed: bool = field(default=False, init=False)

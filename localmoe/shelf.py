@@ -8,12 +8,12 @@ from functools import partial
 
 from .choosing import best_first, free_bytes, in_order, much_faster
 from .config import config_folder
+from .hub.installed import InstalledModel
+from .hub.quants import Quant, is_coarse
 from .likely import beside, speed_of
 from .models.catalog import ModelSpec, read_catalog
 from .models.matching import models_meant, newest, quant_here, sized_quants
 from .models.names import parse_name
-from .models.quants import Quant, is_coarse
-from .models.store import Installed
 from .obtain import Finder
 from .placement.asked import gpu_budgets
 from .placement.hardware import Machine
@@ -52,7 +52,7 @@ class Entry:
     key: str
     spec: ModelSpec
     quants: tuple[Quant, ...]
-    installed: tuple[Installed, ...]
+    installed: tuple[InstalledModel, ...]
     suited: Suited | None
 
     @property
@@ -60,7 +60,7 @@ class Entry:
         return self.spec.path.is_file() if self.spec.path else bool(self.installed)
 
 
-def entries(finder: Finder) -> tuple[list[Entry], list[Installed]]:
+def entries(finder: Finder) -> tuple[list[Entry], list[InstalledModel]]:
     """The catalog's models in its order, and what else is in the cache."""
     catalog = read_catalog(config_folder())
     installed = finder.store.installed()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from soak import batch as soak
 
+from localmoe.callbacks import LoadCallbacks
 from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine, Inbox
 from localmoe.engine.protocol import (
@@ -35,7 +36,7 @@ from localmoe.gguf.reader import read_header
 from localmoe.gguf.writer import encode_header, raw_entries
 from localmoe.load import format_of, load_to_talk
 from localmoe.models.names import ModelName
-from localmoe.obtain import Found, Watch
+from localmoe.obtain import Found
 from localmoe.serving import asking, batch
 from localmoe.serving.asking import Asking, Outcome, Stop
 from localmoe.serving.backlog import Backlog
@@ -553,5 +554,5 @@ def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path
 def test_a_base_model_is_not_talked_to(base_model: Path) -> None:
     found = Found(ModelName(str(base_model), path=base_model), base_model, read_meta(base_model))
     with pytest.raises(PromptError, match="no chat template") as error:
-        load_to_talk(found, load_settings({}), Watch())
+        load_to_talk(found, load_settings({}), LoadCallbacks())
     assert "Instruct" in error.value.hint

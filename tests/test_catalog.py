@@ -13,6 +13,7 @@ from localmoe.config import Settings
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta
+from localmoe.hub.quants import label_of
 from localmoe.models.catalog import (
     ModelSpec,
     SamplingDefaults,
@@ -21,7 +22,6 @@ from localmoe.models.catalog import (
     read_models,
 )
 from localmoe.models.names import parse_name
-from localmoe.models.quants import label_of
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = read_catalog()

@@ -8,8 +8,8 @@ import pytest
 
 from localmoe.choosing import check_bytes, choose, free_bytes, in_order
 from localmoe.errors import DoesNotFit, ModelFileError
-from localmoe.models.quants import LADDER, Quant
-from localmoe.models.remote import RemoteFile
+from localmoe.hub.quants import LADDER, Quant
+from localmoe.hub.types import RemoteFile
 from localmoe.placement.gpus import Gpu
 from localmoe.placement.hardware import Machine
 from localmoe.placement.request import PlanRequest

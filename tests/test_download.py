@@ -20,20 +20,19 @@ import pytest
 from soak.download import BUDGET_BYTES, Soak
 from standin_hub import Fault, RequestRecord, StandInHub
 
+from localmoe.callbacks import DownloadProgress
 from localmoe.errors import DownloadError
-from localmoe.models.download import download, repair
-from localmoe.models.hub import Hub
-from localmoe.models.partial import JOURNAL_SUFFIX, PARTIAL_SUFFIX, Partial
-from localmoe.models.pieces import PIECE_BYTES, pieces_path, read_pieces
-from localmoe.models.progress import Progress
-from localmoe.models.remote import HubAccess, RemoteFile
-from localmoe.models.stamps import Stamps
-from localmoe.models.transfer import THREAD_NAME, Patience
+from localmoe.hub.client import Hub
+from localmoe.hub.download import download, repair
+from localmoe.hub.partial_file import JOURNAL_SUFFIX, PARTIAL_SUFFIX, Partial
+from localmoe.hub.transfer import THREAD_NAME, RetryPolicy
+from localmoe.hub.types import HubAccess, RemoteFile
+from localmoe.hub.verify import PIECE_BYTES, Stamps, pieces_path, read_pieces
 
 REPO, NAME = "org/tiny-GGUF", "tiny.Q4_K_M.gguf"
 CONTENT = b"GGUF" + random.Random(1).randbytes(20 * PIECE_BYTES + 4321)
 OTHER = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
-QUICK = Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.03)
+QUICK = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_a_bad_line_costs_next_to_nothing(
 
 
 def test_what_a_server_asks_to_wait_is_waited() -> None:
-    patience = Patience(first_wait_s=1, longest_wait_s=8, longest_obeyed_s=100)
+    patience = RetryPolicy(first_wait_s=1, longest_wait_s=8, longest_obeyed_s=100)
     assert 0.5 <= patience.wait_s(1, None) <= 1
     assert 4 <= patience.wait_s(9, None) <= 8
     assert patience.wait_s(1, 30) == 30
@@ -189,9 +188,9 @@ def test_patience_ends_in_a_sentence_and_the_next_call_goes_on(
     server: StandInHub, hub: Hub, file: RemoteFile
 ) -> None:
     leave_unfinished(hub, file, 12)
-    seen: list[Progress] = []
+    seen: list[DownloadProgress] = []
     server.fault = every(Fault(status=503))
-    slower = Patience(tries=4, first_wait_s=0.1)
+    slower = RetryPolicy(tries=4, first_wait_s=0.1)
     with pytest.raises(DownloadError) as refused:
         download(hub, [file], on_progress=seen.append, patience=slower)
     assert seen[-1].trouble == "127.0.0.1 can't answer now (HTTP 503)."
@@ -304,7 +303,7 @@ def test_a_swap_in_the_middle_of_a_download(
 def test_an_interrupt_keeps_what_came_and_leaves_no_thread(
     server: StandInHub, hub: Hub, file: RemoteFile
 ) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: DownloadProgress) -> None:
         if progress.n_bytes_done > 4 * PIECE_BYTES:
             raise KeyboardInterrupt
 
@@ -322,7 +321,7 @@ def test_an_interrupt_keeps_what_came_and_leaves_no_thread(
 def test_an_interrupt_does_not_wait_for_a_line_that_stalls(
     server: StandInHub, access: HubAccess, file: RemoteFile
 ) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: DownloadProgress) -> None:
         if server.bytes_sent() >= 4_000_000:
             raise KeyboardInterrupt
 
@@ -333,7 +332,7 @@ def test_an_interrupt_does_not_wait_for_a_line_that_stalls(
 
 
 def test_progress_counts_what_was_here_before(hub: Hub, file: RemoteFile) -> None:
-    seen: list[Progress] = []
+    seen: list[DownloadProgress] = []
     leave_unfinished(hub, file, 10)
     pull(hub, file, on_progress=seen.append)
     assert seen[0].n_bytes_done >= 10 * PIECE_BYTES
@@ -457,16 +456,16 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from localmoe.errors import DownloadError
-from localmoe.models.transfer import Patience
-from localmoe.models.download import download
-from localmoe.models.hub import Hub
-from localmoe.models.remote import HubAccess, RemoteFile
+from localmoe.hub.transfer import RetryPolicy
+from localmoe.hub.download import download
+from localmoe.hub.client import Hub
+from localmoe.hub.types import HubAccess, RemoteFile
 
 job = json.loads(sys.argv[1])
 if job["limit"]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
 access = HubAccess(job["endpoint"], *(Path(folder) for folder in job["folders"]))
-quick = Patience(tries=4, first_wait_s=0.01, longest_wait_s=0.03)
+quick = RetryPolicy(tries=4, first_wait_s=0.01, longest_wait_s=0.03)
 try:
     download(Hub(access), [RemoteFile(**job["file"])], on_notice=print, patience=quick)
 except DownloadError as error:
@@ -512,7 +511,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_keeps_what_came(
     server: StandInHub, access: HubAccess, file: RemoteFile, small_disk: Path
 ) -> None:
-    def fill_up(progress: Progress) -> None:
+    def fill_up(progress: DownloadProgress) -> None:
         if progress.n_bytes_done > 4 * PIECE_BYTES and not ballast.exists():
             with suppress(OSError), ballast.open("wb", buffering=0) as full:
                 while full.write(bytes(1 << 16)):

@@ -15,10 +15,10 @@ from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.errors import DownloadError, ModelFileError
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.models.headers import header_files
-from localmoe.models.hub import Hub
-from localmoe.models.remote import HubAccess, RemoteFile
-from localmoe.models.transport import TransferFault
+from localmoe.hub.client import Hub
+from localmoe.hub.http import TransferFault
+from localmoe.hub.remote_header import header_files
+from localmoe.hub.types import HubAccess, RemoteFile
 
 REPO = "org/name-GGUF"
 TINY = replace(SHAPES["tiny"], n_vocab=32000)

@@ -17,9 +17,9 @@ from huggingface_hub import close_session
 from standin_hub import TOKEN, Fault, StandInHub
 
 from localmoe.errors import DownloadError, LocalMoeError, UsageError
-from localmoe.models.hub import Hub, check_name, check_repo, file_of
-from localmoe.models.remote import HubAccess, RemoteFile, RemoteRepo
-from localmoe.models.transport import RemoteBytes, TransferFault, retry_after_s
+from localmoe.hub.client import Hub, check_name, check_repo, file_of
+from localmoe.hub.http import RemoteBytes, TransferFault, retry_after_s
+from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo
 
 REPO = "org/name-GGUF"
 CONTENT = b"GGUF" + os.urandom(300_000)
@@ -130,7 +130,7 @@ def test_a_repository_that_moved_is_found(server: StandInHub, tmp_path: Path) ->
 
 
 def test_importing_the_hub_is_quick() -> None:
-    code = "import sys, localmoe.models.headers; sys.exit('huggingface_hub' in sys.modules)"
+    code = "import sys, localmoe.hub.remote_header; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,10 +15,10 @@ import pytest
 from make_model import SHAPES, make_model
 from standin_hub import Fault, RequestRecord, StandInHub
 
+from localmoe.callbacks import DownloadProgress
 from localmoe.cli import run_command
 from localmoe.cli.watching import download_line
 from localmoe.gguf.demo import PACKAGE
-from localmoe.models.progress import Progress
 
 REPO = "maker/Small-GGUF"
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
@@ -591,7 +591,7 @@ def test_the_list_shows_what_is_here_and_what_was_broken_off(
 
 def test_a_line_of_80_columns_says_what_matters() -> None:
     name = "Mixtral-8x7B-Instruct-v0.1.Q4_K_M-00001-of-00003.gguf"
-    progress = Progress(3 << 30, 26 << 30, 11.3 * 2**20, 2280, 0, 3, name, "downloading")
+    progress = DownloadProgress(3 << 30, 26 << 30, 11.3 * 2**20, 2280, 0, 3, name, "downloading")
     line = download_line(progress)
     start = "Downloading  12%, 11.3 MiB/s, 38 min left, 3.00 of 26.00 GiB: …"
     assert line.startswith(start)

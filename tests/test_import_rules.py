@@ -22,9 +22,10 @@ FORBIDDEN = {
     "placement/": {"huggingface_hub", "llama_cpp", *TERMINALS},
     "placement/plan.py": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "os", "pathlib", "io", "socket", "subprocess",
-        "psutil", "localmoe.engine.client", "localmoe.models.hub", "localmoe.models.catalog",
+        "psutil", "localmoe.engine.client", "localmoe.hub.client", "localmoe.models.catalog",
     },
     "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
+    "hub/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
     "gguf/": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement",
         "localmoe.models",

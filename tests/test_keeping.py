@@ -17,10 +17,10 @@ from standin_hub import StandInHub
 from localmoe.cli import run_command
 from localmoe.config import Settings
 from localmoe.gguf.demo import DEMO
-from localmoe.models.download import download, lock_of
-from localmoe.models.hub import file_of
-from localmoe.models.partial import Partial
-from localmoe.models.pieces import PIECE_BYTES
+from localmoe.hub.client import file_of
+from localmoe.hub.download import download, lock_of
+from localmoe.hub.partial_file import Partial
+from localmoe.hub.verify import PIECE_BYTES
 from localmoe.obtain import Finder
 
 REPO, OTHER = "maker/Small-GGUF", "copier/Small-GGUF"

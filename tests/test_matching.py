@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.hub.installed import InstalledModel, InstalledModels
+from localmoe.hub.quants import Quant, quants_of
+from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo
 from localmoe.models.catalog import ModelSpec, QuantSpec
 from localmoe.models.matching import models_meant, newest, quant_here, sized_quants, what_to_type
 from localmoe.models.names import parse_name
-from localmoe.models.quants import Quant, quants_of
-from localmoe.models.remote import HubAccess, RemoteFile, RemoteRepo
-from localmoe.models.store import Installed, Store
 
 REPO, OTHER = "maker/Model-GGUF", "copier/Model-GGUF"
 OLD, NEW, THIRD = "a" * 40, "b" * 40, "ab12345" + "c" * 33
@@ -24,7 +24,9 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.store = Store(HubAccess("http://127.0.0.1:9", folder, folder / "h", folder / "s"))
+        self.store = InstalledModels(
+            HubAccess("http://127.0.0.1:9", folder, folder / "h", folder / "s")
+        )
         self.clock = 1_000_000
 
     def put(self, repo: str, commit: str, *names: str, ref: str = "") -> None:
@@ -43,7 +45,7 @@ class Cache:
             (root / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
             (root / "refs" / ref).write_text(commit)
 
-    def meant(self, text: str, **options: bool) -> list[Installed]:
+    def meant(self, text: str, **options: bool) -> list[InstalledModel]:
         return models_meant(self.store.installed(), parse_name(text, {}), **options)
 
 
@@ -53,7 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return Cache(tmp_path)
 
 
-def commits(models: list[Installed]) -> list[str]:
+def commits(models: list[InstalledModel]) -> list[str]:
     return [model.commit for model in models]
 
 

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.models.partial import HEAD_BYTES, RECORD, Partial, leftovers, remove_leftover
-from localmoe.models.pieces import (
+from localmoe.hub.partial_file import HEAD_BYTES, RECORD, Partial, leftovers, remove_leftover
+from localmoe.hub.transfer import Segments
+from localmoe.hub.types import RemoteFile
+from localmoe.hub.verify import (
     PIECE_BYTES,
     as_ranges,
     damaged_pieces,
@@ -22,8 +24,6 @@ from localmoe.models.pieces import (
     read_pieces,
     write_pieces,
 )
-from localmoe.models.remote import RemoteFile
-from localmoe.models.segments import Segments
 
 CONTENT = random.Random(4).randbytes(5 * PIECE_BYTES + 1234)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -7,7 +7,7 @@ import pytest
 
 from localmoe.errors import ModelFileError, UsageError
 from localmoe.gguf.architectures import ARCHITECTURES, refuse_unknown
-from localmoe.models.quants import (
+from localmoe.hub.quants import (
     LADDER,
     Quant,
     base_label,
@@ -20,7 +20,7 @@ from localmoe.models.quants import (
     quants_of,
     rank,
 )
-from localmoe.models.remote import RemoteFile, RemoteRepo
+from localmoe.hub.types import RemoteFile, RemoteRepo
 
 COMMIT = "0" * 40
 

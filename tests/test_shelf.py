@@ -8,10 +8,10 @@ import pytest
 
 from localmoe.choosing import in_order
 from localmoe.cli.listing import catalog_row, footer, other_row
-from localmoe.models.cache_layout import CachedFile
+from localmoe.hub.cache_layout import CachedFile
+from localmoe.hub.installed import InstalledModel
 from localmoe.models.catalog import ModelSpec, QuantSpec, read_catalog
 from localmoe.models.matching import sized_quants
-from localmoe.models.store import Installed
 from localmoe.placement.gpus import Gpu
 from localmoe.placement.hardware import Machine
 from localmoe.placement.request import PlanRequest
@@ -30,16 +30,18 @@ def room(ram_gib: float, gpu_gib: float = 0, *, asked: PlanRequest = NOTHING_ASK
     return room_of(Machine(ram, ram, 8, cards), asked)
 
 
-def entry(spec: ModelSpec, memory: Room, *here: Installed) -> Entry:
+def entry(spec: ModelSpec, memory: Room, *here: InstalledModel) -> Entry:
     quants = tuple(sized_quants(spec))
     return Entry("it", spec, quants, here, suited(spec, in_order(quants), memory))
 
 
-def installed(name: str, commit: str = "a", *, lost: int = 0, label: str = "Q4_K_M") -> Installed:
+def installed(
+    name: str, commit: str = "a", *, lost: int = 0, label: str = "Q4_K_M"
+) -> InstalledModel:
     path = Path("/cache/models--a--b/snapshots") / commit / name
     blob = Path("/cache/models--a--b/blobs") / name
     file = CachedFile("a/b", commit, name, path, blob, 3 * GIB)
-    return Installed("a/b", commit, label, (file,), tuple(f"s{n}" for n in range(lost)), True)
+    return InstalledModel("a/b", commit, label, (file,), tuple(f"s{n}" for n in range(lost)), True)
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 from standin_hub import StandInHub
 
 from localmoe.errors import LocalMoeError
-from localmoe.models.download import lock_of
-from localmoe.models.partial import Partial, leftovers
-from localmoe.models.pieces import PIECE_BYTES
-from localmoe.models.remote import HubAccess, RemoteFile
-from localmoe.models.removal import Removal
-from localmoe.models.stamps import Expected
-from localmoe.models.store import Installed, Store
+from localmoe.hub.download import lock_of
+from localmoe.hub.installed import InstalledModel, InstalledModels
+from localmoe.hub.partial_file import Partial, leftovers
+from localmoe.hub.removal import Removal
+from localmoe.hub.types import HubAccess, RemoteFile
+from localmoe.hub.verify import PIECE_BYTES, ExpectedHash
 
 C1, C2 = "1" * 40, "2" * 40
 REPO = "org/mixtral-GGUF"
@@ -80,11 +79,11 @@ def cache(access: HubAccess) -> Cache:
 
 
 @pytest.fixture
-def store(access: HubAccess) -> Store:
-    return Store(access)
+def store(access: HubAccess) -> InstalledModels:
+    return InstalledModels(access)
 
 
-def only(store: Store) -> Installed:
+def only(store: InstalledModels) -> InstalledModel:
     (model,) = store.installed()
     return model
 
@@ -111,7 +110,7 @@ def tree(folder: Path) -> set[str]:
 # ---- what is here --------------------------------------------------------------------------------
 
 
-def test_models_are_listed_with_their_shards_together(store: Store, cache: Cache) -> None:
+def test_models_are_listed_with_their_shards_together(store: InstalledModels, cache: Cache) -> None:
     cache.add("small-Q8_0.gguf", b"small", repo="an/other")
     for i, name in enumerate(SHARDS):
         cache.add(f"Q4_K_M/{name}", b"x" * (i + 1))
@@ -126,7 +125,7 @@ def test_models_are_listed_with_their_shards_together(store: Store, cache: Cache
 
 
 def test_missing_shards_are_named_whether_their_link_is_there_or_not(
-    store: Store, cache: Cache
+    store: InstalledModels, cache: Cache
 ) -> None:
     paths = [cache.add(name, name.encode()) for name in SHARDS]
     paths[0].resolve().unlink()
@@ -136,13 +135,15 @@ def test_missing_shards_are_named_whether_their_link_is_there_or_not(
     assert (model.names, model.is_complete) == ((SHARDS[1],), False)
 
 
-def test_the_same_file_at_two_commits_is_two_models(store: Store, cache: Cache) -> None:
+def test_the_same_file_at_two_commits_is_two_models(store: InstalledModels, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"a")
     cache.add("a-Q4_0.gguf", b"a", C2)
     assert [model.commit for model in store.installed()] == [C1, C2]
 
 
-def test_what_does_not_belong_in_a_cache_is_passed_over(store: Store, cache: Cache) -> None:
+def test_what_does_not_belong_in_a_cache_is_passed_over(
+    store: InstalledModels, cache: Cache
+) -> None:
     cache.add("a-Q4_0.gguf", b"a")
     cache.add("gone-Q4_0.gguf", b"gone").resolve().unlink()
     snapshots = cache.repo() / "snapshots"
@@ -159,13 +160,13 @@ def test_what_does_not_belong_in_a_cache_is_passed_over(store: Store, cache: Cac
     assert only(store).names == ("a-Q4_0.gguf",)
 
 
-def test_a_cache_that_is_not_there_has_nothing(store: Store) -> None:
+def test_a_cache_that_is_not_there_has_nothing(store: InstalledModels) -> None:
     assert store.installed() == store.unfinished() == ()
     assert store.lost() == ()
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads every folder")
-def test_a_folder_that_may_not_be_read_is_passed_over(store: Store, cache: Cache) -> None:
+def test_a_folder_that_may_not_be_read_is_passed_over(store: InstalledModels, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"a")
     cache.add("b-Q4_0.gguf", b"b", repo="an/other")
     cache.repo("an/other").chmod(0)
@@ -175,12 +176,14 @@ def test_a_folder_that_may_not_be_read_is_passed_over(store: Store, cache: Cache
         cache.repo("an/other").chmod(0o700)
 
 
-def test_copies_in_place_of_links_are_models_too(store: Store, cache: Cache) -> None:
+def test_copies_in_place_of_links_are_models_too(store: InstalledModels, cache: Cache) -> None:
     path = cache.copy("a-Q4_0.gguf", b"a")
     assert only(store).path == only(store).files[0].blob == path
 
 
-def test_downloads_that_broke_off_are_listed_with_what_is_here(store: Store, cache: Cache) -> None:
+def test_downloads_that_broke_off_are_listed_with_what_is_here(
+    store: InstalledModels, cache: Cache
+) -> None:
     broken_off(cache, "a-Q4_0.gguf")
     (begun,) = store.unfinished()
     assert (begun.repo, begun.left.name) == (REPO, "a-Q4_0.gguf")
@@ -189,7 +192,9 @@ def test_downloads_that_broke_off_are_listed_with_what_is_here(store: Store, cac
     assert store.installed() == ()
 
 
-def test_models_whose_bytes_are_gone_are_known_by_their_links(store: Store, cache: Cache) -> None:
+def test_models_whose_bytes_are_gone_are_known_by_their_links(
+    store: InstalledModels, cache: Cache
+) -> None:
     paths = [cache.add(f"q/{name}", name.encode()) for name in SHARDS]
     alone = cache.add("a-Q4_0.gguf", b"a")
     (alone.parent / "self-Q4_0.gguf").symlink_to("self-Q4_0.gguf")
@@ -218,15 +223,17 @@ def test_a_stamp_survives_a_restart_and_counts_for_every_name_of_the_file(
     access: HubAccess, cache: Cache
 ) -> None:
     path = cache.add("a-Q4_0.gguf", b"a")
-    Store(access).stamp(path, path.resolve().name)
-    again = Store(access)
+    InstalledModels(access).stamp(path, path.resolve().name)
+    again = InstalledModels(access)
     assert again.is_verified(path)
     assert again.is_verified(path.resolve(), path.resolve().name)
     assert again.is_verified(cache.add("a-Q4_0.gguf", b"a", C2))
     assert [model.verified for model in again.installed()] == [True, True]
 
 
-def test_a_stamp_is_void_with_another_time_size_or_inode(store: Store, tmp_path: Path) -> None:
+def test_a_stamp_is_void_with_another_time_size_or_inode(
+    store: InstalledModels, tmp_path: Path
+) -> None:
     path, sha256 = tmp_path / "a.gguf", hashlib.sha256(b"abc").hexdigest()
 
     def stamped() -> os.stat_result:
@@ -252,7 +259,7 @@ def test_a_stamp_is_void_with_another_time_size_or_inode(store: Store, tmp_path:
     assert not store.is_verified(path)
 
 
-def test_a_stamp_of_another_hash_is_none(store: Store, cache: Cache) -> None:
+def test_a_stamp_of_another_hash_is_none(store: InstalledModels, cache: Cache) -> None:
     path = cache.add("a-Q4_0.gguf", b"a")
     store.stamp(path, "0" * 64)
     assert not store.is_verified(path)  # its blob's name says otherwise
@@ -269,7 +276,7 @@ def test_a_stamp_of_another_hash_is_none(store: Store, cache: Cache) -> None:
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["sha256", "seen", "inode", "n_bytes", "x"]), inner),
 ).map(lambda value: json.dumps(value).encode()))  # fmt: skip
-def test_a_damaged_stamp_is_none(store: Store, tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_stamp_is_none(store: InstalledModels, tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"a")
     store.stamp(path, hashlib.sha256(b"a").hexdigest())
@@ -280,12 +287,12 @@ def test_a_damaged_stamp_is_none(store: Store, tmp_path: Path, damage: bytes) ->
 
 def test_stamps_that_cannot_be_kept_are_no_error(access: HubAccess, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = Store(replace(access, stamps=tmp_path / "file" / "stamps"))
+    store = InstalledModels(replace(access, stamps=tmp_path / "file" / "stamps"))
     path = tmp_path / "a.gguf"
     path.write_bytes(b"a")
     store.stamp(path, hashlib.sha256(b"a").hexdigest())
     assert not store.is_verified(path)
-    (verdict,) = store.verify([path], {path: Expected(hashlib.sha256(b"a").hexdigest())})
+    (verdict,) = store.verify([path], {path: ExpectedHash(hashlib.sha256(b"a").hexdigest())})
     assert verdict.is_ok
 
 
@@ -293,7 +300,7 @@ def test_stamps_that_cannot_be_kept_are_no_error(access: HubAccess, tmp_path: Pa
 
 
 def test_verify_reads_all_files_stamps_them_and_tells_how_far_it_is(
-    store: Store, cache: Cache
+    store: InstalledModels, cache: Cache
 ) -> None:
     paths = [cache.add(name, os.urandom(1000 + i)) for i, name in enumerate(SHARDS)]
     told: list[tuple[int, int]] = []
@@ -304,7 +311,7 @@ def test_verify_reads_all_files_stamps_them_and_tells_how_far_it_is(
     assert only(store).verified
 
 
-def test_verify_reads_no_more_than_it_is_given(store: Store, cache: Cache) -> None:
+def test_verify_reads_no_more_than_it_is_given(store: InstalledModels, cache: Cache) -> None:
     """A start hashes the shard that has no stamp, and not the others again."""
     first, second, third = (cache.add(name, name.encode()) for name in SHARDS)
     third.resolve().unlink()
@@ -314,7 +321,7 @@ def test_verify_reads_no_more_than_it_is_given(store: Store, cache: Cache) -> No
     assert not store.is_verified(first)
 
 
-def test_a_flipped_byte_is_found_and_its_range_named(store: Store, cache: Cache) -> None:
+def test_a_flipped_byte_is_found_and_its_range_named(store: InstalledModels, cache: Cache) -> None:
     content = os.urandom(3 * PIECE_BYTES + 100)
     path = cache.add("a-Q4_0.gguf", content)
     assert store.verify([path])[0].is_ok
@@ -332,7 +339,7 @@ def test_a_flipped_byte_is_found_and_its_range_named(store: Store, cache: Cache)
     assert not store.is_verified(path)
 
 
-def test_without_checksums_the_hash_alone_is_told(store: Store, cache: Cache) -> None:
+def test_without_checksums_the_hash_alone_is_told(store: InstalledModels, cache: Cache) -> None:
     path = cache.add("a-Q4_0.gguf", b"right")
     path.resolve().write_bytes(b"wrong")
     (verdict,) = store.verify([path])
@@ -341,7 +348,7 @@ def test_without_checksums_the_hash_alone_is_told(store: Store, cache: Cache) ->
     assert verdict.why == f"Its sha256 is {found[:12]}…, not {path.resolve().name[:12]}…."
 
 
-def test_a_cut_file_is_of_the_wrong_length(store: Store, cache: Cache) -> None:
+def test_a_cut_file_is_of_the_wrong_length(store: InstalledModels, cache: Cache) -> None:
     content = os.urandom(2 * PIECE_BYTES)
     path = cache.add("a-Q4_0.gguf", content)
     assert store.verify([path])[0].is_ok
@@ -353,7 +360,7 @@ def test_a_cut_file_is_of_the_wrong_length(store: Store, cache: Cache) -> None:
 
 
 def test_a_file_anywhere_is_held_against_the_hash_that_is_given(
-    store: Store, tmp_path: Path
+    store: InstalledModels, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.gguf"
     path.write_bytes(b"mine")
@@ -362,11 +369,11 @@ def test_a_file_anywhere_is_held_against_the_hash_that_is_given(
     assert (verdict.outcome, verdict.sha256) == ("unknown hash", sha256)
     assert verdict.why == f"There is nothing to hold it against; its sha256 is {sha256}."
     assert not store.is_verified(path)
-    assert store.verify([path], {path: Expected(sha256)})[0].is_ok
+    assert store.verify([path], {path: ExpectedHash(sha256)})[0].is_ok
     assert store.is_verified(path)
     path.write_bytes(b"another model under the same name")
     assert store.verify([path])[0].outcome == "unknown hash"  # no stamp holds a person to it
-    (verdict,) = store.verify([path], {path: Expected(sha256, 4)})
+    (verdict,) = store.verify([path], {path: ExpectedHash(sha256, 4)})
     assert (verdict.outcome, verdict.why) == ("wrong length", "It has 33 bytes, not 4.")
 
 
@@ -374,35 +381,35 @@ def test_a_copy_is_read_once_though_nothing_says_what_it_should_be(
     access: HubAccess, cache: Cache
 ) -> None:
     path = cache.copy("a-Q4_0.gguf", b"as it came")
-    (verdict,) = Store(access).verify([path])
+    (verdict,) = InstalledModels(access).verify([path])
     assert verdict.outcome == "unknown hash"
-    assert not Store(access).is_verified(path)
+    assert not InstalledModels(access).is_verified(path)
     assert verdict.sha256
-    Store(access).stamp(path, verdict.sha256)
-    assert Store(access).is_verified(path)
-    assert only(Store(access)).verified
+    InstalledModels(access).stamp(path, verdict.sha256)
+    assert InstalledModels(access).is_verified(path)
+    assert only(InstalledModels(access)).verified
     path.write_bytes(b"as it came to be")
-    assert not Store(access).is_verified(path)
-    assert Store(access).verify([path])[0].outcome == "wrong length"
+    assert not InstalledModels(access).is_verified(path)
+    assert InstalledModels(access).verify([path])[0].outcome == "wrong length"
 
 
-def test_a_copy_in_a_snapshot_is_held_to_what_it_was(store: Store, cache: Cache) -> None:
+def test_a_copy_in_a_snapshot_is_held_to_what_it_was(store: InstalledModels, cache: Cache) -> None:
     path = cache.copy("a-Q4_0.gguf", b"right")
     sha256 = hashlib.sha256(b"right").hexdigest()
     assert store.verify([path])[0].outcome == "unknown hash"
-    assert store.verify([path], {path: Expected(sha256)})[0].is_ok
+    assert store.verify([path], {path: ExpectedHash(sha256)})[0].is_ok
     assert only(store).verified
     assert store.verify([path])[0].is_ok
     path.write_bytes(b"wrong")
     assert not only(store).verified
     for _ in range(2):  # it is known what it should be, however often it was found wrong
         (verdict,) = store.verify([path])
-        assert (verdict.outcome, verdict.expected) == ("wrong hash", Expected(sha256, 5))
+        assert (verdict.outcome, verdict.expected) == ("wrong hash", ExpectedHash(sha256, 5))
         assert not only(store).verified
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_what_is_no_file_is_not_read(store: Store, tmp_path: Path) -> None:
+def test_what_is_no_file_is_not_read(store: InstalledModels, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     for path in (tmp_path, tmp_path / "pipe.gguf"):
         (verdict,) = store.verify([path])
@@ -412,7 +419,7 @@ def test_what_is_no_file_is_not_read(store: Store, tmp_path: Path) -> None:
 # ---- removal -------------------------------------------------------------------------------------
 
 
-def removed(store: Store, *models: Installed) -> Removal:
+def removed(store: InstalledModels, *models: InstalledModel) -> Removal:
     """Removes models, and holds what was said against what the disk got back."""
     removal = store.plan_removal(models)
     before = bytes_in(store.access.cache)
@@ -422,7 +429,7 @@ def removed(store: Store, *models: Installed) -> Removal:
     return removal
 
 
-def test_the_only_model_goes_with_its_repository(store: Store, cache: Cache) -> None:
+def test_the_only_model_goes_with_its_repository(store: InstalledModels, cache: Cache) -> None:
     paths = [cache.add(name, name.encode()) for name in SHARDS]
     store.verify(paths)
     note = cache.repo() / ".no_exist" / C1 / "config.json"
@@ -439,7 +446,7 @@ def test_the_only_model_goes_with_its_repository(store: Store, cache: Cache) -> 
     )
 
 
-def test_the_other_revision_stays_loadable(store: Store, cache: Cache) -> None:
+def test_the_other_revision_stays_loadable(store: InstalledModels, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"same")
     cache.add("b-Q8_0.gguf", b"first only")
     other = cache.add("a-Q4_0.gguf", b"same", C2, ref="next")
@@ -456,13 +463,13 @@ def test_the_other_revision_stays_loadable(store: Store, cache: Cache) -> None:
     assert tree(cache.folder) == set()
 
 
-def test_both_revisions_at_once_free_what_they_share(store: Store, cache: Cache) -> None:
+def test_both_revisions_at_once_free_what_they_share(store: InstalledModels, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"same")
     cache.add("a-Q4_0.gguf", b"same", C2)
     assert removed(store, *store.installed()).n_bytes_freed == 4
 
 
-def test_what_was_linked_since_the_plan_stays(store: Store, cache: Cache) -> None:
+def test_what_was_linked_since_the_plan_stays(store: InstalledModels, cache: Cache) -> None:
     cache.add("a-Q4_0.gguf", b"same")
     removal = store.plan_removal([only(store)])
     late = cache.add("a-Q4_0.gguf", b"same", C2)
@@ -471,7 +478,7 @@ def test_what_was_linked_since_the_plan_stays(store: Store, cache: Cache) -> Non
 
 
 def test_a_link_out_of_the_cache_goes_and_its_target_stays(
-    store: Store, cache: Cache, tmp_path: Path
+    store: InstalledModels, cache: Cache, tmp_path: Path
 ) -> None:
     outside = tmp_path / "mine.gguf"
     outside.write_bytes(b"mine")
@@ -487,7 +494,7 @@ def test_a_link_out_of_the_cache_goes_and_its_target_stays(
 
 @pytest.mark.parametrize("at", ["blobs", "snapshots", "."])
 def test_folders_that_lead_out_of_the_cache_lose_no_file(
-    store: Store, cache: Cache, tmp_path: Path, at: str
+    store: InstalledModels, cache: Cache, tmp_path: Path, at: str
 ) -> None:
     cache.add("a-Q4_0.gguf", b"a")
     inside, outside = cache.repo() / at, tmp_path / "outside"
@@ -504,7 +511,7 @@ def test_folders_that_lead_out_of_the_cache_lose_no_file(
 
 
 def test_a_link_to_a_file_of_another_repository_takes_nothing_of_it(
-    store: Store, cache: Cache
+    store: InstalledModels, cache: Cache
 ) -> None:
     """Whoever can write links must not be able to have other files deleted by them."""
     victim = cache.add("a-Q4_0.gguf", b"a", repo="an/other").resolve()
@@ -521,7 +528,7 @@ def test_a_link_to_a_file_of_another_repository_takes_nothing_of_it(
 
 
 def test_a_removal_that_names_other_files_is_refused(
-    store: Store, cache: Cache, tmp_path: Path
+    store: InstalledModels, cache: Cache, tmp_path: Path
 ) -> None:
     blob = cache.add("a-Q4_0.gguf", b"a").resolve()
     outside = tmp_path / "mine"
@@ -548,19 +555,21 @@ def test_a_cache_that_is_itself_a_link_can_be_cleared(
     cache.add("a-Q4_0.gguf", b"abc")
     link = tmp_path / "link"
     link.symlink_to(cache.folder)
-    store = Store(replace(access, cache=link))
+    store = InstalledModels(replace(access, cache=link))
     assert removed(store, only(store)).n_bytes_freed == 3
     assert tree(cache.folder) == set()
 
 
-def test_links_of_missing_shards_go_too(store: Store, cache: Cache) -> None:
+def test_links_of_missing_shards_go_too(store: InstalledModels, cache: Cache) -> None:
     paths = [cache.add(f"q/{name}", name.encode()) for name in SHARDS]
     paths[0].resolve().unlink()
     removed(store, only(store))
     assert tree(cache.folder) == set()
 
 
-def test_a_copy_goes_with_the_blob_that_it_was_made_from(store: Store, cache: Cache) -> None:
+def test_a_copy_goes_with_the_blob_that_it_was_made_from(
+    store: InstalledModels, cache: Cache
+) -> None:
     path, blob = cache.copy("a-Q4_0.gguf", b"abc"), cache.blob(b"abc")
     store.stamp(path, blob.name)
     assert removed(store, only(store)).n_bytes_freed == 6
@@ -568,7 +577,7 @@ def test_a_copy_goes_with_the_blob_that_it_was_made_from(store: Store, cache: Ca
 
 
 def test_a_blob_with_another_hard_link_frees_nothing(
-    store: Store, cache: Cache, tmp_path: Path
+    store: InstalledModels, cache: Cache, tmp_path: Path
 ) -> None:
     blob = cache.add("a-Q4_0.gguf", b"abc").resolve()
     (tmp_path / "mine.gguf").hardlink_to(blob)
@@ -593,7 +602,7 @@ def shared_payload(cache: Cache, path: Path) -> Path:
 
 
 def test_the_store_of_all_repositories_keeps_what_another_one_uses(
-    store: Store, cache: Cache
+    store: InstalledModels, cache: Cache
 ) -> None:
     paths = [cache.add("a-Q4_0.gguf", b"abc", repo=repo) for repo in (REPO, "an/other")]
     payload = [shared_payload(cache, path) for path in paths][0]
@@ -610,7 +619,7 @@ def test_the_store_of_all_repositories_keeps_what_another_one_uses(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell")
-def test_a_file_in_use_is_said_to_be(store: Store, cache: Cache) -> None:
+def test_a_file_in_use_is_said_to_be(store: InstalledModels, cache: Cache) -> None:
     path = cache.add("a-Q4_0.gguf", b"abc" * 5000)
     program = (
         "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, "
@@ -630,7 +639,7 @@ def test_a_file_in_use_is_said_to_be(store: Store, cache: Cache) -> None:
 
 
 def test_what_cannot_be_deleted_is_told_and_can_be_removed_later(
-    store: Store, cache: Cache
+    store: InstalledModels, cache: Cache
 ) -> None:
     first, second, third = (cache.add(name, name.encode()) for name in SHARDS)
     removal = store.plan_removal([only(store)])
@@ -659,7 +668,9 @@ def broken_off(cache: Cache, name: str, repo: str = REPO) -> Path:
     return blob
 
 
-def test_a_broken_off_download_goes_and_leaves_no_trace(store: Store, cache: Cache) -> None:
+def test_a_broken_off_download_goes_and_leaves_no_trace(
+    store: InstalledModels, cache: Cache
+) -> None:
     broken_off(cache, "a-Q4_0.gguf")
     removal = store.plan_removal([], store.unfinished())
     assert removal.n_bytes_freed == PIECE_BYTES
@@ -671,7 +682,9 @@ def test_a_broken_off_download_goes_and_leaves_no_trace(store: Store, cache: Cac
     assert not cache.repo().exists()
 
 
-def test_a_download_that_goes_on_is_refused_and_nothing_goes(store: Store, cache: Cache) -> None:
+def test_a_download_that_goes_on_is_refused_and_nothing_goes(
+    store: InstalledModels, cache: Cache
+) -> None:
     path = cache.add("b-Q8_0.gguf", b"whole")
     blob = broken_off(cache, "a-Q4_0.gguf")
     removal = store.plan_removal(store.installed(), store.unfinished())
@@ -708,7 +721,7 @@ def test_removal_frees_what_it_says_and_leaves_the_rest(
     access: HubAccess, files: list[tuple[str, str, str, bytes, str]], data: st.DataObject
 ) -> None:
     shutil.rmtree(access.cache, ignore_errors=True)
-    cache, store = Cache(access.cache), Store(access)
+    cache, store = Cache(access.cache), InstalledModels(access)
     contents = {}
     for repo, commit, name, content, kind in files:
         if kind == "link":
@@ -730,7 +743,7 @@ def test_removal_frees_what_it_says_and_leaves_the_rest(
 # ---- room ----------------------------------------------------------------------------------------
 
 
-def test_room_is_that_of_the_nearest_folder_there_is(store: Store) -> None:
+def test_room_is_that_of_the_nearest_folder_there_is(store: InstalledModels) -> None:
     assert not store.access.cache.exists()
     assert store.free_bytes() > 0
 
@@ -746,7 +759,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
 
 
 def test_what_the_real_client_fetched_is_found_verified_and_removed(
-    hub: StandInHub, access: HubAccess, store: Store
+    hub: StandInHub, access: HubAccess, store: InstalledModels
 ) -> None:
     content = os.urandom(5000)
     files = {"a-Q4_K_M.gguf": content, "b-Q8_0.gguf": b"b" * 99, "config.json": b"{}"}

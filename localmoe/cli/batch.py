@@ -25,10 +25,11 @@ from .options import (
 from .watching import watching
 
 if TYPE_CHECKING:
+    from ..callbacks import LoadCallbacks
     from ..config import Settings
     from ..engine.client import Engine
     from ..load import LoadedModel
-    from ..obtain import Finder, Found, Watch
+    from ..obtain import Finder, Found
     from ..placement.crowd import Crowd
     from ..serving.answer import Markers
     from ..serving.asking import Stop
@@ -128,7 +129,7 @@ class BatchCommand:
         model: str,
         files: Files,
         settings: Settings,
-        watch: Watch,
+        watch: LoadCallbacks,
         company: Company,
         *,
         quiet: bool,
@@ -367,7 +368,7 @@ class Told:
 
 def model_identity(found: Found) -> dict[str, Any]:
     """What tells a model from every other: its file's hash where it is known, else its date."""
-    from ..models.cache_layout import expected_sha256
+    from ..hub.cache_layout import expected_sha256
 
     paths = found.meta.paths
     hashes = [file.sha256 for file in found.files] or [expected_sha256(path) for path in paths]

@@ -16,9 +16,10 @@ from ..serving.messages import Message
 from .loading import Loading
 
 if TYPE_CHECKING:
+    from ..callbacks import LoadCallbacks
     from ..config import Settings
     from ..load import LoadedModel
-    from ..obtain import Found, Watch
+    from ..obtain import Found
     from ..revival import Revival
     from ..serving.session import Session, Sessions
 
@@ -36,7 +37,7 @@ class Conversation:
     settings at first, `loaded_by` those by which the model was loaded.
     """
 
-    def __init__(self, found: Found, settings: Settings, watch: Watch) -> None:
+    def __init__(self, found: Found, settings: Settings, watch: LoadCallbacks) -> None:
         self.settings = self.began_with = self.loaded_by = settings
         self.sessions: Sessions | None = None
         self.session: Session | None = None
@@ -148,7 +149,7 @@ class Conversation:
 
     # ---- models ----
 
-    def switch(self, found: Found, watch: Watch) -> None:
+    def switch(self, found: Found, watch: LoadCallbacks) -> None:
         """Go on with another model. Only the text of what was said counts: ids are a model's own.
 
         Raises LocalMoeError where it can't be loaded; then the one before is loaded again.
@@ -166,7 +167,7 @@ class Conversation:
         self._found = found
         self._go_on_with(loaded, self.settings)
 
-    def reload(self, watch: Watch) -> None:
+    def reload(self, watch: LoadCallbacks) -> None:
         """Load the same model by the settings of now. Raises as `switch` does."""
         self.switch(self._found, watch)
 

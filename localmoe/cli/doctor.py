@@ -75,7 +75,7 @@ def doctor(as_json: bool) -> int:
 def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
     from ..config import engine_environment, hub_access
-    from ..models.store import Store
+    from ..hub.installed import InstalledModels
     from ..placement.hardware import machine_of
     from ..placement.host import host_of
     from ..placement.sources import Sources
@@ -84,7 +84,7 @@ def examine() -> Checkup:
     host = host_of(Sources(env=env))
     devices, broken = ask_llama(env)
     folders = folders_of()
-    room = Store(hub_access()).free_bytes()
+    room = InstalledModels(hub_access()).free_bytes()
     settings = tuple(settings_findings())
     return Checkup(host, machine_of(host, devices, broken), devices, folders, room, settings)
 

@@ -14,10 +14,10 @@ from .options import json_option, offline_option, settings_of
 from .watching import finder, watching
 
 if TYPE_CHECKING:
+    from ..hub.installed import InstalledModel, PartialDownload
+    from ..hub.removal import Removal
+    from ..hub.verify import Verdict
     from ..keeping import Kept
-    from ..models.removal import Removal
-    from ..models.stamps import Verdict
-    from ..models.store import BrokenOff, Installed
     from ..obtain import Finder
 
 EXIT_NOT_VERIFIED = 4
@@ -138,8 +138,8 @@ def rm(models: tuple[str, ...], yes: bool, as_json: bool, quiet: bool) -> None:
 
 
 def say_what_goes(
-    installed: Sequence[Installed],
-    unfinished: Sequence[BrokenOff],
+    installed: Sequence[InstalledModel],
+    unfinished: Sequence[PartialDownload],
     removal: Removal,
     say: Callable[[str], None],
 ) -> None:
@@ -150,7 +150,7 @@ def say_what_goes(
         say(line)
 
 
-def model_document(model: Installed) -> dict[str, Any]:
+def model_document(model: InstalledModel) -> dict[str, Any]:
     return {
         "repo": model.repo,
         "revision": model.commit,
@@ -159,7 +159,7 @@ def model_document(model: Installed) -> dict[str, Any]:
     }
 
 
-def unfinished_document(broken_off: BrokenOff) -> dict[str, Any]:
+def unfinished_document(broken_off: PartialDownload) -> dict[str, Any]:
     """Its revision and quant are not known before it is whole."""
     files = [broken_off.left.name]
     return {"repo": broken_off.repo, "revision": None, "quant": None, "files": files}

@@ -12,7 +12,7 @@ from .options import json_option, settings_of
 from .watching import finder, of_whole
 
 if TYPE_CHECKING:
-    from ..models.store import BrokenOff, Installed
+    from ..hub.installed import InstalledModel, PartialDownload
     from ..shelf import Entry, Suited
 
 HEAD = ("NAME", "QUANT", "SIZE", "HERE", "THIS MACHINE", "ABOUT")
@@ -67,23 +67,23 @@ def verdict(suited: Suited) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def label_and_size(model: Installed) -> tuple[str, str]:
+def label_and_size(model: InstalledModel) -> tuple[str, str]:
     return model.label, render.size(model.n_bytes)
 
 
-def missing(model: Installed) -> str:
+def missing(model: InstalledModel) -> str:
     n = len(model.missing)
     return f"{n} shard{'s' if n > 1 else ''} missing" if n else ""
 
 
-def other_row(model: Installed) -> Sequence[str]:
+def other_row(model: InstalledModel) -> Sequence[str]:
     return (model.repo, *label_and_size(model), "yes", missing(model), "")
 
 
 def footer(
     known: Sequence[Entry],
-    others: Sequence[Installed],
-    unfinished: Sequence[BrokenOff],
+    others: Sequence[InstalledModel],
+    unfinished: Sequence[PartialDownload],
     only_installed: bool,
 ) -> Iterator[str]:
     here = [model for entry in known for model in entry.installed] + list(others)
@@ -104,7 +104,7 @@ def footer(
 
 
 def document(
-    known: Sequence[Entry], others: Sequence[Installed], unfinished: Sequence[BrokenOff]
+    known: Sequence[Entry], others: Sequence[InstalledModel], unfinished: Sequence[PartialDownload]
 ) -> dict[str, Any]:
     return {
         "catalog": [entry_document(entry) for entry in known],
@@ -135,7 +135,7 @@ def entry_document(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def installed_document(model: Installed) -> dict[str, Any]:
+def installed_document(model: InstalledModel) -> dict[str, Any]:
     return {
         "repo": model.repo,
         "revision": model.commit,

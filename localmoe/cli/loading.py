@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..callbacks import LoadCallbacks
     from ..config import Settings
     from ..load import LoadedModel
-    from ..obtain import Found, Watch
+    from ..obtain import Found
 
 WAKE_SECONDS = 0.2
 """A wait without an end can't be interrupted by Ctrl-C on Windows."""
@@ -21,7 +22,11 @@ class Loading:
     say meanwhile is kept for `say`."""
 
     def __init__(
-        self, found: Found, settings: Settings, watch: Watch, then: Callable[[LoadedModel], None]
+        self,
+        found: Found,
+        settings: Settings,
+        watch: LoadCallbacks,
+        then: Callable[[LoadedModel], None],
     ) -> None:
         self.fraction = 0.0
         self._said: list[tuple[Callable[[str], None], str]] = []
@@ -77,7 +82,7 @@ class Loading:
         for say, text in said:
             say(text)
 
-    def _load(self, watch: Watch) -> None:
+    def _load(self, watch: LoadCallbacks) -> None:
         try:
             from ..load import load_to_talk
 
@@ -89,7 +94,7 @@ class Loading:
             if self._on_error:
                 self._on_error(error)
 
-    def _quietly(self, watch: Watch) -> Watch:
+    def _quietly(self, watch: LoadCallbacks) -> LoadCallbacks:
         def keep(say: Callable[[str], None] | None) -> Callable[[str], None] | None:
             return (lambda text: self._said.append((say, text))) if say else None
 

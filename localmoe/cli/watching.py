@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from . import render
 
 if TYPE_CHECKING:
+    from ..callbacks import DownloadProgress, LoadCallbacks
     from ..config import Settings
     from ..load import LoadedModel
-    from ..models.progress import Progress
-    from ..obtain import Finder, Watch
+    from ..obtain import Finder
     from ..placement.search import Workload
 
 COLUMNS, MIN_NAME = 79, 12
@@ -31,13 +31,13 @@ class Line(render.StatusLine):
 
 
 @contextmanager
-def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[Watch]:
+def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[LoadCallbacks]:
     """A Watch that shows what it is told on stderr; its line is gone at the end."""
-    from ..obtain import Watch
+    from ..callbacks import LoadCallbacks
 
     line = Line(quiet)
     try:
-        yield Watch(
+        yield LoadCallbacks(
             asking=line.ask,
             downloading=lambda progress: line.show(download_line(progress), takes_minutes=True),
             verifying=lambda done, whole: line.show(f"Verifying {name} {share(done, whole)}"),
@@ -87,7 +87,7 @@ def of_whole(n_bytes: int, n_all: int) -> str:
     return f"{n_bytes / 1024**power:.{len(whole.split()[0].partition('.')[2])}f} of {whole}"
 
 
-def download_line(progress: Progress) -> str:
+def download_line(progress: DownloadProgress) -> str:
     """`Downloading  12%, 11.3 MiB/s, 38 min left, 3.18 of 26.50 GiB: name`, in 79 columns."""
     doing = {"downloading": "Downloading", "verifying": "Verifying", "waiting": "Waiting for"}
     parts = [f"{doing[progress.phase]} {share(progress.n_bytes_done, progress.n_bytes_total)}"]

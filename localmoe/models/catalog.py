@@ -25,8 +25,8 @@ from pydantic import (
 
 from ..errors import LocalMoeError
 from ..gguf.demo import PACKAGE
-from .names import REPO, is_file_name
-from .quants import LADDER, bits, near_labels, parse_label
+from ..hub.quants import LADDER, bits, near_labels, parse_label
+from ..hub.types import REPO, is_file_name
 from .yaml_lines import Place, YamlLines
 
 FILE_NAME = "models.yaml"

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import DownloadError
-from .cache_layout import expected_sha256
+from ..hub.cache_layout import COMMIT_BEGINNING, commit_here, commits_here, expected_sha256
+from ..hub.installed import InstalledModel
+from ..hub.quants import Quant, parse_label, quants_called
+from ..hub.types import RemoteFile
 from .catalog import ModelSpec
 from .names import ModelName
-from .quants import Quant, parse_label, quants_called
-from .remote import RemoteFile
-from .revisions import COMMIT_BEGINNING, commit_here, commits_here
-from .store import Installed
 
 # ---- the catalog -----------------------------------------------------------------------------
 
@@ -62,8 +61,8 @@ def quants_meant(quants: Sequence[Quant], name: ModelName) -> list[Quant]:
 
 
 def models_meant(
-    models: Iterable[Installed], name: ModelName, *, whole: bool = True, copies: bool = True
-) -> list[Installed]:
+    models: Iterable[InstalledModel], name: ModelName, *, whole: bool = True, copies: bool = True
+) -> list[InstalledModel]:
     """The models of the cache that a name means, those of the branch main and the newest first.
 
     They are of the revision that it names or, with `copies`, have the hash that the catalog has for
@@ -71,8 +70,8 @@ def models_meant(
     """
     spec = name.spec if copies else None
     known = {q.files[0].sha256 for q in catalog_quants(spec) if name.quant in (None, q.label)}
-    found: list[Installed] = []
-    there: dict[Quant, Installed] = {}
+    found: list[InstalledModel] = []
+    there: dict[Quant, InstalledModel] = {}
     for model in models:
         if whole and not model.is_complete:
             continue
@@ -83,7 +82,7 @@ def models_meant(
     return sorted(found + [there[q] for q in quants_meant(list(there), name)], key=age)
 
 
-def is_of_place(model: Installed, name: ModelName) -> bool:
+def is_of_place(model: InstalledModel, name: ModelName) -> bool:
     """Whether it is of a repository, at a commit, that a name leaves open."""
     return any(
         model.repo == repo
@@ -103,7 +102,7 @@ def places_of(name: ModelName) -> tuple[tuple[str, str | None], ...]:
 # ---- the cache -------------------------------------------------------------------------------
 
 
-def quant_here(model: Installed) -> Quant:
+def quant_here(model: InstalledModel) -> Quant:
     """A model of the cache in the form that the Hub's have."""
     files = tuple(
         RemoteFile(model.repo, model.commit, f.name, f.n_bytes, expected_sha256(f.path))
@@ -112,21 +111,21 @@ def quant_here(model: Installed) -> Quant:
     return Quant(model.label, files, files[0].name.removesuffix(".gguf"))
 
 
-def newest(models: Iterable[Installed]) -> list[Installed]:
+def newest(models: Iterable[InstalledModel]) -> list[InstalledModel]:
     """Of a model at several commits the first alone, in the order of models_meant."""
-    kept: dict[tuple[str, ...], Installed] = {}
+    kept: dict[tuple[str, ...], InstalledModel] = {}
     for model in models:
         kept.setdefault((model.repo, *model.names), model)
     return list(kept.values())
 
 
-def age(model: Installed) -> int:
+def age(model: InstalledModel) -> int:
     """0 for what is of the branch main, else the more the longer its snapshot lies here."""
     commits = commits_here(repo_folder(model))
     return commits.index(model.commit) if model.commit in commits else len(commits)
 
 
-def repo_folder(model: Installed) -> Path:
+def repo_folder(model: InstalledModel) -> Path:
     """models--org--name, where the snapshot of a model lies."""
     return model.path.parents[model.names[0].count("/") + 2]
 

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError, printable
-from .quants import base_label, label_of, near_labels, parse_label
+from ..hub.quants import base_label, label_of, near_labels, parse_label
+from ..hub.types import (
+    REPO,
+    is_file_name,
+    is_repo_name,
+    is_revision,
+)
 
 if TYPE_CHECKING:
     from .catalog import ModelSpec
 
-# Stricter than the Hub's own rules (huggingface_hub, utils/_validators.py): always user/repo.
-# A quant may also be the stem of a file whose name has no label.
-REPO = re.compile(r"(?=.{3,96}\Z)\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
-REVISION = re.compile(r"\w[\w./+-]{0,199}", re.ASCII)
+
 QUANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-FILE_PART = re.compile(r"[^/\\:*?\"<>|.][^/\\:*?\"<>|]*")
-MAX_FILE_CHARS = 200
 HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 NO_MODELS = {"datasets", "spaces", "collections", "papers", "docs", "blog", "buckets"}
 PAGES = {"blob", "resolve", "raw", "tree"}
@@ -46,7 +47,7 @@ class ModelName:
     """A name, understood. Either `path` is given, or `repo` with what else the name says.
 
     `key` and `spec` are the catalog's entry, where the name is one of it. `revision` is a commit,
-    or for a link whatever branch that names. `quant` is a label as quants.py writes it; None
+    or for a link whatever branch that names. `quant` is a label as hub/quants.py writes it; None
     leaves the choice open. `file` is a path within the repository.
     """
 
@@ -235,25 +236,6 @@ def _quant(quant: str) -> str:
     if not QUANT.fullmatch(quant):
         raise UsageError(f"{printable(quant)[:80]!r} can't be a quant.", "Write it like Q4_K_M.")
     return parse_label(quant) or quant
-
-
-def is_repo_name(text: str) -> bool:
-    """Whether a repository may be called so; its folder in the cache then has its own name."""
-    odd = ".." in text or "--" in text or text.endswith(".git")
-    return not odd and REPO.fullmatch(text) is not None
-
-
-def is_revision(text: str) -> bool:
-    """Whether a branch, tag or commit may be called so."""
-    return ".." not in text and REVISION.fullmatch(text) is not None
-
-
-def is_file_name(file: str) -> bool:
-    """Whether a repository's file may be called so; it then lies within its folder everywhere."""
-    if len(file) > MAX_FILE_CHARS or not file.isprintable():
-        return False
-    # Windows drops dots and spaces at the end of a name
-    return all(FILE_PART.fullmatch(part) and part[-1] not in ". " for part in file.split("/"))
 
 
 def _file(file: str) -> str:

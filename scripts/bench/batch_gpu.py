@@ -46,6 +46,7 @@ from batch import free_port, is_ready  # noqa: E402
 from placement import MIB, Results, peer_environment, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
+from localmoe.callbacks import LoadCallbacks
 from localmoe.cli.batch_files import crowd_of
 from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
@@ -53,7 +54,7 @@ from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.gguf.model_meta import read_meta
 from localmoe.load import load_found, open_vocabulary
 from localmoe.models.names import ModelName
-from localmoe.obtain import Found, Watch
+from localmoe.obtain import Found
 from localmoe.placement.crowd import Crowd
 from localmoe.planning import Planner
 from localmoe.serving.asking import Stop
@@ -289,7 +290,7 @@ def as_batch(job: Figures, out: Path) -> Figures:
         crowd = None if is_one else crowd_of(backlog, 1 << 15, None, share=True)
         started = time.monotonic()
         loaded = load_found(
-            Found(ModelName(str(path), path=path), path, meta), settings_of(job), Watch(),
+            Found(ModelName(str(path), path=path), path, meta), settings_of(job), LoadCallbacks(),
             "run" if is_one else "batch", crowd, len(job["prompts"][0]) if is_one else None,
         )  # fmt: skip
         ready = time.monotonic()
@@ -442,7 +443,7 @@ def edge(job: Figures) -> Figures:
     n_most = max(EDGE_WIDTHS)
     settings = settings_of(job, ubatch_size=512, load_mode="pinned" if job["budget"] else None)
     found = Found(ModelName(str(path), path=path), path, read_meta(path))
-    loaded = load_found(found, settings, Watch(), "batch", Crowd((n_most,), 256))
+    loaded = load_found(found, settings, LoadCallbacks(), "batch", Crowd((n_most,), 256))
     rates = {}
     try:
         for width in EDGE_WIDTHS:

@@ -30,9 +30,9 @@ REPO, NAME = "org/bench-GGUF", "bench.gguf"
 OURS = """
 import sys
 from pathlib import Path
-from localmoe.models.download import download
-from localmoe.models.hub import Hub
-from localmoe.models.remote import HubAccess
+from localmoe.hub.download import download
+from localmoe.hub.client import Hub
+from localmoe.hub.types import HubAccess
 
 folder = Path(sys.argv[2])
 hub = Hub(HubAccess(sys.argv[1], folder / "hub", folder / "headers", folder / "stamps"))

@@ -31,16 +31,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from standin_hub import Fault, RequestRecord, StandInHub  # noqa: E402
 
 from localmoe.errors import DownloadError  # noqa: E402
-from localmoe.models.download import download  # noqa: E402
-from localmoe.models.hub import Hub  # noqa: E402
-from localmoe.models.partial import leftovers  # noqa: E402
-from localmoe.models.remote import HubAccess, RemoteFile  # noqa: E402
-from localmoe.models.transfer import Patience  # noqa: E402
+from localmoe.hub.client import Hub  # noqa: E402
+from localmoe.hub.download import download  # noqa: E402
+from localmoe.hub.partial_file import leftovers  # noqa: E402
+from localmoe.hub.transfer import RetryPolicy  # noqa: E402
+from localmoe.hub.types import HubAccess, RemoteFile  # noqa: E402
 
 REPO, NAME = "org/soak-GGUF", "soak.gguf"
 BUDGET_BYTES = 8 << 20
 KINDS = {"kill": 8, "drop": 3, "stall": 3, "busy": 3, "reset": 3, "swap": 2}  # how often each
-QUICK = Patience(tries=6, first_wait_s=0.02, longest_wait_s=0.2)
+QUICK = RetryPolicy(tries=6, first_wait_s=0.02, longest_wait_s=0.2)
 STALL_S = 0.5
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..errors import ModelFileError, UsageError, printable
 from ..gguf.model_meta import SHARD_NAME
-from .remote import RemoteFile, RemoteRepo
+from .types import RemoteFile, RemoteRepo
 
 # Labels from the coarsest to the finest, each with the bits that a weight takes in the whole file.
 # The order follows the errors that were measured (the tables below, and llama-quantize --help);

@@ -14,8 +14,8 @@ from tempfile import NamedTemporaryFile
 
 from ..errors import DownloadError
 from ..gguf.reader import HeaderIncomplete, read_header
-from .hub import Hub, check_name, check_repo
-from .remote import RemoteFile
+from .client import Hub, check_name, check_repo
+from .types import RemoteFile
 
 # Mixtral's header takes 0.7 MB, those of models with large vocabularies 4 to 16 MB: what is here
 # is doubled each time, in few steps and without much that is not needed.

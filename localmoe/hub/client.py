@@ -1,46 +1,153 @@
-"""The Hugging Face Hub: what a repository holds, bytes of its files, their place in the cache.
+"""What the Hub's no means, in a sentence with the next command.
+
+What the Hub said of a repository, kept beside its headers for when there is no network.
+
+The Hugging Face Hub: what a repository holds, bytes of its files, their place in the cache.
 
 The only import of huggingface_hub, inside functions because it takes half a second. It does
-names, authentication, the layout of the cache and its locks; bytes come by transport.py.
+names, authentication, the layout of the cache and its locks; bytes come by http.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from ..errors import DownloadError, LocalMoeError, UsageError, printable
-from .cache_layout import COMMIT, SHA256
-from .listings import keep_listing, kept_listing
-from .names import REPO, is_repo_name, is_revision
-from .refusals import is_no_network, no_hub, reason_for_silence, refusal_of
-from .remote import HubAccess, RemoteFile, RemoteRepo
-from .revisions import commit_here, commits_here
-from .transport import (
+from .cache_layout import COMMIT, SHA256, commit_here, commits_here
+from .http import (
     OFFLINE_HINT,
     STALL_S,
     HttpRefusal,
     RemoteBytes,
     TransferFault,
     Transport,
+    retry_after_s,
     unreachable,
     untrusted,
 )
+from .types import REPO, HubAccess, RemoteFile, RemoteRepo, is_repo_name, is_revision
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-__all__ = ["Hub", "RemoteBytes", "TransferFault", "file_of"]
+
+UNRESOLVED = "its name can't be resolved"
+REFUSED = "connection refused"
+
+
+def refusal_of(
+    status: int,
+    headers: Mapping[str, str],
+    file: RemoteFile,
+    has_token: bool,
+    near: Callable[[], Sequence[str]],
+) -> LocalMoeError:
+    """The error for an answer of 4xx or 5xx to a request for `file`, or for its repository where
+    it has no name. `headers` are asked in lower case; `near` gives repositories with a name like
+    it. Source: hf_raise_for_status (huggingface_hub/utils/_http.py)."""
+    code, said = headers.get("x-error-code"), headers.get("x-error-message", "")
+    repo = file.repo
+    if code == "GatedRepo":
+        hint = f"Open https://huggingface.co/{repo}, accept its terms, then: hf auth login"
+        return DownloadError(f"{repo} is gated: its owner wants its terms accepted.", hint)
+    if said.startswith("Invalid credentials") or (status == 401 and has_token):
+        what = "The Hub refuses the token: it is wrong or has expired."
+        return DownloadError(what, "Try: hf auth login, or unset HF_TOKEN")
+    if code == "RevisionNotFound":
+        what = f"{repo} has no revision {file.commit}."
+        return UsageError(what, "Leave the revision out for the newest files.")
+    if code == "EntryNotFound" or status == 416:
+        what = f"{file.name or 'A file'} of {repo} has changed on the Hub or is gone."
+        return DownloadError(what, "Pull it again.")
+    if code == "RepoNotFound" or status in (401, 404):
+        return no_such_repo(repo, has_token, near())
+    if status in (408, 429) or status >= 500:
+        wait_s = retry_after_s(headers)
+        when = f"Try again in {wait_s:.0f} s." if wait_s else "Try again later."
+        return TransferFault("busy", f"The Hub is busy (HTTP {status}).", wait_s, when)
+    what = f"The Hub refuses access to {repo} (HTTP {status})."
+    return DownloadError(what, "Does the token allow it? See: hf auth whoami")
+
+
+def no_such_repo(repo: str, has_token: bool, near: Sequence[str]) -> UsageError:
+    """It doesn't exist, or is private: the Hub doesn't say which."""
+    hint = f"Did you mean {' or '.join(near)}?" if near else "Check the name on the Hub."
+    if not has_token:
+        hint += " For a private one: hf auth login"
+    return UsageError(f"The Hub has no model {repo} that you may see.", hint)
+
+
+def no_hub(host: str) -> DownloadError:
+    """Something answers, but not with what the Hub would say."""
+    what = f"What answers at {host} is not the Hub: a sign-in page of the network?"
+    return DownloadError(what, "Open a web page in the browser, then try again.")
+
+
+def is_no_network(fault: TransferFault) -> bool:
+    """Whether nobody is there at all, which a few seconds won't change."""
+    return fault.kind == "dropped" and (UNRESOLVED in fault.message or REFUSED in fault.message)
+
+
+def reason_for_silence(error: BaseException, patience_s: float) -> str:
+    """Why a request of huggingface_hub got no answer, without its addresses."""
+    kind = type(error).__name__
+    if "Timeout" in kind:
+        return f"no answer within {patience_s:.0f} s"
+    text = re.sub(r"^\[.*?\]\s*", "", str(error)).split("\n")[0].lower()
+    if "name" in text and ("resol" in text or "known" in text):
+        return f"{UNRESOLVED}: no network?"
+    if "refused" in text:
+        return REFUSED
+    return "the proxy refuses" if "Proxy" in kind else "the connection broke off"
+
+
+def keep_listing(headers: Path, listed: RemoteRepo, revision: str | None) -> None:
+    """Keep what a revision (None: main) and its commit hold. What can't be written isn't kept."""
+    files = [asdict(file) for file in listed.files if file.name.lower().endswith(".gguf")]
+    text = json.dumps({"commit": listed.commit, "files": files})
+    for called in {revision or "main", listed.commit}:
+        path = listing_path(headers, listed.repo, called)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.new")
+            beside.write_text(text, "utf-8")
+            beside.replace(path)
+
+
+def kept_listing(headers: Path, repo: str, revision: str | None) -> RemoteRepo | None:
+    """What was kept; None where that is nothing, or not what was written."""
+    try:
+        kept = json.loads(listing_path(headers, repo, revision or "main").read_text("utf-8"))
+        commit, files = kept["commit"], tuple(RemoteFile(**file) for file in kept["files"])
+        if COMMIT.fullmatch(commit) and all(is_right(file, repo, commit) for file in files):
+            return RemoteRepo(repo, commit, files)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+def is_right(file: RemoteFile, repo: str, commit: str) -> bool:
+    has_size = isinstance(file.n_bytes, int) and file.n_bytes >= 0
+    has_hash = file.sha256 is None or SHA256.fullmatch(file.sha256) is not None
+    return has_size and has_hash and (file.repo, file.commit) == (repo, commit)
+
+
+def listing_path(headers: Path, repo: str, revision: str) -> Path:
+    return headers / repo / f"{quote(revision, safe='')}.json"
+
 
 API_S = 20.0  # for an answer of the API
 NEAR_S = 5.0  # for one that is only an extra

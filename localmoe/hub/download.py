@@ -1,4 +1,6 @@
-"""Downloads that resume, are verified, and land in the Hugging Face cache for every tool to find.
+"""How far a download is, as data: what is done, at which speed, and how long it will still take.
+
+Downloads that resume, are verified, and land in the Hugging Face cache for every tool to find.
 
 huggingface_hub names the files, keeps the cache and its locks; the bytes are our own transfer's,
 because huggingface_hub neither resumes nor checks what it got. A file becomes a blob of the cache
@@ -9,22 +11,94 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..callbacks import DownloadPhase, DownloadProgress
 from ..errors import DownloadError, gib
-from .hub import Hub
-from .partial import Partial, leftovers, remove_leftover
-from .pieces import FileHashes, n_pieces, piece_span, read_pieces, write_pieces
-from .progress import Meter, Progress
-from .remote import RemoteFile
-from .stamps import Expected, Stamps, Verdict, verify_file
-from .transfer import ContentChanged, Patience, Transfer
+from .client import Hub
+from .partial_file import Partial, leftovers, remove_leftover
+from .transfer import ContentChanged, RetryPolicy, Transfer
+from .types import RemoteFile
+from .verify import (
+    ExpectedHash,
+    FileHashes,
+    Stamps,
+    Verdict,
+    n_pieces,
+    piece_span,
+    read_pieces,
+    verify_file,
+    write_pieces,
+)
 
-__all__ = ["Patience", "Progress", "download", "repair"]
+AT_MOST_EVERY_S = 0.2
+SMOOTHED_OVER_S = 5.0
+
+
+class ProgressMeter:
+    """Makes Progress of counts, and hands it on at most five times a second."""
+
+    def __init__(
+        self,
+        n_bytes_total: int,
+        n_files: int,
+        on_progress: Callable[[DownloadProgress], None] | None,
+    ) -> None:
+        self._n_bytes_total, self._n_files = n_bytes_total, n_files
+        self._n_bytes_before = self._n_files_done = 0
+        self._on_progress = on_progress
+        self._samples: deque[tuple[float, int]] = deque()
+        self._phase: DownloadPhase | None = None
+        self._shown_at = 0.0
+
+    def update(
+        self, name: str, phase: DownloadPhase, n_bytes_done: int, n_counted: int, trouble: str = ""
+    ) -> None:
+        """Of the file that is in work: its bytes done; `n_counted` is what the speed is made of."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase = phase
+            self._samples.clear()
+        elif now - self._shown_at < AT_MOST_EVERY_S:
+            return
+        self._shown_at = now
+        self._samples.append((now, n_counted))
+        while now - self._samples[0][0] > SMOOTHED_OVER_S:
+            self._samples.popleft()
+        if self._on_progress:
+            done = self._n_bytes_before + n_bytes_done
+            self._on_progress(self._progress(name, phase, done, trouble))
+
+    def file_done(self, name: str, n_bytes: int) -> None:
+        """The file is whole, right, and in its place."""
+        self._n_bytes_before += n_bytes
+        self._n_files_done += 1
+        if self._on_progress and self._n_files_done == self._n_files:
+            phase = self._phase or "verifying"
+            self._on_progress(self._progress(name, phase, self._n_bytes_before))
+
+    def _progress(
+        self, name: str, phase: DownloadPhase, n_done: int, trouble: str = ""
+    ) -> DownloadProgress:
+        speed, left = self._bytes_per_s(), self._n_bytes_total - n_done
+        seconds_left = 0.0 if not left else left / speed if speed else None
+        return DownloadProgress(
+            n_done, self._n_bytes_total, speed, seconds_left,
+            self._n_files_done, self._n_files, name, phase, trouble,
+        )  # fmt: skip
+
+    def _bytes_per_s(self) -> float:
+        if len(self._samples) < 2:
+            return 0.0
+        (first_at, first), (last_at, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (last_at - first_at) if last_at > first_at else 0.0
+
 
 CONNECTIONS = 4
 LOCK_POLL_S = 0.2
@@ -39,10 +113,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def download(
     hub: Hub,
     files: Sequence[RemoteFile],
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
     connections: int = CONNECTIONS,
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
 ) -> tuple[Path, ...]:
     """Every file verified, in the cache, linked and stamped: their paths in the snapshot folder.
 
@@ -50,7 +124,7 @@ def download(
     `on_notice` with a sentence for a person. Raises DownloadError; KeyboardInterrupt passes within
     a second and keeps what came.
     """
-    pull = _Pull(hub, files, on_progress, on_notice, connections, patience)
+    pull = _Download(hub, files, on_progress, on_notice, connections, patience)
     pull.check_room(files)
     return tuple(pull.fetch(file, trust_stamp=True) for file in files)
 
@@ -58,10 +132,10 @@ def download(
 def repair(
     hub: Hub,
     file: RemoteFile,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
     connections: int = CONNECTIONS,
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
     verdict: Verdict | None = None,
 ) -> Path:
     """A file of the cache made right again: only its damaged pieces are fetched, where they are
@@ -70,26 +144,26 @@ def repair(
     `verdict` spares reading it once more. The old file is replaced, never written to: an engine
     that has it mapped keeps what it mapped. Raises DownloadError.
     """
-    pull = _Pull(hub, (file,), on_progress, on_notice, connections, patience)
+    pull = _Download(hub, (file,), on_progress, on_notice, connections, patience)
     return pull.fetch(file, trust_stamp=False, verdict=verdict)
 
 
-class _Pull:
+class _Download:
     """One call of download: what all its files share."""
 
     def __init__(
         self,
         hub: Hub,
         files: Sequence[RemoteFile],
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[DownloadProgress], None] | None,
         on_notice: Callable[[str], None] | None,
         connections: int,
-        patience: Patience | None,
+        patience: RetryPolicy | None,
     ) -> None:
         self.hub, self.stamps = hub, Stamps(hub.access.stamps)
-        self.connections, self.patience = connections, patience or Patience()
+        self.connections, self.patience = connections, patience or RetryPolicy()
         self.notice = on_notice or (lambda sentence: None)
-        self.meter = Meter(sum(file.n_bytes for file in files), len(files), on_progress)
+        self.meter = ProgressMeter(sum(file.n_bytes for file in files), len(files), on_progress)
 
     def check_room(self, files: Sequence[RemoteFile]) -> None:
         """Raises DownloadError where the disk has no room for what is missing of all the files."""
@@ -98,9 +172,9 @@ class _Pull:
             with self._disk_errors_of(file):
                 blob = self.hub.blob_path(file)
                 if not blob.exists():
-                    missing.append(file.n_bytes - n_bytes_begun(blob))
+                    missing.append(file.n_bytes - partial_bytes(blob))
         if missing:
-            check_room(self.hub.access.cache, missing, files[0].base_name)
+            check_disk_space(self.hub.access.cache, missing, files[0].base_name)
 
     def fetch(self, file: RemoteFile, trust_stamp: bool, verdict: Verdict | None = None) -> Path:
         """One file, from wherever it stands to its place in the snapshot folder."""
@@ -123,7 +197,7 @@ class _Pull:
         if not _acquired(lock, 0):
             self.notice(f"Another program is downloading {file.base_name}; waiting for it.")
             while not _acquired(lock, LOCK_POLL_S):
-                here = n_bytes_begun(blob)
+                here = partial_bytes(blob)
                 self.meter.update(file.base_name, "waiting", here, here)
         try:
             yield
@@ -152,14 +226,16 @@ class _Pull:
 
     def _verify(self, file: RemoteFile, blob: Path) -> Verdict:
         assert file.sha256
-        expected = Expected(file.sha256, file.n_bytes)
+        expected = ExpectedHash(file.sha256, file.n_bytes)
         name = file.base_name
         return verify_file(
             blob, expected, self.stamps, lambda n: self.meter.update(name, "verifying", n, n)
         )
 
     def _bring(self, file: RemoteFile, blob: Path, verdict: Verdict | None) -> None:
-        check_room(self.hub.access.cache, [file.n_bytes - n_bytes_begun(blob)], file.base_name)
+        check_disk_space(
+            self.hub.access.cache, [file.n_bytes - partial_bytes(blob)], file.base_name
+        )
         partial = Partial(blob, file)
         try:
             if verdict and verdict.damaged:
@@ -250,7 +326,7 @@ class _Pull:
     def _disk_error(self, error: OSError, file: RemoteFile) -> DownloadError:
         name, folder = file.base_name, self.hub.access.cache
         if error.errno in FULL:
-            here = gib(n_bytes_begun(self.hub.blob_path(file)))
+            here = gib(partial_bytes(self.hub.blob_path(file)))
             return DownloadError(
                 f"The disk is full; {here} of {gib(file.n_bytes)} of {name} are here and kept.",
                 "Free some room (localmoe list, localmoe rm); the same command then goes on.",
@@ -277,12 +353,12 @@ def _acquired(lock: FileLock, wait_s: float) -> bool:
     return False
 
 
-def n_bytes_begun(blob: Path) -> int:
+def partial_bytes(blob: Path) -> int:
     """What is here of a blob that isn't finished."""
     return sum(left.n_bytes_here for left in leftovers(blob.parent) if left.blob == blob)
 
 
-def check_room(cache: Path, missing_bytes: Sequence[int], name: str) -> None:
+def check_disk_space(cache: Path, missing_bytes: Sequence[int], name: str) -> None:
     """Raises DownloadError where the disk of the cache has no room for all that is missing."""
     needed = sum(missing_bytes)
     try:

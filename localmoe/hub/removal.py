@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from ..errors import LocalMoeError, gib, printable
 from .cache_layout import REPO_FOLDER, SHA256, CachedFile, cached_files, entries, link_target, walk
 from .download import lock_of
-from .partial import Leftover, remove_leftover
-from .stamps import Stamps
+from .partial_file import Leftover, remove_leftover
+from .verify import Stamps
 
 SHARED_STORE_MARK = ".huggingface-shared-blobs"  # huggingface_hub, utils/_shared_blobs.py
 OTHER_TOOLS = "transformers, vLLM, llama.cpp"
@@ -77,7 +77,7 @@ def plan_removal(
     )
 
 
-def remove(cache: Path, removal: Removal, stamps: Stamps) -> int:
+def remove_models(cache: Path, removal: Removal, stamps: Stamps) -> int:
     """Deletes what was planned, but for blobs that were linked since; gives the bytes freed.
 
     Bytes go before the names that lead to them: what fails halfway is still listed and can be

@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 
 from ..files import sync_folder
-from .pieces import PIECE_BYTES, as_ranges, fill, n_pieces
-from .remote import RemoteFile
+from .types import RemoteFile
+from .verify import PIECE_BYTES, as_ranges, fill, n_pieces
 
 PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".localmoe-partial", ".localmoe-journal"
 VERSION = 1

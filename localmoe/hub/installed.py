@@ -26,15 +26,15 @@ from .cache_layout import (
     shard_names,
     walk,
 )
-from .partial import Leftover, leftovers
+from .partial_file import Leftover, leftovers
 from .quants import quants_of
-from .remote import HubAccess, RemoteFile, RemoteRepo
-from .removal import Removal, plan_removal, remove
-from .stamps import Expected, Stamps, Verdict, verify_file
+from .removal import Removal, plan_removal, remove_models
+from .types import HubAccess, RemoteFile, RemoteRepo
+from .verify import ExpectedHash, Stamps, Verdict, verify_file
 
 
 @dataclass(frozen=True, slots=True)
-class Installed:
+class InstalledModel:
     """A model in the cache: one GGUF or the shards of one, in order.
 
     `label` is its quant as quants.py reads it off the names. `missing` are names of shards that
@@ -76,14 +76,14 @@ class Installed:
 
 
 @dataclass(frozen=True, slots=True)
-class BrokenOff:
+class PartialDownload:
     """A download of ours that can go on: how much of a file of a repository is here."""
 
     repo: str
     left: Leftover
 
 
-class Store:
+class InstalledModels:
     """The models of one cache. Looking never raises: what can't be read isn't there."""
 
     def __init__(self, access: HubAccess) -> None:
@@ -92,7 +92,7 @@ class Store:
 
     # ---- what is here --------------------------------------------------------------------------
 
-    def installed(self) -> tuple[Installed, ...]:
+    def installed(self) -> tuple[InstalledModel, ...]:
         """Every model in the cache, by repository, commit and name; no model file is opened."""
         snapshots: dict[tuple[str, str], dict[str, CachedFile]] = defaultdict(dict)
         for file in cached_files(self.access.cache):
@@ -106,24 +106,26 @@ class Store:
 
     def _models(
         self, repo: str, commit: str, files: Mapping[str, CachedFile]
-    ) -> Iterator[Installed]:
+    ) -> Iterator[InstalledModel]:
         remote = (RemoteFile(repo, commit, f.name, f.n_bytes, None) for f in files.values())
         for quant in quants_of(RemoteRepo(repo, commit, tuple(remote))):
             here = tuple(files[file.name] for file in quant.files)
             names = shard_names(here[0].name)
             missing = tuple(names[i - 1] for i in quant.missing)
             verified = all(self.is_verified(file.path) for file in here)
-            yield Installed(repo, commit, quant.label, here, missing, verified)
+            yield InstalledModel(repo, commit, quant.label, here, missing, verified)
 
-    def unfinished(self) -> tuple[BrokenOff, ...]:
+    def unfinished(self) -> tuple[PartialDownload, ...]:
         """Downloads of ours that were broken off, or go on in another process right now."""
         found = []
         for folder in repo_folders(self.access.cache):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                found += [BrokenOff(repo_of(folder), left) for left in leftovers(folder / "blobs")]
+                found += [
+                    PartialDownload(repo_of(folder), left) for left in leftovers(folder / "blobs")
+                ]
         return tuple(found)
 
-    def lost(self) -> tuple[Installed, ...]:
+    def lost(self) -> tuple[InstalledModel, ...]:
         """Models of which only links are left, their bytes gone: `missing` names all shards, and
         `files` are the links."""
         found: dict[tuple[str, str], dict[str, CachedFile]] = defaultdict(dict)
@@ -154,7 +156,7 @@ class Store:
     def verify(
         self,
         paths: Iterable[Path],
-        expected: Mapping[Path, Expected] | None = None,
+        expected: Mapping[Path, ExpectedHash] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Verdict, ...]:
         """Reads all of these files, in the cache or not, and stamps those that are right.
@@ -171,17 +173,17 @@ class Store:
             n_done += _size(path)
         return tuple(verdicts)
 
-    def expected(self, path: Path) -> Expected | None:
+    def expected(self, path: Path) -> ExpectedHash | None:
         """What a file of the cache should be: by the name of its blob, else by the stamp of a file
         in a snapshot. None for any other."""
         stamp, sha256 = self.stamps.read(path), expected_sha256(path)
         if sha256:
             known = stamp is not None and stamp.sha256 == sha256
-            return Expected(sha256, stamp.seen.n_bytes if stamp and known else None)
+            return ExpectedHash(sha256, stamp.seen.n_bytes if stamp and known else None)
         # what lies in a snapshot never becomes another file; elsewhere a person may replace it
         in_cache = os.path.realpath(self.access.cache) + os.sep
         if stamp and os.path.realpath(path).startswith(in_cache):
-            return Expected(stamp.sha256, stamp.seen.n_bytes)
+            return ExpectedHash(stamp.sha256, stamp.seen.n_bytes)
         return None
 
     # ---- room ----------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class Store:
         return 0
 
     def plan_removal(
-        self, models: Iterable[Installed], unfinished: Iterable[BrokenOff] = ()
+        self, models: Iterable[InstalledModel], unfinished: Iterable[PartialDownload] = ()
     ) -> Removal:
         """What goes with these models and downloads, and what is shared. Changes nothing.
 
@@ -213,7 +215,7 @@ class Store:
 
         Raises LocalMoeError where something can't be deleted or is being downloaded.
         """
-        return remove(self.access.cache, removal, self.stamps)
+        return remove_models(self.access.cache, removal, self.stamps)
 
 
 def lost_files(cache: Path) -> Iterator[CachedFile]:
