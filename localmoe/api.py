@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .config import load_settings
+from .config.settings import load_settings
 from .engine.client import Engine
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
 from .errors import EngineError, LocalMoeError, UsageError

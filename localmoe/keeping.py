@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .callbacks import LoadCallbacks
-from .config import config_folder
+from .config.environment import config_folder
 from .errors import DownloadError, LocalMoeError, UsageError, printable
 from .gguf.demo import PACKAGE
 from .hub.cache_layout import expected_sha256, shard_names

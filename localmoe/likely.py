@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .config import state_folder
+from .config.environment import state_folder
 from .hub.quants import Quant
 from .models.catalog import ModelSpec
 from .placement.asked import gpu_budgets

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .callbacks import LoadCallbacks
-from .config import Settings, engine_environment
+from .config.environment import engine_environment
+from .config.settings import Settings
 from .engine.client import Engine, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
 from .errors import EngineError, gib

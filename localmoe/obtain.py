@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .callbacks import LoadCallbacks
 from .choosing import Choice, check_bytes, choose, free_bytes, in_order
-from .config import Settings, config_folder, hub_access
+from .config.environment import config_folder, hub_access
+from .config.settings import Settings
 from .errors import (
     MESSAGE_CHARS,
     DoesNotFit,

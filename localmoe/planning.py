@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .config import Settings, engine_environment, state_folder
+from .config.environment import engine_environment, state_folder
+from .config.settings import Settings
 from .engine.client import Engine
 from .engine.protocol import DeviceList, Request, Sampling
 from .engine.rates import Tuning

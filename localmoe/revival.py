@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .callbacks import LoadCallbacks
-from .config import Settings, engine_environment
+from .config.environment import engine_environment
+from .config.settings import Settings
 from .engine.protocol import Placement
 from .errors import EngineError
 from .load import LoadedModel, load_found, says_out_of_memory

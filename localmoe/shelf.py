@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .choosing import best_first, free_bytes, in_order, much_faster
-from .config import config_folder
+from .config.environment import config_folder
 from .hub.installed import InstalledModel
 from .hub.quants import Quant, is_coarse
 from .likely import beside, speed_of

@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from localmoe.config.environment import hub_access, hub_cache
 from test_hardware import CPU_DEVICE, CUDA_INFO, FULL_INFO, GIB, Invented, cuda, make_group, row
 
-from localmoe.config import hub_access, hub_cache
 from localmoe.engine.protocol import DeviceList
 from localmoe.placement.findings import Finding
 from localmoe.placement.hardware import machine_of

@@ -6,9 +6,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from localmoe.config.environment import engine_environment
+from localmoe.config.settings import load_settings
 from make_model import FAMILIES, SHAPES, make_model
 
-from localmoe.config import engine_environment, load_settings
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from localmoe.config.environment import engine_environment
 
-from localmoe.config import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Device, DeviceList
 from localmoe.placement.cards import Card, all_cards

@@ -16,6 +16,7 @@ MANY_MODULE_LINES = 450
 MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
+READER = "config/environment.py"
 TERMINALS = {"click", "rich", "prompt_toolkit"}
 # what a module (or all of a folder) must not import; the longest matching entry counts
 FORBIDDEN = {
@@ -69,7 +70,7 @@ def test_module_imports_nothing_it_must_not_know(module: str) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "config.py"])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "config/settings.py"])
 def test_only_config_reads_the_environment(module: str) -> None:
     tree = ast.parse((PACKAGE / module).read_text("utf-8"))
     reads = [

@@ -15,9 +15,9 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from localmoe.config.settings import Settings, load_settings
 
 from localmoe.api import LocalMoE
-from localmoe.config import Settings, load_settings
 from localmoe.engine.protocol import Placement
 from localmoe.errors import EngineError, LocalMoeError
 from localmoe.load import LoadedModel, open_model

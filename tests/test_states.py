@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from localmoe.config.environment import engine_environment, sessions_folder
 from make_model import FAMILIES, make_model
 from synthetic.families import Family, with_layers
 
-from localmoe.config import engine_environment, sessions_folder
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement, Request, Sampling
 from localmoe.engine.state_messages import StateRestored, StateSaved

@@ -26,7 +26,7 @@ from .watching import watching
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
-    from ..config import Settings
+    from ..config.settings import Settings
     from ..engine.client import Engine
     from ..load import LoadedModel
     from ..obtain import Finder, Found
@@ -268,7 +268,7 @@ class BatchCommand:
     @cached_property
     def _encoder(self) -> Encoder:
         """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
-        from ..config import engine_environment
+        from ..config.environment import engine_environment
         from ..engine.rendering import Renderer
         from ..load import format_of, open_vocabulary, wants_thinking
         from ..serving.batch_prompt import Encoder, LastingVocabulary, with_renderer

@@ -50,9 +50,9 @@ def config() -> None:
 @json_option
 def show(model: str | None, as_json: bool, **options: Any) -> None:
     """Every setting, its value, and where that comes from; of MODEL, if one is named."""
-    from ..config import Settings, settings_said
-    from ..config import settings_of as checked
-    from ..config_file import file_key
+    from ..config.settings import Settings, settings_said
+    from ..config.settings import settings_of as checked
+    from ..config.sources import file_key
 
     said = settings_said(options, model=model)
     values = checked(said, option_name).model_dump(mode="json")
@@ -84,7 +84,7 @@ def shown(name: str, value: Any) -> str:
 @config.command()
 def path() -> None:
     """Where the file is, or would be."""
-    from ..config import config_path
+    from ..config.environment import config_path
 
     render.lines([str(config_path())])
 
@@ -92,7 +92,7 @@ def path() -> None:
 @config.command()
 def edit() -> None:
     """Open the file in an editor (VISUAL, EDITOR), and keep what was written if it can be read."""
-    from ..config import config_path
+    from ..config.environment import config_path
 
     file = config_path()
     draft = file.with_name(f"{file.name}.draft")
@@ -152,8 +152,8 @@ def open_editor(draft: Path, before: bytes) -> None:
 
 def check(file: Path) -> None:
     """Raises LocalMoeError where a file can't be read or a value in it makes no sense."""
-    from ..config import Settings, settings_of
-    from ..config_file import read_config
+    from ..config.settings import Settings, settings_of
+    from ..config.sources import read_config
 
     found = read_config(file, Settings.model_fields)
     for names in ((), *((name,) for name in found.models)):

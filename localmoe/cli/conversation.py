@@ -17,7 +17,7 @@ from .loading import Loading
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
-    from ..config import Settings
+    from ..config.settings import Settings
     from ..load import LoadedModel
     from ..obtain import Found
     from ..revival import Revival

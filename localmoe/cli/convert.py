@@ -95,7 +95,7 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
 
     A file larger than the memory that is free is only opened: reading it would take too long.
     """
-    from ..config import engine_environment
+    from ..config.environment import engine_environment
     from ..engine.client import Engine
     from ..engine.protocol import Placement, Request, Sampling
     from ..placement.hardware import this_machine
@@ -127,7 +127,7 @@ def better_file(meta: ModelMeta) -> str:
     Early quants lose more than later ones of the same label: llama.cpp's rules did not know the
     names of separate experts (its pull request 6387).
     """
-    from ..config import config_folder
+    from ..config.environment import config_folder
     from ..models.better import better
     from ..models.catalog import read_catalog
 

@@ -74,7 +74,7 @@ def doctor(as_json: bool) -> int:
 
 def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
-    from ..config import engine_environment, hub_access
+    from ..config.environment import engine_environment, hub_access
     from ..hub.installed import InstalledModels
     from ..placement.hardware import machine_of
     from ..placement.host import host_of
@@ -114,14 +114,15 @@ def ask_llama(
 
 def folders_of() -> dict[str, Path]:
     """Where things lie: models in the Hugging Face cache, the rest in the platform's folders."""
-    from ..config import config_folder, hub_access, state_folder
+    from ..config.environment import config_folder, hub_access, state_folder
 
     return {"models": hub_access().cache, "settings": config_folder(), "state": state_folder()}
 
 
 def settings_findings() -> Iterator[Finding]:
     """What stands in the config file, or in a variable, and makes no sense."""
-    from ..config import config_path, load_settings
+    from ..config.environment import config_path
+    from ..config.settings import load_settings
     from ..errors import LocalMoeError
     from ..placement.findings import Finding
     from .config import check

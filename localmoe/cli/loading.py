@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
-    from ..config import Settings
+    from ..config.settings import Settings
     from ..load import LoadedModel
     from ..obtain import Found
 

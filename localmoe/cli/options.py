@@ -98,7 +98,7 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
 
     Files that the options name are read, and what no answer could be held to is refused.
     """
-    from ..config import load_settings
+    from ..config.settings import load_settings
 
     said = dict(options)
     if said.get("json_schema") is not None:
@@ -116,7 +116,7 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
 
 def option_name(setting: str) -> str:
     """The long option that makes a setting."""
-    from ..config_file import file_key
+    from ..config.sources import file_key
 
     return f"--{file_key(setting).replace('_', '-')}"
 

@@ -75,7 +75,7 @@ def run(
     With --json-schema or --grammar, an answer that was cut short or doesn't validate is an error
     (exit code 1), and stdout stays empty. What a reasoning model thinks is not part of its answer.
     """
-    from ..config import config_folder
+    from ..config.environment import config_folder
     from ..models.catalog import read_catalog
     from ..models.names import parse_name
 

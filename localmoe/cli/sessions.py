@@ -103,7 +103,7 @@ def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
 
 
 def stored() -> Sessions:
-    from ..config import sessions_folder
+    from ..config.environment import sessions_folder
     from ..serving.session import Sessions
 
     return Sessions(sessions_folder())

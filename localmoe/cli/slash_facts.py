@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..config_file import file_key, setting_name
+from ..config.sources import file_key, setting_name
 from ..errors import LocalMoeError, UsageError
 from . import render
 from .conversation import AT_LOADING
@@ -31,7 +31,7 @@ def set_option(repl: Repl, argument: str) -> None:
 
 def change(repl: Repl, shown: str, value: str) -> None:
     """Give a setting another value. Raises UsageError for a wrong name or value."""
-    from ..config import Settings, load_settings
+    from ..config.settings import Settings, load_settings
 
     name, conversation = setting(shown), repl.conversation
     if value == "default":
@@ -195,7 +195,7 @@ def model(repl: Repl, argument: str) -> None:
 
 
 def model_names(repl: Repl) -> Iterable[tuple[str, str]]:
-    from ..config import config_folder
+    from ..config.environment import config_folder
     from ..models.catalog import read_catalog
 
     for name, spec in read_catalog(config_folder()).items():
@@ -252,7 +252,7 @@ def session_names(repl: Repl) -> Iterable[tuple[str, str]]:
 
 def stored(repl: Repl) -> Any:
     """The folder of sessions, also in a chat that isn't kept."""
-    from ..config import sessions_folder
+    from ..config.environment import sessions_folder
     from ..serving.session import Sessions
 
     return repl.conversation.sessions or Sessions(sessions_folder())

@@ -23,7 +23,7 @@ from .options import (
 from .watching import finder, watching
 
 if TYPE_CHECKING:
-    from ..config import Settings
+    from ..config.settings import Settings
     from ..serving.session import Session, Sessions
     from .conversation import Conversation
 
@@ -115,7 +115,7 @@ def conversation_with(
 
 def talk(conversation: Conversation, *, quiet: bool, shows_stats: bool) -> None:
     """The conversation at a terminal."""
-    from ..config import sessions_folder
+    from ..config.environment import sessions_folder
     from .repl import Repl
     from .slash_facts import COMMANDS
 
@@ -128,7 +128,7 @@ def stored(settings: Settings) -> Sessions | None:
     """Where sessions are kept; None where they aren't."""
     if not settings.save:
         return None
-    from ..config import sessions_folder
+    from ..config.environment import sessions_folder
     from ..serving.session import Sessions
 
     return Sessions(sessions_folder())

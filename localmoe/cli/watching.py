@@ -11,7 +11,7 @@ from . import render
 
 if TYPE_CHECKING:
     from ..callbacks import DownloadProgress, LoadCallbacks
-    from ..config import Settings
+    from ..config.settings import Settings
     from ..load import LoadedModel
     from ..obtain import Finder
     from ..placement.search import Workload

@@ -23,11 +23,11 @@ from pydantic import (
     ValidationError,
 )
 
+from ..config.yaml_source import Place, YamlSource
 from ..errors import LocalMoeError
 from ..gguf.demo import PACKAGE
 from ..hub.quants import LADDER, bits, near_labels, parse_label
 from ..hub.types import REPO, is_file_name
-from .yaml_lines import Place, YamlLines
 
 FILE_NAME = "models.yaml"
 MIN_MODEL_BYTES, MAX_MODEL_BYTES = 1 << 12, 1 << 43
@@ -205,7 +205,7 @@ def read_models(
 
     An entry may be called as one of those `taken`, and then replaces it, but not in its aliases.
     """
-    source = YamlLines(path)
+    source = YamlSource(path)
     models: dict[str, ModelSpec] = {}
     for key, entry in source.values.items():
         try:
@@ -253,7 +253,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _refuse_twins(
-    source: YamlLines, models: Mapping[str, ModelSpec], taken: Collection[str]
+    source: YamlSource, models: Mapping[str, ModelSpec], taken: Collection[str]
 ) -> None:
     """Raises LocalMoeError where two entries answer to one name."""
     owners = {key: key for key in (*taken, *models)}
@@ -264,7 +264,7 @@ def _refuse_twins(
                 raise source.refuse((key, "aliases", i), reason)
 
 
-def _invalid(source: YamlLines, key: str, error: ValidationError) -> LocalMoeError:
+def _invalid(source: YamlSource, key: str, error: ValidationError) -> LocalMoeError:
     """The error for the first thing that pydantic found wrong in the entry `key`."""
     first = error.errors(include_url=False)[0]
     kind, said = first["type"], first["msg"].removeprefix("Value error, ")

@@ -18,12 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError, printable
 from ..hub.quants import base_label, label_of, near_labels, parse_label
-from ..hub.types import (
-    REPO,
-    is_file_name,
-    is_repo_name,
-    is_revision,
-)
+from ..hub.types import REPO, is_file_name, is_repo_name, is_revision
 
 if TYPE_CHECKING:
     from .catalog import ModelSpec

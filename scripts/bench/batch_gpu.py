@@ -43,12 +43,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from batch import free_port, is_ready  # noqa: E402
+from localmoe.config.settings import Settings, load_settings, parse_size
 from placement import MIB, Results, peer_environment, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
 from localmoe.callbacks import LoadCallbacks
 from localmoe.cli.batch_files import crowd_of
-from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.gguf.model_meta import read_meta

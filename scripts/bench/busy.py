@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localmoe.config import load_settings
+from localmoe.config.settings import load_settings
+
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.load import LoadedModel, load_local
 

@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from localmoe.config import engine_environment
+from localmoe.config.environment import engine_environment
+
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement, Request, Sampling, Timings, Usage
 from localmoe.engine.rates import Bandwidths

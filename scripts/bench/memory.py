@@ -16,7 +16,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from localmoe.config import engine_environment, load_settings
+from localmoe.config.environment import engine_environment
+from localmoe.config.settings import load_settings
+
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Request, Sampling
 from localmoe.errors import LocalMoeError

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from localmoe.config.settings import Settings, load_settings, parse_size
 from placement_tables import SYSTEMS, summary  # noqa: E402
 from synthetic.routing import expert_logits  # noqa: E402
 
-from localmoe.config import Settings, load_settings, parse_size
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.model_meta import read_meta

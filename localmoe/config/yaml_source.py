@@ -21,7 +21,7 @@ Place: TypeAlias = "tuple[str | int, ...]"
 """Where a value stands: from the outermost name inwards; items of a list by number, from 0."""
 
 
-class YamlLines:
+class YamlSource:
     """A file, read: `values` are its outermost names. Raises LocalMoeError naming file and line."""
 
     def __init__(self, path: Path) -> None:

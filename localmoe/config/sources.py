@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import LocalMoeError, UsageError
-from .models.yaml_lines import YamlLines
+from ..errors import LocalMoeError, UsageError
+from .yaml_source import YamlSource
 
 FILE_NAME = "config.yaml"
 MEND = "Mend it: localmoe config edit"
@@ -57,7 +57,7 @@ def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
     try:
         if not path.exists():
             return ConfigFile()
-        source = YamlLines(path)
+        source = YamlSource(path)
         general = dict(source.values)
         models = general.pop(MODELS, None) or {}
         if not isinstance(models, dict):
@@ -76,12 +76,12 @@ def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
         raise UsageError(error.message, error.hint or MEND) from None
 
 
-def _check_names(source: YamlLines, models: Mapping[str, Any], folder: Path) -> None:
+def _check_names(source: YamlSource, models: Mapping[str, Any], folder: Path) -> None:
     """Refuse what can't be a model: a slip there would be obeyed by none."""
     if not models:
         return
-    from .models.catalog import read_catalog
-    from .models.names import catalog_key
+    from ..models.catalog import read_catalog
+    from ..models.names import catalog_key
 
     catalog = read_catalog(folder)
     known = [*catalog, *(alias for spec in catalog.values() for alias in spec.aliases)]
@@ -95,7 +95,7 @@ def _check_names(source: YamlLines, models: Mapping[str, Any], folder: Path) -> 
 
 
 def _section(
-    source: YamlLines, place: tuple[str, ...], part: Any, settings: Collection[str]
+    source: YamlSource, place: tuple[str, ...], part: Any, settings: Collection[str]
 ) -> dict[str, Said]:
     if part is None:
         return {}
@@ -141,8 +141,8 @@ def _unknown(key: str, name: str, settings: Collection[str]) -> tuple[str, str]:
 def names_of(model: str, folder: Path) -> tuple[str, ...]:
     """What a model may be called in the file: by the catalog, with and without its quant, and as
     it was typed."""
-    from .models.catalog import read_catalog
-    from .models.names import catalog_key
+    from ..models.catalog import read_catalog
+    from ..models.names import catalog_key
 
     called, colon, quant = model.partition(":")
     key = catalog_key(called, read_catalog(folder))

@@ -1,24 +1,29 @@
 """Settings: defaults, then config.yaml, then LOCALMOE_* variables, then the command line.
 
-The only reader of os.environ; everything else is handed what it needs.
+What is wrong with a value of a setting, in words of our own for each of pydantic's error types
+(pydantic's docs, errors/validation_errors).
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .config_errors import bad_value
-from .config_file import (
-    FILE_NAME,
+from ..engine.protocol import KvType
+from ..errors import UsageError
+from .environment import (
+    FOLDERS,
+    NOT_TEXT,
+    PREFIX,
+    config_folder,
+    config_path,
+    process_environment,
+)
+from .sources import (
     MEND,
     ONE_COMMAND,
     Said,
@@ -27,21 +32,8 @@ from .config_file import (
     read_config,
     setting_name,
 )
-from .engine.protocol import KvType
-from .errors import UsageError
-from .hub.types import HubAccess
 
-PREFIX = "LOCALMOE_"
-FOLDERS = ("STATE", "CONFIG")
-"""Variables that are no settings."""
-HUB = "https://huggingface.co"
-YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000", "GGML_CUDA_REGISTER_HOST": "1"}
-"""Compute threads that spin for long while they wait for each other lose most of their speed to
-any other busy program (docs/notes/busy-machine.md)."""
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -157,7 +149,7 @@ def settings_said(
     """Every setting that was made, and where: what is nearest to the command counts."""
     said: dict[str, Said] = {}
     if env is None:
-        env = os.environ
+        env = process_environment()
         said = config_said(model)
     said.update(variables_said(env))
     for name, value in given.items():
@@ -225,65 +217,55 @@ def settings_of(said: Mapping[str, Said], called: Callable[[str], str] = str) ->
         raise bad_value(shown, its_own, hint) from None
 
 
-def config_path() -> Path:
-    """The file of a person's own settings, which need not be there."""
-    return config_folder() / FILE_NAME
+MAX_SHOWN = 60
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number",
+    "bool": "yes or no",
+    "string": "text",
+    "tuple": "text or a list",
+}
+"""By how pydantic's types begin (int_parsing, int_type, int_from_float, ...)."""
+BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
 
 
-def engine_environment(**wanted: str) -> dict[str, str]:
-    """The environment of an engine process: this one's without anything secret, and what suits
-    llama.cpp, and is `wanted` for a plan, where nothing else was said."""
-    env = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
-    return {**ENGINE_DEFAULTS, **wanted, **env}
+def bad_value(shown: str, problems: Sequence[Mapping[str, Any]], hint: str = "") -> UsageError:
+    """The error for a setting that a person knows as `shown`. `problems` are pydantic's, of which
+    a value that may be one thing or another has one for each; `hint` is for where none is nearer.
+    """
+    first = problems[0]
+    cause = first.get("ctx", {}).get("error")
+    if cause is not None:  # said by a check of our own
+        said = cause.args[0]
+        if isinstance(said, UsageError):
+            return UsageError(f"{shown}: {said.message}", said.hint or hint)
+        return UsageError(f"{shown}: {said}.", hint)
+    words = dict.fromkeys(_must_be(one) for one in problems if one["input"] is first["input"])
+    return UsageError(f"{shown} must be {' or '.join(words)}, not {_short(first['input'])}.", hint)
 
 
-def state_folder() -> Path:
-    """Where measurements lie, which can be deleted at any time, and chats (sessions_folder)."""
-    return Path(os.environ.get(PREFIX + "STATE") or platformdirs.user_state_path("localmoe"))
+def _must_be(problem: Mapping[str, Any]) -> str:
+    kind, context = str(problem["type"]), problem.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if kind in BOUNDS:
+        words, key = BOUNDS[kind]
+        return f"{words} {_number(context[key])}"
+    if kind == "int_parsing_size":
+        return "a whole number of fewer digits"
+    return WORDS.get(kind.partition("_")[0], "something else")
 
 
-def sessions_folder() -> Path:
-    """Where chats are kept."""
-    return state_folder() / "sessions"
+def _number(value: float) -> str:
+    return f"{int(value) if value == int(value) else value:,}"
 
 
-def config_folder() -> Path:
-    """Where a person's own settings and models.yaml lie."""
-    return Path(os.environ.get(PREFIX + "CONFIG") or platformdirs.user_config_path("localmoe"))
-
-
-def hub_access(offline: bool = False) -> HubAccess:
-    """The Hub as the variables say that all its tools obey: HF_ENDPOINT, HF_HUB_OFFLINE and so on
-    (huggingface_hub, docs/source/en/package_reference/environment_variables.md)."""
-    env = os.environ
-    state = state_folder()
-    return HubAccess(
-        endpoint=(env.get("HF_ENDPOINT") or HUB).rstrip("/"),
-        cache=hub_cache(env),
-        headers=state / "headers",
-        stamps=state / "verified",
-        token=hub_token(env),
-        offline=offline or env.get("HF_HUB_OFFLINE", "").lower() in YES,
-    )
-
-
-def hub_home(env: Mapping[str, str]) -> Path:
-    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser()
-
-
-def hub_cache(env: Mapping[str, str]) -> Path:
-    """The folder of downloaded models, which other tools share."""
-    said = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
-    return Path(said).expanduser() if said else hub_home(env) / "hub"
-
-
-def hub_token(env: Mapping[str, str]) -> str | None:
-    """The token of this person, from a variable or from where `hf auth login` keeps it."""
-    said = env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")
-    if not said and env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() not in YES:
-        file = Path(env.get("HF_TOKEN_PATH") or hub_home(env) / "token").expanduser()
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            said = file.read_text("utf-8")
-    # a line break that was pasted along would end up in a header
-    return (said or "").replace("\r", "").replace("\n", "").strip() or None
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

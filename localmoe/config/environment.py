@@ -1,0 +1,99 @@
+"""What this process is told by its environment: folders, the Hub, what an engine inherits.
+
+The only reader of os.environ; everything else is handed what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import platformdirs
+
+from ..hub.types import HubAccess
+from .sources import (
+    FILE_NAME,
+)
+
+PREFIX = "LOCALMOE_"
+FOLDERS = ("STATE", "CONFIG")
+"""Variables that are no settings."""
+HUB = "https://huggingface.co"
+YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000", "GGML_CUDA_REGISTER_HOST": "1"}
+"""Compute threads that spin for long while they wait for each other lose most of their speed to
+any other busy program (docs/notes/busy-machine.md)."""
+
+
+def config_path() -> Path:
+    """The file of a person's own settings, which need not be there."""
+    return config_folder() / FILE_NAME
+
+
+def process_environment() -> Mapping[str, str]:
+    """The variables of this process."""
+    return os.environ
+
+
+def engine_environment(**wanted: str) -> dict[str, str]:
+    """The environment of an engine process: this one's without anything secret, and what suits
+    llama.cpp, and is `wanted` for a plan, where nothing else was said."""
+    env = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+    return {**ENGINE_DEFAULTS, **wanted, **env}
+
+
+def state_folder() -> Path:
+    """Where measurements lie, which can be deleted at any time, and chats (sessions_folder)."""
+    return Path(os.environ.get(PREFIX + "STATE") or platformdirs.user_state_path("localmoe"))
+
+
+def sessions_folder() -> Path:
+    """Where chats are kept."""
+    return state_folder() / "sessions"
+
+
+def config_folder() -> Path:
+    """Where a person's own settings and models.yaml lie."""
+    return Path(os.environ.get(PREFIX + "CONFIG") or platformdirs.user_config_path("localmoe"))
+
+
+def hub_access(offline: bool = False) -> HubAccess:
+    """The Hub as the variables say that all its tools obey: HF_ENDPOINT, HF_HUB_OFFLINE and so on
+    (huggingface_hub, docs/source/en/package_reference/environment_variables.md)."""
+    env = os.environ
+    state = state_folder()
+    return HubAccess(
+        endpoint=(env.get("HF_ENDPOINT") or HUB).rstrip("/"),
+        cache=hub_cache(env),
+        headers=state / "headers",
+        stamps=state / "verified",
+        token=hub_token(env),
+        offline=offline or env.get("HF_HUB_OFFLINE", "").lower() in YES,
+    )
+
+
+def hub_home(env: Mapping[str, str]) -> Path:
+    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser()
+
+
+def hub_cache(env: Mapping[str, str]) -> Path:
+    """The folder of downloaded models, which other tools share."""
+    said = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
+    return Path(said).expanduser() if said else hub_home(env) / "hub"
+
+
+def hub_token(env: Mapping[str, str]) -> str | None:
+    """The token of this person, from a variable or from where `hf auth login` keeps it."""
+    said = env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")
+    if not said and env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() not in YES:
+        file = Path(env.get("HF_TOKEN_PATH") or hub_home(env) / "token").expanduser()
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            said = file.read_text("utf-8")
+    # a line break that was pasted along would end up in a header
+    return (said or "").replace("\r", "").replace("\n", "").strip() or None
