@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import DoesNotFit, LocalMoeError, ModelFileError, gib
+from .hardware.machine import Machine
 from .hub.quants import Quant, base_label, rank
-from .placement.asked import gpu_budgets, ram_budget
-from .placement.hardware import Machine
-from .placement.request import PlanRequest
+from .planner.request import PlanRequest, gpu_budgets, ram_budget
 
 RECOMMENDED = "Q4_K_M"
 """Mixtral's perplexity at it is 1.5 % above that at 8 bits, and 0.9 points more are gained by a

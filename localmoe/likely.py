@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from .config.environment import state_folder
+from .hardware.machine import Machine
 from .hub.quants import Quant
 from .models.catalog import ModelSpec
-from .placement.asked import gpu_budgets
-from .placement.bandwidth import BandwidthStore
-from .placement.forecast import likely_tps
-from .placement.hardware import Machine
-from .placement.request import PlanRequest
-from .planning import key_of
+from .perf.cost_model import likely_tps
+from .perf.store import BandwidthStore, key_of
+from .planner.request import PlanRequest, gpu_budgets
 
 BESIDE_WEIGHTS = 0.06
 LEAST_BESIDE_BYTES = 512 << 20

@@ -16,15 +16,14 @@ from .engine.client import Engine, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
 from .errors import EngineError, gib
 from .gguf.model_meta import ModelMeta, read_meta
-from .learning import SpeedLog
 from .models.catalog import ModelSpec
 from .models.names import ModelName
 from .obtain import Finder, Found, check_runs
-from .placement.crowd import Crowd
-from .placement.pinned import pinned_spans
-from .placement.plan import Plan
-from .placement.search import Workload
-from .planning import Planner
+from .perf.calibration import SpeedLog
+from .planner.plan import Plan, pinned_spans
+from .planner.planner import Planner
+from .planner.request import BatchShape
+from .planner.search import Workload
 from .serving.answer import HarmonyMarkers, Markers, find_markers
 from .serving.chat import AnswerOptions, Model
 from .serving.messages import PromptFormat
@@ -120,7 +119,7 @@ def load_found(
     settings: Settings,
     watch: LoadCallbacks,
     workload: Workload = "chat",
-    crowd: Crowd | None = None,
+    crowd: BatchShape | None = None,
     n_prompt: int | None = None,
 ) -> LoadedModel:
     """Start an engine with a model that is here. Raises LocalMoeError.
@@ -149,7 +148,7 @@ def load_once(
     settings: Settings,
     watch: LoadCallbacks,
     workload: Workload,
-    crowd: Crowd | None,
+    crowd: BatchShape | None,
     n_prompt: int | None,
 ) -> LoadedModel:
     """Plan and load. Raises OutOfMemory where a GPU had too little; the next plan knows it."""

@@ -50,8 +50,8 @@ from .models.matching import (
     what_to_type,
 )
 from .models.names import ModelName, parse_name
-from .placement.search import Workload
-from .planning import Planner, plan_request
+from .planner.planner import Planner, plan_request
+from .planner.search import Workload
 
 Here = Mapping[Quant, InstalledModel]
 """The quants that are in the cache; empty for those of the Hub."""

@@ -10,14 +10,14 @@ from .config.environment import engine_environment
 from .config.settings import Settings
 from .engine.protocol import Placement
 from .errors import EngineError
+from .hardware.cpu import groups
+from .hardware.system import SystemAccess, read_text
 from .load import LoadedModel, load_found, says_out_of_memory
 from .models.names import ModelName
 from .obtain import Found
-from .placement.cgroups import groups
-from .placement.plan import SMALLEST_N_CTX, Memory, Plan
-from .placement.search import Workload
-from .placement.sources import Sources, read_text
-from .planning import Planner
+from .planner.plan import SMALLEST_N_CTX, Memory, Plan
+from .planner.planner import Planner
+from .planner.search import Workload
 from .serving.chat import Model
 
 KILLED = "was killed"
@@ -113,11 +113,11 @@ def freed_bytes(ram: Memory, place: Placement, n_ubatch: int) -> int:
     return less_compute + ram.repacked.n_bytes + ram.pinned_bytes
 
 
-def sources() -> Sources:
-    return Sources(env=engine_environment())
+def sources() -> SystemAccess:
+    return SystemAccess(env=engine_environment())
 
 
-def oom_kills(sources: Sources) -> int | None:
+def oom_kills(sources: SystemAccess) -> int | None:
     """How many processes the kernel has killed so far where memory ran out, in this machine and its
     control groups; None where it doesn't say (Linux alone does)."""
     events = [group / "memory.events" for group in groups(sources, "memory")]

@@ -8,6 +8,7 @@ from functools import partial
 
 from .choosing import best_first, free_bytes, in_order, much_faster
 from .config.environment import config_folder
+from .hardware.machine import Machine
 from .hub.installed import InstalledModel
 from .hub.quants import Quant, is_coarse
 from .likely import beside, speed_of
@@ -15,10 +16,8 @@ from .models.catalog import ModelSpec, read_catalog
 from .models.matching import models_meant, newest, quant_here, sized_quants
 from .models.names import parse_name
 from .obtain import Finder
-from .placement.asked import gpu_budgets
-from .placement.hardware import Machine
-from .placement.request import PlanRequest
-from .planning import plan_request
+from .planner.planner import plan_request
+from .planner.request import PlanRequest, gpu_budgets
 
 LARGE_SHARE = 0.2
 """Of a model's parameters, those that a token meets: more in dense models and those of few large

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from localmoe.config.environment import engine_environment
 from make_model import SHAPES, make_model
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localmoe.config.environment import engine_environment
 from vocabulary_files import write_byte_level
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
 from localmoe.engine.text import TextStream

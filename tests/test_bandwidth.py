@@ -26,14 +26,8 @@ from localmoe.engine.graphs import (
 )
 from localmoe.engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
 from localmoe.gguf.reader import TENSOR_TYPES
-from localmoe.placement.bandwidth import (
-    NO_BANDWIDTHS,
-    BandwidthStore,
-    rates_of,
-    threads_to_measure,
-    unmeasured,
-)
-from localmoe.placement.measured import MeasurementKey
+from localmoe.perf.rates import NO_BANDWIDTHS, rates_of, threads_to_measure
+from localmoe.perf.store import BandwidthStore, MeasurementKey, unmeasured
 
 LIBRARY: Any = bindings.ggml
 SMALL = 0.02  # of the sizes that a real measurement has

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from localmoe.config.environment import engine_environment
-from localmoe.config.settings import load_settings
 from soak import batch as soak
 
 from localmoe.callbacks import LoadCallbacks
+from localmoe.config.environment import engine_environment
+from localmoe.config.settings import load_settings
 from localmoe.engine.client import Engine, Inbox
 from localmoe.engine.protocol import (
     Delta,

@@ -14,9 +14,9 @@ from synthetic.mixtral import MixtralShape
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import KvType, Placement
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.cache import cache_bytes_by_layer, cell_bytes
-from localmoe.placement.request import PlanRequest
-from localmoe.placement.sizes import sizes_of
+from localmoe.planner.buffers import cache_bytes_by_layer, cell_bytes
+from localmoe.planner.model_bytes import model_bytes
+from localmoe.planner.request import PlanRequest
 
 DEMO = Path(__file__).parent.parent / "localmoe/models/demo/demo.gguf"
 MIXTRALS = {name: SHAPES[name] for name in ("mixtral-8x7b", "mixtral-8x22b")}
@@ -38,7 +38,7 @@ def written(folder: Path, shape: MixtralShape | Family) -> Path:
 
 def total_weights(meta: ModelMeta) -> int:
     """What a machine without a GPU holds."""
-    sizes = sizes_of(meta, 4096, PlanRequest())
+    sizes = model_bytes(meta, 4096, PlanRequest())
     layers = sum(layer.dense_bytes + layer.expert_bytes for layer in sizes.layers)
     return layers + sizes.embedding_bytes + sizes.output_in_ram_bytes
 

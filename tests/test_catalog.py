@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from localmoe.config.settings import Settings
 
+from localmoe.config.settings import Settings
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localmoe.config.environment import engine_environment
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling, Timings, Usage
 from localmoe.errors import EngineError, PromptError, RequestError

@@ -8,11 +8,11 @@ import pytest
 
 from localmoe.choosing import check_bytes, choose, free_bytes, in_order
 from localmoe.errors import DoesNotFit, ModelFileError
+from localmoe.hardware.gpus import Gpu
+from localmoe.hardware.machine import Machine
 from localmoe.hub.quants import LADDER, Quant
 from localmoe.hub.types import RemoteFile
-from localmoe.placement.gpus import Gpu
-from localmoe.placement.hardware import Machine
-from localmoe.placement.request import PlanRequest
+from localmoe.planner.request import PlanRequest
 
 GIB = 1 << 30
 # as Mixtral 8x7B would take them, in GiB

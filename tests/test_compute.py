@@ -11,9 +11,9 @@ from native_memory import RecordedGpus, native_memory, recorded, recorded_gpus
 
 from localmoe.engine.protocol import Placement
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.compute import Work, compute_bytes, estimated_bytes
-from localmoe.placement.measured import ComputePoint
-from localmoe.placement.sizes import (
+from localmoe.perf.figures import ComputePoint
+from localmoe.planner.buffers import MicroBatchShape, compute_bytes, estimated_bytes
+from localmoe.planner.model_bytes import (
     ALL_ON_GPU,
     EXPERTS_IN_RAM,
     LAYERS_IN_RAM,
@@ -92,7 +92,7 @@ TOO_MUCH = {"olmoe": 0.45, "granitemoe": 0.45, "gemma4": 0.21, "qwen35moe": 0.18
 def test_the_formula_on_a_cpu(name: str, metas: dict[str, ModelMeta]) -> None:
     """Never more than 3 % too little."""
     for row in recorded(name):
-        work = Work(row.n_ctx, row.n_ubatch, row.n_seq)
+        work = MicroBatchShape(row.n_ctx, row.n_ubatch, row.n_seq)
         error = estimated_bytes(metas[name], work) / row.compute - 1
         # quantized keys make a constant of up to 1.3 MiB more (the rotation of gemma4's heads)
         assert error > -0.03, row
@@ -110,7 +110,7 @@ def test_this_llama_takes_what_the_formula_says(
             n_threads=1, n_ctx=n_ctx, n_seq=n_seq, n_batch=n_ubatch, n_ubatch=n_ubatch
         )
         exact = native_memory(str(path), place)["CPU"].compute
-        work = Work(n_ctx, n_ubatch, n_seq)
+        work = MicroBatchShape(n_ctx, n_ubatch, n_seq)
         assert estimated_bytes(metas["mixtral-8x7b"], work) == pytest.approx(exact, rel=1e-3)
         bare = replace(place, flash_attention="off")
         exact = native_memory(str(path), bare)["CPU"].compute
@@ -128,7 +128,9 @@ def largest(meta: ModelMeta) -> int:
 
 def test_the_formula_on_one_gpu_that_holds_everything(metas: dict[str, ModelMeta]) -> None:
     errors = [
-        gpu_compute_bytes(metas[row.name], Work(row.n_ctx, row.n_ubatch, 1), ALL_ON_GPU, 0, 1, 0)
+        gpu_compute_bytes(
+            metas[row.name], MicroBatchShape(row.n_ctx, row.n_ubatch, 1), ALL_ON_GPU, 0, 1, 0
+        )
         / row.gpus[0].compute
         - 1
         for row in recorded_gpus()
@@ -144,7 +146,7 @@ def test_the_formula_on_gpus_in_general(metas: dict[str, ModelMeta]) -> None:
     experts are copied: which of the copies' room is used again depends on chance."""
     too_little = []
     for row in recorded_gpus():
-        work, meta = Work(row.n_ctx, row.n_ubatch, 1), metas[row.name]
+        work, meta = MicroBatchShape(row.n_ctx, row.n_ubatch, 1), metas[row.name]
         for place, gpu in enumerate(row.gpus):
             found = gpu_compute_bytes(meta, work, kind_of(row), place, row.n_gpus, largest(meta))
             if found < 0.97 * gpu.compute:
@@ -155,7 +157,7 @@ def test_the_formula_on_gpus_in_general(metas: dict[str, ModelMeta]) -> None:
 def test_the_formula_in_ram_beside_gpus(metas: dict[str, ModelMeta]) -> None:
     """Embeddings and masks on their way to the GPUs, to 5 %; more where layers are in RAM."""
     for row in recorded_gpus():
-        work, meta = Work(row.n_ctx, row.n_ubatch, 1), metas[row.name]
+        work, meta = MicroBatchShape(row.n_ctx, row.n_ubatch, 1), metas[row.name]
         found = ram_compute_bytes(meta, work, kind_of(row), row.n_gpus)
         assert found > 0.95 * row.ram.compute, row
         if row.tag != "layers":
@@ -166,7 +168,9 @@ def test_the_formula_in_ram_beside_gpus(metas: dict[str, ModelMeta]) -> None:
 def test_figures_of_mixtral_on_a_gpu(metas: dict[str, ModelMeta]) -> None:
     """What plans for machines that are not here rest on: 196 MiB with everything on the GPU."""
     meta = metas["mixtral-8x7b"]
-    whole = gpu_compute_bytes(meta, Work(4096, 512, 1), ALL_ON_GPU, 0, 1, 0)
+    whole = gpu_compute_bytes(meta, MicroBatchShape(4096, 512, 1), ALL_ON_GPU, 0, 1, 0)
     assert whole / MIB == pytest.approx(204, abs=1)
-    experts = gpu_compute_bytes(meta, Work(4096, 512, 1), EXPERTS_IN_RAM, 0, 1, largest(meta))
+    experts = gpu_compute_bytes(
+        meta, MicroBatchShape(4096, 512, 1), EXPERTS_IN_RAM, 0, 1, largest(meta)
+    )
     assert experts - whole == largest(meta)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from localmoe.config.environment import engine_environment
-from localmoe.config.settings import load_settings, parse_size
 from test_cli import localmoe, one_line_error
 
 from localmoe import LocalMoE
 from localmoe.cli.config import TEMPLATE
+from localmoe.config.environment import engine_environment
+from localmoe.config.settings import load_settings, parse_size
 from localmoe.errors import UsageError
 from localmoe.load import is_sampling_value
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from localmoe.placement.crowd import Crowd, numbers
-from localmoe.placement.request import PlanRequest
+from localmoe.planner.request import BatchShape, PlanRequest, numbers
 
-SHARING = Crowd(numbers(20), 600, {16: 3000, 32: 5000})
+SHARING = BatchShape(numbers(20), 600, {16: 3000, 32: 5000})
 
 
 def test_on_a_cpu_answers_do_not_depend_on_company() -> None:
@@ -23,7 +22,7 @@ def test_on_a_gpu_they_share_one_cache_where_that_helps() -> None:
 
 def test_a_single_request_is_computed_as_if_in_company() -> None:
     """So that a file of one line gives the answer that a long file gives."""
-    alone = Crowd(numbers(1), 600)
+    alone = BatchShape(numbers(1), 600)
     assert [(r.n_seq, r.alike) for r in alone.requests(PlanRequest(), has_gpu=False)] == [
         (2, True),
         (1, False),
@@ -33,5 +32,5 @@ def test_a_single_request_is_computed_as_if_in_company() -> None:
 
 def test_the_number_of_a_person_is_kept() -> None:
     for n in (1, 5):
-        crowd = Crowd(numbers(20, n), 600, is_open=False)
+        crowd = BatchShape(numbers(20, n), 600, is_open=False)
         assert [r.n_seq for r in crowd.requests(PlanRequest(), has_gpu=False)] == [n]

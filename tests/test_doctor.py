@@ -12,13 +12,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from localmoe.config.environment import hub_access, hub_cache
 from test_hardware import CPU_DEVICE, CUDA_INFO, FULL_INFO, GIB, Invented, cuda, make_group, row
 
+from localmoe.config.environment import hub_access, hub_cache
 from localmoe.engine.protocol import DeviceList
-from localmoe.placement.findings import Finding
-from localmoe.placement.hardware import machine_of
-from localmoe.placement.host import host_of
+from localmoe.hardware.diagnostics import Finding
+from localmoe.hardware.host import host_of
+from localmoe.hardware.machine import machine_of
 
 doctor = import_module("localmoe.cli.doctor")  # the package has the command under this name
 

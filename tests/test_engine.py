@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 from jsonschema import validate
-from localmoe.config.environment import engine_environment
 from make_model import SHAPES, make_model
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
 from localmoe.errors import EngineError, RequestError

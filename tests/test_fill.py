@@ -10,18 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.placement.fill import (
+from localmoe.planner.expert_packing import (
+    GpuCapacity,
     Layer,
-    Layout,
-    Rooms,
+    LayerGroup,
+    LayerPlacement,
+    LayerSplit,
     best_counts,
+    cheapest_split,
     fill,
     fill_most,
-    lay_out,
-    layout_of,
+    place_layers,
+    placement_with,
     runs,
 )
-from localmoe.placement.leaving import Kind, Share, least
 
 sizes = st.integers(1, 12)
 
@@ -84,7 +86,7 @@ def best_in_room(layers: Sequence[Layer], room: int) -> int | None:
     return max(worth(layers, some) for some in fitting if n_divided(layers, some) <= 1)
 
 
-def brute_force(layers: Sequence[Layer], output_bytes: int, rooms: Rooms) -> tuple[int, int]:
+def brute_force(layers: Sequence[Layer], output_bytes: int, rooms: GpuCapacity) -> tuple[int, int]:
     """The most layers on GPUs, and what the best experts are worth, by trying everything."""
     output = Layer(len(layers), output_bytes, 0)
     for n in range(len(layers) + 1, 0, -1):
@@ -107,14 +109,14 @@ def brute_force(layers: Sequence[Layer], output_bytes: int, rooms: Rooms) -> tup
     return 0, 0
 
 
-def merit_of(layers: Sequence[Layer], layout: Layout) -> tuple[int, int]:
+def merit_of(layers: Sequence[Layer], layout: LayerPlacement) -> tuple[int, int]:
     first = len(layers) + 1 - layout.n_gpu_layers
     mine = layers[first:] if layout.n_gpu_layers else ()
     names = {name for layer in mine for name, _ in layer.experts}
     return layout.n_gpu_layers, worth(mine, frozenset(names - layout.cpu_experts))
 
 
-def held_by(layers: Sequence[Layer], output_bytes: int, layout: Layout) -> tuple[int, ...]:
+def held_by(layers: Sequence[Layer], output_bytes: int, layout: LayerPlacement) -> tuple[int, ...]:
     """Bytes on each GPU."""
     blocks = [*layers, Layer(len(layers), output_bytes, 0)]
     on_gpu = blocks[len(blocks) - layout.n_gpu_layers :]
@@ -132,8 +134,10 @@ def held_by(layers: Sequence[Layer], output_bytes: int, layout: Layout) -> tuple
 def test_one_gpu_is_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
-    rooms = Rooms(tuple(room + more for room in mixed), mixed)
-    assert merit_of(layers, lay_out(layers, output, rooms)) == brute_force(layers, output, rooms)
+    rooms = GpuCapacity(tuple(room + more for room in mixed), mixed)
+    assert merit_of(layers, place_layers(layers, output, rooms)) == brute_force(
+        layers, output, rooms
+    )
 
 
 @given(layers_of_a_model(most=5), sizes, rooms_for(2), st.integers(0, 9))
@@ -141,8 +145,10 @@ def test_one_gpu_is_filled_as_well_as_can_be(
 def test_two_gpus_are_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
-    rooms = Rooms(tuple(room + more for room in mixed), mixed)
-    assert merit_of(layers, lay_out(layers, output, rooms)) == brute_force(layers, output, rooms)
+    rooms = GpuCapacity(tuple(room + more for room in mixed), mixed)
+    assert merit_of(layers, place_layers(layers, output, rooms)) == brute_force(
+        layers, output, rooms
+    )
 
 
 @given(layers_of_a_model(most=6, most_experts=1), sizes, rooms_for(2), st.integers(0, 9))
@@ -150,8 +156,10 @@ def test_two_gpus_are_filled_as_well_as_can_be(
 def test_two_gpus_and_six_layers(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...], more: int
 ) -> None:
-    rooms = Rooms(tuple(room + more for room in mixed), mixed)
-    assert merit_of(layers, lay_out(layers, output, rooms)) == brute_force(layers, output, rooms)
+    rooms = GpuCapacity(tuple(room + more for room in mixed), mixed)
+    assert merit_of(layers, place_layers(layers, output, rooms)) == brute_force(
+        layers, output, rooms
+    )
 
 
 @given(layers_of_a_model(most=4, most_experts=1), sizes, rooms_for(3))
@@ -159,8 +167,10 @@ def test_two_gpus_and_six_layers(
 def test_three_gpus_are_filled_as_well_as_can_be(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...]
 ) -> None:
-    rooms = Rooms(mixed, mixed)
-    assert merit_of(layers, lay_out(layers, output, rooms)) == brute_force(layers, output, rooms)
+    rooms = GpuCapacity(mixed, mixed)
+    assert merit_of(layers, place_layers(layers, output, rooms)) == brute_force(
+        layers, output, rooms
+    )
 
 
 @given(layers_of_a_model(), sizes, st.integers(1, 3).flatmap(rooms_for))
@@ -168,10 +178,10 @@ def test_three_gpus_are_filled_as_well_as_can_be(
 def test_no_gpu_gets_more_than_it_has_room_for(
     layers: tuple[Layer, ...], output: int, mixed: tuple[int, ...]
 ) -> None:
-    rooms = Rooms(mixed, mixed)
+    rooms = GpuCapacity(mixed, mixed)
     for layout in (
-        lay_out(layers, output, rooms),
-        layout_of(layers, output, rooms, len(layers), fill_most),
+        place_layers(layers, output, rooms),
+        placement_with(layers, output, rooms, len(layers), fill_most),
     ):
         if layout:
             held = held_by(layers, output, layout)
@@ -184,7 +194,9 @@ def test_no_gpu_gets_more_than_it_has_room_for(
 def test_more_room_never_holds_less(
     layers: tuple[Layer, ...], output: int, room: int, more: int
 ) -> None:
-    less, larger = (lay_out(layers, output, Rooms((r,), (r,))) for r in (room, room + more))
+    less, larger = (
+        place_layers(layers, output, GpuCapacity((r,), (r,))) for r in (room, room + more)
+    )
     assert merit_of(layers, larger) >= merit_of(layers, less)
 
 
@@ -194,7 +206,9 @@ def test_more_room_never_holds_fewer_bytes_where_trips_cost_nothing(
     layers: tuple[Layer, ...], output: int, room: int, more: int
 ) -> None:
     layers = tuple(replace(layer, trip_bytes=0) for layer in layers)
-    less, larger = (lay_out(layers, output, Rooms((r,), (r,))) for r in (room, room + more))
+    less, larger = (
+        place_layers(layers, output, GpuCapacity((r,), (r,))) for r in (room, room + more)
+    )
     assert sum(held_by(layers, output, larger)) >= sum(held_by(layers, output, less))
 
 
@@ -233,12 +247,17 @@ def test_of_several_kinds_the_layers_with_most_bytes_are_left_where_trips_are_de
     """Qwen3 30B in a mix of four kinds. Ways that begin with many layers of the first kinds, and
     come closest to the bytes, cost a third more."""
     kinds = [
-        Kind((82, 108, 108), 23),
-        Kind((82, 82, 82), 23),
-        Kind((204, 204, 204), 17),
-        Kind((82, 204, 204), 10),
+        LayerGroup((82, 108, 108), 23),
+        LayerGroup((82, 82, 82), 23),
+        LayerGroup((204, 204, 204), 17),
+        LayerGroup((82, 204, 204), 10),
     ]
-    assert least(kinds, 11319, 320) == (Share(0), Share(0), Share(17), Share(2))
+    assert cheapest_split(kinds, 11319, 320) == (
+        LayerSplit(0),
+        LayerSplit(0),
+        LayerSplit(17),
+        LayerSplit(2),
+    )
 
 
 @given(
@@ -250,10 +269,10 @@ def test_of_several_kinds_the_layers_with_most_bytes_are_left_where_trips_are_de
 def test_what_is_left_in_ram_costs_least(
     drawn: list[tuple[list[int], int]], trip: int, share: float
 ) -> None:
-    kinds = [Kind(tuple(some), n_layers) for some, n_layers in drawn]
+    kinds = [LayerGroup(tuple(some), n_layers) for some, n_layers in drawn]
     needed = int(share * sum(kind.layer_bytes * kind.n_layers for kind in kinds))
 
-    def total(shares: Sequence[Share]) -> tuple[int, int]:
+    def total(shares: Sequence[LayerSplit]) -> tuple[int, int]:
         n_bytes = sum(
             share.n_layers * kind.layer_bytes + sum(kind.sizes[place] for place in share.part)
             for kind, share in zip(kinds, shares, strict=True)
@@ -262,12 +281,16 @@ def test_what_is_left_in_ram_costs_least(
 
     every = product(
         *[
-            [Share(n, part) for part, _ in kind.parts for n in range(kind.n_layers + (not part))]
+            [
+                LayerSplit(n, part)
+                for part, _ in kind.parts
+                for n in range(kind.n_layers + (not part))
+            ]
             for kind in kinds
         ]
     )
     totals = (total(shares) for shares in every if sum(bool(s.part) for s in shares) <= 1)
-    n_bytes, cost = total(least(kinds, needed, trip))
+    n_bytes, cost = total(cheapest_split(kinds, needed, trip))
     assert n_bytes >= needed
     assert cost == min(cost for n_bytes, cost in totals if n_bytes >= needed)
 
@@ -298,7 +321,7 @@ def test_many_sizes_are_searched_in_bounded_time() -> None:
 
 def test_what_a_person_fixed_stays_although_it_does_not_fit() -> None:
     layers = tuple(Layer(i, 10, 0, ((f"{i}", 4),)) for i in range(5))
-    layout = lay_out(layers, 10, Rooms((20, 10), (20, 10)), n_gpu_layers=6)
+    layout = place_layers(layers, 10, GpuCapacity((20, 10), (20, 10)), n_gpu_layers=6)
     assert layout.n_gpu_layers == sum(layout.split) == 6
     assert layout.split == (4, 2)
     assert len(layout.cpu_experts) == 5
@@ -307,5 +330,5 @@ def test_what_a_person_fixed_stays_although_it_does_not_fit() -> None:
 @pytest.mark.parametrize("rooms", [(60, 30), (30, 60)])
 def test_gpus_with_room_to_spare_are_filled_by_share(rooms: tuple[int, int]) -> None:
     layers = tuple(Layer(i, 4, 0) for i in range(11))
-    layout = lay_out(layers, 4, Rooms(rooms, rooms))
+    layout = place_layers(layers, 4, GpuCapacity(rooms, rooms))
     assert layout.split == ((8, 4) if rooms == (60, 30) else (4, 8))

@@ -6,22 +6,22 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from localmoe.config.environment import engine_environment
-from localmoe.config.settings import load_settings
 from make_model import FAMILIES, SHAPES, make_model
 
+from localmoe.config.environment import engine_environment
+from localmoe.config.settings import load_settings
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit
 from localmoe.gguf.demo import DEMO as DEMO_FILE
 from localmoe.gguf.model_meta import read_meta
-from localmoe.placement.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
-from localmoe.placement.gpus import Gpu
-from localmoe.placement.hardware import Machine
-from localmoe.placement.measured import NOTHING_MEASURED, Measured
-from localmoe.placement.plan import make_plan
-from localmoe.placement.request import PlanRequest
-from localmoe.planning import Planner
+from localmoe.hardware.gpus import Gpu
+from localmoe.hardware.machine import Machine
+from localmoe.perf.figures import NOTHING_MEASURED, Measured
+from localmoe.planner.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
+from localmoe.planner.plan import make_plan
+from localmoe.planner.planner import Planner
+from localmoe.planner.request import PlanRequest
 
 GIB, MIB = 1 << 30, 1 << 20
 DEMO = read_meta(DEMO_FILE)

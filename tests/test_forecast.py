@@ -17,32 +17,32 @@ from localmoe.engine.protocol import Placement, Timings, Usage
 from localmoe.engine.rates import Bandwidths, DeviceRates, ProductRate
 from localmoe.gguf.hparams import SlidingWindow
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.forecast import (
-    Setting,
+from localmoe.perf.cost_model import (
+    CostModel,
     Task,
+    cost_model_of,
     forecast,
     generation_tps,
+    layer_devices,
     likely_tps,
     offload_edge,
+    parts_of,
     prompt_tps,
     records_of,
     regime_of,
-    setting_of,
     step_seconds,
     touched_share,
     with_edge,
 )
-from localmoe.placement.measured import MeasurementKey
-from localmoe.placement.parts import layer_devices, parts_of
-from localmoe.placement.speeds import (
+from localmoe.perf.speed_records import (
     MAX_RECORDS,
     Correction,
     SpeedKind,
     SpeedRecord,
-    SpeedStore,
     correction,
     measured_too_slow,
 )
+from localmoe.perf.store import MeasurementKey, SpeedStore
 
 PARTS = ("down", "gate", "up")
 LAYERS = 32
@@ -77,8 +77,8 @@ class Cell:
     bandwidths: Bandwidths = WITH_GPU
 
     @property
-    def setting(self) -> Setting:
-        return setting_of(self.placement, meta_named("mixtral-8x7b"), self.bandwidths)
+    def setting(self) -> CostModel:
+        return cost_model_of(self.placement, meta_named("mixtral-8x7b"), self.bandwidths)
 
     def off_by(self, records: Sequence[SpeedRecord] = ()) -> float:
         said = forecast(self.setting, records, self.task)
@@ -233,11 +233,11 @@ def test_the_share_of_experts_touched_is_that_of_even_routing(n_tokens: int) -> 
 
 def test_speeds_move_as_they_must() -> None:
     meta = meta_named("mixtral-8x7b")
-    setting = setting_of(experts_in_ram(43), meta, WITH_GPU)
+    setting = cost_model_of(experts_in_ram(43), meta, WITH_GPU)
     generation, prompt = generation_tps(setting, Task()), prompt_tps(setting, Task(n_prompt=4096))
 
     def other(placement: Placement, bandwidths: Bandwidths = WITH_GPU) -> tuple[float, float]:
-        changed = setting_of(placement, meta, bandwidths)
+        changed = cost_model_of(placement, meta, bandwidths)
         return generation_tps(changed, Task()), prompt_tps(changed, Task(n_prompt=4096))
 
     assert other(experts_in_ram(44))[0] < generation
@@ -255,7 +255,8 @@ def test_the_edge_of_batches_moves_with_the_backends_setting() -> None:
     placement, meta = experts_in_ram(51, pinned=True), meta_named("mixtral-8x7b")
     task = Task(n_prompt=0, n_at_once=16)
     usual, early = (
-        generation_tps(with_edge(setting_of(placement, meta, WITH_GPU), n), task) for n in (32, 16)
+        generation_tps(with_edge(cost_model_of(placement, meta, WITH_GPU), n), task)
+        for n in (32, 16)
     )
     assert early > 1.5 * usual
 
@@ -263,10 +264,10 @@ def test_the_edge_of_batches_moves_with_the_backends_setting() -> None:
 def test_what_ram_cannot_hold_comes_from_the_disk() -> None:
     meta = meta_named("mixtral-8x7b")
     held, half = (
-        generation_tps(setting_of(ONE_CPU, meta, WITHOUT_GPU, ram_bytes=n << 30), Task())
+        generation_tps(cost_model_of(ONE_CPU, meta, WITHOUT_GPU, ram_bytes=n << 30), Task())
         for n in (32, 12)
     )
-    assert held == generation_tps(setting_of(ONE_CPU, meta, WITHOUT_GPU), Task())
+    assert held == generation_tps(cost_model_of(ONE_CPU, meta, WITHOUT_GPU), Task())
     assert half < held / 5
 
 
@@ -274,7 +275,7 @@ def test_layers_with_a_window_cost_no_more_behind_it() -> None:
     meta = meta_named("mixtral-8x7b")
     window = SlidingWindow(128, 2, meta.head_dim_k, meta.head_dim_v, 0)  # every second layer
     half, full = (
-        setting_of(ONE_CPU, replace(meta, sliding_window=w), WITHOUT_GPU) for w in (window, None)
+        cost_model_of(ONE_CPU, replace(meta, sliding_window=w), WITHOUT_GPU) for w in (window, None)
     )
     assert [layer.window for layer in half.layers] == [128, None] * 16
     assert [layer.window for layer in full.layers] == [None] * 32
@@ -284,7 +285,7 @@ def test_layers_with_a_window_cost_no_more_behind_it() -> None:
 
 
 def test_a_placement_on_gpus_that_nobody_measured_has_a_forecast() -> None:
-    setting = setting_of(experts_in_ram(10), meta_named("mixtral-8x7b"), Bandwidths())
+    setting = cost_model_of(experts_in_ram(10), meta_named("mixtral-8x7b"), Bandwidths())
     said = forecast(setting)
     assert 1 < said.generation_tps < 191
     assert said.basis == "formula"
@@ -452,7 +453,7 @@ def test_a_measured_product_counts_more_than_the_formula() -> None:
     slower = Bandwidths((HOST,), (measured,))
     meta = meta_named("mixtral-8x7b")
     by_formula, by_measure = (
-        generation_tps(setting_of(ONE_CPU, meta, b), Task()) for b in (WITHOUT_GPU, slower)
+        generation_tps(cost_model_of(ONE_CPU, meta, b), Task()) for b in (WITHOUT_GPU, slower)
     )
     assert by_measure == pytest.approx(by_formula / 2, rel=0.2)
 
@@ -462,13 +463,13 @@ def test_a_quantized_cache_makes_a_cpus_prompts_slow_where_they_are_long() -> No
     meta = meta_named("mixtral-1gb")
     deep, shallow = Task(n_cached=1000, n_prompt=128), Task(n_prompt=16)
     plain, quantized = (
-        setting_of(Placement(n_threads=2, kv_type=kv), meta, WITHOUT_GPU)  # type: ignore[arg-type]
+        cost_model_of(Placement(n_threads=2, kv_type=kv), meta, WITHOUT_GPU)  # type: ignore[arg-type]
         for kv in ("f16", "q8_0")
     )
     assert prompt_tps(quantized, deep) < 0.9 * prompt_tps(plain, deep)
     assert prompt_tps(quantized, shallow) > 0.98 * prompt_tps(plain, shallow)
     on_gpu = [
-        setting_of(replace(experts_in_ram(0), kv_type=kv), meta, WITH_GPU)  # type: ignore[arg-type]
+        cost_model_of(replace(experts_in_ram(0), kv_type=kv), meta, WITH_GPU)  # type: ignore[arg-type]
         for kv in ("f16", "q8_0")
     ]
     assert prompt_tps(on_gpu[0], deep) == prompt_tps(on_gpu[1], deep)
@@ -481,7 +482,7 @@ def test_few_tokens_of_an_expert_cost_more_each_than_many() -> None:
     meta, placement = meta_named("mixtral-8x7b"), experts_in_ram(42, pinned=True)
     edges, steps = [], []
     for product in (many, replace(many, few_flops=350e9)):
-        setting = setting_of(placement, meta, replace(WITH_GPU, products=(product,)))
+        setting = cost_model_of(placement, meta, replace(WITH_GPU, products=(product,)))
         edges.append(offload_edge(setting))
         steps.append([step_seconds(with_edge(setting, 10**6), n, 10, 1) for n in (8, 16, 128)])
     assert edges[0] > 8

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from localmoe.config.environment import engine_environment
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Device, DeviceList
-from localmoe.placement.cards import Card, all_cards
-from localmoe.placement.cgroups import cpu_quota, memory_limits
-from localmoe.placement.gpus import visible_first
-from localmoe.placement.hardware import Machine, detect, machine_of, n_cores, this_machine
-from localmoe.placement.host import Host, host_of
-from localmoe.placement.processor import build_of, processor
-from localmoe.placement.sources import Sources, clean, run_tool
+from localmoe.hardware.cpu import build_of, cpu_quota, memory_limits, processor
+from localmoe.hardware.gpus import Card, all_cards, visible_first
+from localmoe.hardware.host import Host, host_of
+from localmoe.hardware.machine import Machine, detect, machine_of, n_cores, this_machine
+from localmoe.hardware.system import SystemAccess, clean, run_tool
 
 GIB = 1 << 30
 AVX512_FLAGS = "fpu pni ssse3 avx f16c fma avx2 bmi2 avx512f avx512_vnni"
@@ -69,13 +67,13 @@ class Invented:
         for name, value in files.items():
             self.write(f"{folder}/{name}", f"{value}\n")
 
-    def sources(self, **changes: object) -> Sources:
+    def sources(self, **changes: object) -> SystemAccess:
         given = {
             "env": self.env, "proc": self.root / "proc", "sys": self.root / "sys",
             "system": "Linux", "arch": "x86_64", "cpus": frozenset(range(32)),
             "llama_folder": self.root / "llama", "tool_timeout_s": 5.0,
         }  # fmt: skip
-        return Sources(**{**given, **changes})  # type: ignore[arg-type]
+        return SystemAccess(**{**given, **changes})  # type: ignore[arg-type]
 
     def machine(self, *devices: Device, info: str = FULL_INFO, **changes: object) -> Machine:
         return detect(lambda: DeviceList(1, (*devices, CPU_DEVICE), info), self.sources(**changes))
@@ -544,7 +542,7 @@ def test_this_machine_is_known_at_once() -> None:
     env = engine_environment()
     started = time.monotonic()
     with Engine(env) as engine:
-        machine = detect(engine.devices, Sources(env=env))
+        machine = detect(engine.devices, SystemAccess(env=env))
     assert time.monotonic() - started < 5  # 0.3 s where nothing else runs
     assert "CPU" in machine.build.backends
     assert machine.build.version
@@ -552,7 +550,7 @@ def test_this_machine_is_known_at_once() -> None:
 
 
 def test_llama_that_does_not_start_is_an_error() -> None:
-    host: Host = host_of(Sources(env=engine_environment()))
+    host: Host = host_of(SystemAccess(env=engine_environment()))
     machine = machine_of(host, None, broken="libcudart.so.12: not found.")
     assert machine.findings[0].severity == "error"
     assert "libcudart.so.12" in machine.findings[0].what
@@ -591,7 +589,7 @@ def real_group() -> list[Path]:
 def test_in_a_real_group(real_group: list[Path]) -> None:
     enter = "".join(f"echo $$ > {group}/cgroup.procs; " for group in real_group)
     code = (
-        "from localmoe.placement.hardware import this_machine; m = this_machine();"
+        "from localmoe.hardware.machine import this_machine; m = this_machine();"
         "print(m.ram_total_bytes, m.ram_available_bytes, m.n_cores)"
     )
     script = f'{enter}exec {sys.executable} -c "{code}"'

@@ -20,22 +20,24 @@ READER = "config/environment.py"
 TERMINALS = {"click", "rich", "prompt_toolkit"}
 # what a module (or all of a folder) must not import; the longest matching entry counts
 FORBIDDEN = {
-    "placement/": {"huggingface_hub", "llama_cpp", *TERMINALS},
+    "planner/": {"huggingface_hub", "llama_cpp", *TERMINALS},
+    "perf/": {"huggingface_hub", "llama_cpp", *TERMINALS},
+    "hardware/": {"huggingface_hub", "llama_cpp", *TERMINALS},
     "planner/plan.py": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "os", "pathlib", "io", "socket", "subprocess",
         "psutil", "localmoe.engine.client", "localmoe.hub.client", "localmoe.models.catalog",
     },
-    "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
-    "hub/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement"},
+    "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner"},
+    "hub/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner"},
     "gguf/": {
-        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.placement",
+        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner",
         "localmoe.models",
     },
     "engine/": {
-        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.placement", "localmoe.models",
+        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.planner", "localmoe.models",
     },
-    "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.placement", "localmoe.models"},
-    "serving/": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil", "localmoe.placement"},
+    "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.planner", "localmoe.models"},
+    "serving/": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil", "localmoe.planner"},
     "api.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil"},
     "": {"llama_cpp", "huggingface_hub", *TERMINALS},
     "cli/": {"llama_cpp", "huggingface_hub"},

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from localmoe.config.settings import Settings
 from standin_hub import StandInHub
 
 from localmoe.cli import run_command
+from localmoe.config.settings import Settings
 from localmoe.gguf.demo import DEMO
 from localmoe.hub.client import file_of
 from localmoe.hub.download import download, lock_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from localmoe.config.environment import engine_environment
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.protocol import Placement
 from localmoe.load import environment_of
 

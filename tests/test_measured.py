@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.placement.measured import (
-    NOTHING_MEASURED,
-    ComputePoint,
-    Measured,
-    MeasuredStore,
-    MeasurementKey,
-)
+from localmoe.perf.figures import NOTHING_MEASURED, ComputePoint, Measured
+from localmoe.perf.store import MeasuredStore, MeasurementKey
 
 KEY = MeasurementKey("a machine", "a build", "a model")
 POINT = ComputePoint("gpu/f16/1", "CUDA0", 4096, 512, 12345)

@@ -16,7 +16,7 @@ from localmoe.engine.model import LoadedModel
 from localmoe.engine.pinning import HostMemory, PinnedPages, address_of, can_pin, joined, mapped
 from localmoe.engine.protocol import FileSpan, Placement
 from localmoe.gguf.model_meta import read_meta
-from localmoe.placement.pinned import pinned_spans
+from localmoe.planner.plan import pinned_spans
 
 PAGE = mmap.PAGESIZE
 

@@ -30,12 +30,12 @@ from localmoe.engine.protocol import KvType
 from localmoe.errors import DoesNotFit
 from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.gguf.tensors import TensorInfo
-from localmoe.placement.gpus import Gpu
-from localmoe.placement.hardware import Machine
-from localmoe.placement.measured import NOTHING_MEASURED, ComputePoint, Measured
-from localmoe.placement.plan import Plan, best_plan, make_plan
-from localmoe.placement.request import PlanRequest
-from localmoe.placement.sizes import GRAPHS_BYTES, OVERHEAD_BYTES, RAM, Left
+from localmoe.hardware.gpus import Gpu
+from localmoe.hardware.machine import Machine
+from localmoe.perf.figures import NOTHING_MEASURED, ComputePoint, Measured
+from localmoe.planner.model_bytes import GRAPHS_BYTES, OVERHEAD_BYTES, RAM, HostResidue
+from localmoe.planner.plan import Plan, best_plan, make_plan
+from localmoe.planner.request import PlanRequest
 
 GIB, MIB = 1 << 30, 1 << 20
 TABLE = Path(__file__).parent / "data" / "plans.txt"
@@ -626,7 +626,7 @@ def test_layers_count_whose_experts_a_person_put_in_ram() -> None:
     deepseek = meta_named("deepseek2")  # its first layer has no experts
     request = PlanRequest(n_cpu_moe=1)
     plan = make_plan(machine(64, 64), deepseek, NOTHING_MEASURED, request)
-    assert plan.left == Left()
+    assert plan.left == HostResidue()
     for n_gpu_layers, n_layers in ((5, 0), (33, 8), (29, 4)):
         request = PlanRequest(n_cpu_moe=8, n_gpu_layers=n_gpu_layers)
         plan = best_plan(machine(64, 24), meta_named(MIXTRAL), NOTHING_MEASURED, request)
@@ -696,7 +696,7 @@ def test_planning_is_fast() -> None:
 
 def test_planning_imports_nothing_heavy() -> None:
     heavy = "{'numpy', 'llama_cpp', 'rich', 'click', 'huggingface_hub', 'jinja2'}"
-    code = f"import sys, localmoe.placement.plan; print({heavy} & set(sys.modules))"
+    code = f"import sys, localmoe.planner.plan; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

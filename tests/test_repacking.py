@@ -25,7 +25,7 @@ from localmoe.engine.repacking import (
 )
 from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.tuning import repackable
-from localmoe.placement.tuning import copies_within
+from localmoe.perf.cpu_tuning import copies_within
 
 PROMPT = list(range(300, 340))
 

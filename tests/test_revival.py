@@ -15,15 +15,15 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localmoe.config.settings import Settings, load_settings
 
 from localmoe.api import LocalMoE
+from localmoe.config.settings import Settings, load_settings
 from localmoe.engine.protocol import Placement
 from localmoe.errors import EngineError, LocalMoeError
+from localmoe.hardware.system import SystemAccess
 from localmoe.load import LoadedModel, open_model
-from localmoe.placement.measured import Figure
-from localmoe.placement.plan import SMALLEST_N_CTX, Memory, Plan
-from localmoe.placement.sources import Sources
+from localmoe.perf.figures import Figure
+from localmoe.planner.plan import SMALLEST_N_CTX, Memory, Plan
 from localmoe.revival import Revival, kept_bytes, oom_kills, safer
 from localmoe.serving.answer import Answer
 from localmoe.serving.chat import Chat
@@ -210,14 +210,14 @@ def test_going_on_like_that_ends_at_the_smallest(kv: int, work: int, n_ubatch: i
     assert (at.placement.n_ctx, at.placement.n_ubatch <= 64) == (SMALLEST_N_CTX, True)
 
 
-def machine(folder: Path, vmstat: str = "", events: str | None = None) -> Sources:
+def machine(folder: Path, vmstat: str = "", events: str | None = None) -> SystemAccess:
     proc, group = folder / "proc", folder / "sys/fs/cgroup"
     proc.mkdir(exist_ok=True)
     group.mkdir(parents=True, exist_ok=True)
     (proc / "vmstat").write_text(vmstat)
     if events is not None:
         (group / "memory.events").write_text(events)
-    return Sources(proc=proc, sys=folder / "sys")
+    return SystemAccess(proc=proc, sys=folder / "sys")
 
 
 def test_the_kernels_count_of_those_it_killed(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localmoe.config.environment import engine_environment
 from make_model import FAMILIES, make_model
 from synthetic.families import with_layers
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine, Inbox
 from localmoe.engine.laying import WORTH_FILLING, spans
 from localmoe.engine.model import LoadedModel

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from localmoe.config.environment import engine_environment
 from pydantic import BaseModel, Field, HttpUrl
 from synthetic.schemas import random_schema
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.number_grammar import Bounds, integers, numbers
 from localmoe.engine.protocol import Piece, Placement, Request, Sampling

@@ -11,23 +11,23 @@ from make_model import FAMILIES, SHAPES, make_model
 from localmoe.engine.rates import Bandwidths, DeviceRates
 from localmoe.errors import DoesNotFit, gib
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.gpus import Gpu
-from localmoe.placement.hardware import Machine
-from localmoe.placement.measured import NOTHING_MEASURED
-from localmoe.placement.plan import Plan, make_plan
-from localmoe.placement.request import PlanRequest
-from localmoe.placement.search import (
+from localmoe.hardware.gpus import Gpu
+from localmoe.hardware.machine import Machine
+from localmoe.perf.cost_model import Speeds
+from localmoe.perf.figures import NOTHING_MEASURED
+from localmoe.planner.plan import Plan, make_plan
+from localmoe.planner.request import PlanRequest
+from localmoe.planner.search import (
     JOBS,
     N_MEASURED,
+    FreeParameters,
     Job,
-    Open,
-    Speeds,
     Workload,
     fallbacks,
     job_of,
     pinned_bytes,
     plans_of,
-    promising,
+    promising_requests,
     requests_of,
     search,
     within,
@@ -66,7 +66,7 @@ def searched(
     on: Machine,
     workload: Workload,
     request: PlanRequest = PlanRequest(),  # noqa: B008
-    is_open: Open = Open(),  # noqa: B008
+    is_open: FreeParameters = FreeParameters(),  # noqa: B008
     job: Job | None = None,
 ) -> Plan:
     requests = requests_of(request, bool(on.gpus), is_open, workload)
@@ -120,7 +120,7 @@ def test_the_larger_experts_go_to_the_gpu_where_that_leaves_less_in_ram(mixed: M
     """For copies of the largest one in RAM there is room kept on the GPU."""
     request = PlanRequest(n_ubatch=128, vram_bytes=((24 << 30) - (200 << 20),))
     plain = make_plan(machine(24), mixed, NOTHING_MEASURED, request)
-    plan = searched(mixed, machine(24), "run", request, Open(n_ubatch=False))
+    plan = searched(mixed, machine(24), "run", request, FreeParameters(n_ubatch=False))
     assert plan.left.copied_bytes < plain.left.copied_bytes
     assert plan.memory[-1].weights.n_bytes < plain.memory[-1].weights.n_bytes
     gpu = plan.memory[0]
@@ -131,10 +131,12 @@ def test_the_larger_experts_go_to_the_gpu_where_that_leaves_less_in_ram(mixed: M
 def test_it_is_tried_where_the_larger_experts_fit(
     mixed: ModelMeta, vram_gib: int, n_each: int
 ) -> None:
-    plan = searched(mixed, machine(vram_gib), "run", PlanRequest(n_ubatch=128), Open(False))
+    plan = searched(
+        mixed, machine(vram_gib), "run", PlanRequest(n_ubatch=128), FreeParameters(False)
+    )
     assert 1 + sum("by forecast" in text for text in plan.rejected) == 2 * n_each  # mapped, pinned
     fixed = PlanRequest(n_ubatch=128, n_cpu_moe=8)
-    found = searched(mixed, machine(24), "run", fixed, Open(False))
+    found = searched(mixed, machine(24), "run", fixed, FreeParameters(False))
     assert sum("by forecast" in text for text in found.rejected) == 1
 
 
@@ -170,7 +172,7 @@ def test_the_edge_from_which_experts_are_copied_is_where_that_is_faster(mixtral:
         pinned = searched(mixtral, machine(16), workload, PlanRequest(load_mode="pinned"))  # type: ignore[arg-type]
         assert 4 <= pinned.placement.offload_min_batch <= 8
     mapped = PlanRequest(load_mode="mmap", n_ubatch=512)
-    slow = searched(mixtral, machine(16), "batch", mapped, Open(False, False)).placement
+    slow = searched(mixtral, machine(16), "batch", mapped, FreeParameters(False, False)).placement
     assert 32 < slow.offload_min_batch <= 128
     whole = searched(mixtral, machine(48), "chat").placement
     assert whole.offload_min_batch == 0
@@ -191,13 +193,15 @@ def test_with_everything_on_the_gpu_nothing_is_pinned(mixtral: ModelMeta) -> Non
 
 def test_what_a_person_fixed_stays(mixtral: ModelMeta) -> None:
     fixed = PlanRequest(n_ubatch=768, load_mode="mmap")
-    plan = searched(mixtral, machine(16), "chat", fixed, Open(n_ubatch=False, load_mode=False))
+    plan = searched(
+        mixtral, machine(16), "chat", fixed, FreeParameters(n_ubatch=False, load_mode=False)
+    )
     assert (plan.placement.n_ubatch, plan.placement.load_mode) == (768, "mmap")
     assert not any("by forecast" in text for text in plan.rejected)
 
 
 def test_without_a_gpu_there_is_one_candidate(mixtral: ModelMeta) -> None:
-    assert list(requests_of(PlanRequest(), False, Open())) == [PlanRequest()]
+    assert list(requests_of(PlanRequest(), False, FreeParameters())) == [PlanRequest()]
     plan = searched(mixtral, machine(0), "chat")
     assert plan.placement.load_mode == "mmap"
     assert plan.forecast
@@ -224,22 +228,22 @@ def test_of_many_requests_few_are_measured_and_the_best_is_among_them(mixtral: M
     crowd = [
         r
         for n in (1, 2, 4, 8, 16, 32, 64)
-        for r in requests_of(PlanRequest(n_seq=n, n_ctx=256), True, Open(), "batch")
+        for r in requests_of(PlanRequest(n_seq=n, n_ctx=256), True, FreeParameters(), "batch")
     ]
 
     def planned(request: PlanRequest) -> Plan:
         return make_plan(on, mixtral, NOTHING_MEASURED, request)
 
     asked = JOBS["batch"], mixtral, ("CUDA0",), Speeds(H100)
-    few = promising(crowd, *asked, planned)
+    few = promising_requests(crowd, *asked, planned)
     assert len(crowd) == 56
     assert len(few) == N_MEASURED
     assert search(few, *asked, planned).placement == search(crowd, *asked, planned).placement
-    assert promising(crowd[:8], *asked, planned) == crowd[:8]
+    assert promising_requests(crowd[:8], *asked, planned) == crowd[:8]
 
 
 def test_what_is_open_gives_way_before_a_refusal() -> None:
-    wishes = list(fallbacks(PlanRequest(), Open()))
+    wishes = list(fallbacks(PlanRequest(), FreeParameters()))
     assert [(w.kv_type, w.n_ctx) for w, _ in wishes] == [
         ("f16", None),
         ("q8_0", None),
@@ -248,5 +252,5 @@ def test_what_is_open_gives_way_before_a_refusal() -> None:
     assert wishes[0][1] == ""
     assert all(why for _, why in wishes[1:])
     fixed = PlanRequest(n_ctx=8192)
-    assert [w.kv_type for w, _ in fallbacks(fixed, Open())] == ["f16", "q8_0"]
-    assert [w for w, _ in fallbacks(fixed, Open(kv_type=False))] == [fixed]
+    assert [w.kv_type for w, _ in fallbacks(fixed, FreeParameters())] == ["f16", "q8_0"]
+    assert [w for w, _ in fallbacks(fixed, FreeParameters(kv_type=False))] == [fixed]

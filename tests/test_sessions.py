@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localmoe.config.environment import sessions_folder
 
 from localmoe.cli import run_command
+from localmoe.config.environment import sessions_folder
 from localmoe.errors import LocalMoeError, UsageError
 from localmoe.serving.messages import Message
 from localmoe.serving.session import Session, Sessions

@@ -8,13 +8,13 @@ import pytest
 
 from localmoe.choosing import in_order
 from localmoe.cli.listing import catalog_row, footer, other_row
+from localmoe.hardware.gpus import Gpu
+from localmoe.hardware.machine import Machine
 from localmoe.hub.cache_layout import CachedFile
 from localmoe.hub.installed import InstalledModel
 from localmoe.models.catalog import ModelSpec, QuantSpec, read_catalog
 from localmoe.models.matching import sized_quants
-from localmoe.placement.gpus import Gpu
-from localmoe.placement.hardware import Machine
-from localmoe.placement.request import PlanRequest
+from localmoe.planner.request import PlanRequest
 from localmoe.shelf import Entry, Room, room_of, suited
 
 GIB = 1 << 30

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from localmoe.config.environment import engine_environment, sessions_folder
 from make_model import FAMILIES, make_model
 from synthetic.families import Family, with_layers
 
+from localmoe.config.environment import engine_environment, sessions_folder
 from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Placement, Request, Sampling
-from localmoe.engine.state_messages import StateRestored, StateSaved
+from localmoe.engine.protocol import Placement, Request, Sampling, StateRestored, StateSaved
 from localmoe.errors import EngineError
 from localmoe.gguf.demo import DEMO
 from localmoe.serving.messages import Message

@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from localmoe.config.environment import engine_environment
 from vocabulary_files import V1_FILE, write_byte_level, write_sentencepiece
 
+from localmoe.config.environment import engine_environment
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Piece, Placement
 from localmoe.errors import PromptError

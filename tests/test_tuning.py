@@ -17,17 +17,11 @@ from localmoe.engine.rates import MARGIN, RepackableLayer, StepTime, Tuning
 from localmoe.engine.tuning import clearly_fastest
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.copies import RESERVE_BYTES, RESERVE_SHARE, repack_seconds, with_copies
-from localmoe.placement.forecast import forecast, setting_of
-from localmoe.placement.hardware import Machine
-from localmoe.placement.measured import NOTHING_MEASURED, MeasurementKey
-from localmoe.placement.plan import Plan, make_plan
-from localmoe.placement.request import PlanRequest
-from localmoe.placement.search import JOBS, Speeds, Workload, job_of, search, variants
-from localmoe.placement.tuning import (
+from localmoe.hardware.machine import Machine
+from localmoe.perf.cost_model import Speeds, cost_model_of, forecast
+from localmoe.perf.cpu_tuning import (
     UNTUNED,
-    Kept,
-    TuningStore,
+    TuningRecord,
     best_threads,
     best_ubatch,
     copies_within,
@@ -35,6 +29,21 @@ from localmoe.placement.tuning import (
     repacked_ratio,
     step_ratio,
     threads_to_try,
+)
+from localmoe.perf.figures import NOTHING_MEASURED
+from localmoe.perf.store import MeasurementKey, TuningStore
+from localmoe.planner.plan import Plan, make_plan
+from localmoe.planner.request import PlanRequest
+from localmoe.planner.search import (
+    JOBS,
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    Workload,
+    job_of,
+    repack_seconds,
+    search,
+    variants,
+    with_copies,
 )
 
 GIB = 1 << 30
@@ -103,9 +112,9 @@ def test_a_busy_machine_decides_nothing_and_is_timed_again() -> None:
     assert best_threads(busy) == 2
     assert best_ubatch(busy, 512) == 512
     assert step_ratio(replace(TUNING, others_share=0.4), 1) == 1.0
-    kept = Kept(busy)
+    kept = TuningRecord(busy)
     assert not kept.is_final
-    assert kept.or_better(TUNING) == Kept(TUNING, 2)
+    assert kept.or_better(TUNING) == TuningRecord(TUNING, 2)
     assert kept.or_better(TUNING).is_final
     busier = replace(busy, others_share=0.9)
     assert kept.or_better(busier).tuning == busy
@@ -213,7 +222,7 @@ def test_a_forecast_knows_of_copies(mixtral: ModelMeta) -> None:
     plan = with_copies(plain, TUNING, mixtral)
     assert plan
     slow, fast = (
-        forecast(setting_of(p.placement, mixtral, Speeds().bandwidths, (), tuning=TUNING))
+        forecast(cost_model_of(p.placement, mixtral, Speeds().bandwidths, (), tuning=TUNING))
         for p in (plain, plan)
     )
     assert fast.generation_tps == pytest.approx(slow.generation_tps / 0.6)
@@ -226,8 +235,8 @@ def test_a_forecast_knows_of_copies(mixtral: ModelMeta) -> None:
 def test_what_was_timed_is_kept_for_machine_build_and_model(tmp_path: Path) -> None:
     store = TuningStore(tmp_path)
     assert store.read(KEY) is None
-    store.write(KEY, Kept(TUNING))
-    assert store.read(KEY) == Kept(TUNING)
+    store.write(KEY, TuningRecord(TUNING))
+    assert store.read(KEY) == TuningRecord(TUNING)
     assert store.read(replace(KEY, model="other")) is None
     assert store.read(replace(KEY, build="other")) is None
 
@@ -235,18 +244,18 @@ def test_what_was_timed_is_kept_for_machine_build_and_model(tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"n_layers": 1}', '{"times": "x"}'])
 def test_a_damaged_file_is_none(tmp_path: Path, text: str) -> None:
     store = TuningStore(tmp_path)
-    store.write(KEY, Kept(TUNING))
+    store.write(KEY, TuningRecord(TUNING))
     next(tmp_path.iterdir()).write_text(text)
     assert store.read(KEY) is None
 
 
 def test_a_model_that_could_not_be_timed_is_tried_again_but_not_for_ever(tmp_path: Path) -> None:
-    TuningStore(tmp_path).write(KEY, Kept(UNTUNED))
+    TuningStore(tmp_path).write(KEY, TuningRecord(UNTUNED))
     found = TuningStore(tmp_path).read(KEY)
-    assert found == Kept(UNTUNED)
+    assert found == TuningRecord(UNTUNED)
     assert not found.is_final
     assert found.or_better(UNTUNED).or_better(UNTUNED).is_final
-    busy = Kept(replace(TUNING, others_share=0.9))
+    busy = TuningRecord(replace(TUNING, others_share=0.9))
     assert busy.or_better(UNTUNED).tuning == busy.tuning  # a failure is no better timing
 
 
@@ -307,7 +316,7 @@ def test_a_model_is_timed_once_and_its_plan_uses_it(
 
 
 def read_tuning(path: Path) -> Tuning:
-    return TypeAdapter(Kept).validate_json(path.read_text()).tuning
+    return TypeAdapter(TuningRecord).validate_json(path.read_text()).tuning
 
 
 def is_disturbed(path: Path) -> bool:

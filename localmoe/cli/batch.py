@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..engine.client import Engine
     from ..load import LoadedModel
     from ..obtain import Finder, Found
-    from ..placement.crowd import Crowd
+    from ..planner.request import BatchShape
     from ..serving.answer import Markers
     from ..serving.asking import Stop
     from ..serving.backlog import Backlog
@@ -141,7 +141,7 @@ class BatchCommand:
         self._settings = settings
         self._watch = watch
         self._company = company
-        self._crowd: Crowd | None = None
+        self._crowd: BatchShape | None = None
         self._markers: Markers | None = None
         self._quiet = quiet
         self._stack = ExitStack()

@@ -18,7 +18,7 @@ from ..errors import LocalMoeError, UsageError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from ..placement.crowd import Crowd
+    from ..planner.request import BatchShape
     from ..serving.asking import Stop
     from ..serving.backlog import Backlog
     from ..serving.batch_prompt import Side
@@ -119,11 +119,11 @@ N_LOOKED_AT = 400
 """Requests that are enough to tell how much all of them have in common."""
 
 
-def crowd_of(backlog: Backlog, n_ctx: int, n_wanted: int | None, share: bool) -> Crowd:
+def crowd_of(backlog: Backlog, n_ctx: int, n_wanted: int | None, share: bool) -> BatchShape:
     """What the requests of a batch need of a cache. `n_ctx` is the most that one may take."""
     from itertools import islice
 
-    from ..placement.crowd import Crowd, numbers
+    from ..planner.request import BatchShape, numbers
     from ..serving.sharing import sharing_of
 
     asks = list(islice(backlog.asks(), N_LOOKED_AT))
@@ -139,4 +139,4 @@ def crowd_of(backlog: Backlog, n_ctx: int, n_wanted: int | None, share: bool) ->
             sharing = sharing_of(prompts, max(answers, default=n_ctx), n)
             if n > 1 and sharing.wants_unified:
                 n_cells[n] = sharing.n_cells
-    return Crowd(choices, min(longest, n_ctx), n_cells, is_open=n_wanted is None)
+    return BatchShape(choices, min(longest, n_ctx), n_cells, is_open=n_wanted is None)

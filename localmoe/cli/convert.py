@@ -98,7 +98,7 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
     from ..config.environment import engine_environment
     from ..engine.client import Engine
     from ..engine.protocol import Placement, Request, Sampling
-    from ..placement.hardware import this_machine
+    from ..hardware.machine import this_machine
 
     machine = this_machine()
     placement = Placement(n_threads=machine.n_cores, n_ctx=TRY_OUT_CONTEXT)

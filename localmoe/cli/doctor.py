@@ -19,10 +19,10 @@ from .options import json_option
 
 if TYPE_CHECKING:
     from ..engine.protocol import DeviceList
-    from ..placement.findings import Finding
-    from ..placement.gpus import Gpu
-    from ..placement.hardware import Machine
-    from ..placement.host import Host
+    from ..hardware.diagnostics import Finding
+    from ..hardware.gpus import Gpu
+    from ..hardware.host import Host
+    from ..hardware.machine import Machine
 
 WIDTH = 80
 ENGINE_TIMEOUT_S = 60.0
@@ -75,13 +75,13 @@ def doctor(as_json: bool) -> int:
 def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
     from ..config.environment import engine_environment, hub_access
+    from ..hardware.host import host_of
+    from ..hardware.machine import machine_of
+    from ..hardware.system import SystemAccess
     from ..hub.installed import InstalledModels
-    from ..placement.hardware import machine_of
-    from ..placement.host import host_of
-    from ..placement.sources import Sources
 
     env = engine_environment()
-    host = host_of(Sources(env=env))
+    host = host_of(SystemAccess(env=env))
     devices, broken = ask_llama(env)
     folders = folders_of()
     room = InstalledModels(hub_access()).free_bytes()
@@ -124,7 +124,7 @@ def settings_findings() -> Iterator[Finding]:
     from ..config.environment import config_path
     from ..config.settings import load_settings
     from ..errors import LocalMoeError
-    from ..placement.findings import Finding
+    from ..hardware.diagnostics import Finding
     from .config import check
 
     try:
@@ -144,7 +144,7 @@ def is_no_error(finding: Finding) -> bool:
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:
     """A disk without room for models. Raises nothing, and writes nothing to find out."""
-    from ..placement.findings import Finding
+    from ..hardware.diagnostics import Finding
 
     if free < MIN_FREE_BYTES:
         what = f"The disk of {folders['models']} has only {render.size(free)} free."

@@ -9,8 +9,8 @@ from .render import safe, size
 
 if TYPE_CHECKING:
     from ..gguf.model_meta import ModelMeta
-    from ..placement.forecast import Forecast
-    from ..placement.plan import Memory, Plan
+    from ..perf.cost_model import Forecast
+    from ..planner.plan import Memory, Plan
 
 BAR_WIDTH = 76
 PARTS = (("weights", "#"), ("kv", "="), ("compute", "+"), ("overhead", "~"),

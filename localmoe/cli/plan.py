@@ -17,8 +17,8 @@ from .watching import finder
 if TYPE_CHECKING:
     from ..engine.protocol import Placement
     from ..obtain import Found
-    from ..placement.plan import Memory, Plan
-    from ..placement.search import Workload
+    from ..planner.plan import Memory, Plan
+    from ..planner.search import Workload
 
 
 @click.command()

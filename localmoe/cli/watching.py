@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..config.settings import Settings
     from ..load import LoadedModel
     from ..obtain import Finder
-    from ..placement.search import Workload
+    from ..planner.search import Workload
 
 COLUMNS, MIN_NAME = 79, 12
 

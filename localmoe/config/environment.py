@@ -14,9 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from ..hub.types import HubAccess
-from .sources import (
-    FILE_NAME,
-)
+from .sources import FILE_NAME
 
 PREFIX = "LOCALMOE_"
 FOLDERS = ("STATE", "CONFIG")

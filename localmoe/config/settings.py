@@ -15,23 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..engine.protocol import KvType
 from ..errors import UsageError
-from .environment import (
-    FOLDERS,
-    NOT_TEXT,
-    PREFIX,
-    config_folder,
-    config_path,
-    process_environment,
-)
-from .sources import (
-    MEND,
-    ONE_COMMAND,
-    Said,
-    file_key,
-    names_of,
-    read_config,
-    setting_name,
-)
+from .environment import FOLDERS, NOT_TEXT, PREFIX, config_folder, config_path, process_environment
+from .sources import MEND, ONE_COMMAND, Said, file_key, names_of, read_config, setting_name
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -42,6 +42,10 @@ from .protocol import (
     Probed,
     Progress,
     Request,
+    RestoreState,
+    SaveState,
+    StateRestored,
+    StateSaved,
     ToEngine,
     Tokenize,
     Tokenized,
@@ -49,7 +53,6 @@ from .protocol import (
     Tuned,
 )
 from .rates import Bandwidths, Tuning
-from .state_messages import RestoreState, SaveState, StateRestored, StateSaved
 
 N_LOG_LINES = 400
 STOP_SECONDS = 2.0

@@ -40,13 +40,16 @@ from .protocol import (
     Probe,
     Probed,
     Progress,
+    RestoreState,
+    SaveState,
+    StateRestored,
+    StateSaved,
     Tokenize,
     Tokenized,
     Tune,
     Tuned,
 )
 from .scheduler import RequestRefused, Scheduler
-from .state_messages import RestoreState, SaveState, StateRestored, StateSaved
 from .tuning import tune
 
 PROGRESS_STEP = 0.01

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from ..engine.state_messages import StateRestored, StateSaved
+from ..engine.protocol import StateRestored, StateSaved
 from ..errors import EngineError, LocalMoeError, RequestError
 from .session import STATE, Session, Sessions
 

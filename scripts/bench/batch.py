@@ -146,7 +146,6 @@ def run_self(contender: str, job: Job) -> float:
 def engine(job: Job) -> None:
     """localmoe's engine as `localmoe batch` uses it on a CPU."""
     from localmoe.config.environment import engine_environment
-
     from localmoe.engine.client import Engine, Inbox
     from localmoe.engine.protocol import Delta, Placement, Request, Sampling
 

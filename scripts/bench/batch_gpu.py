@@ -43,20 +43,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from batch import free_port, is_ready  # noqa: E402
-from localmoe.config.settings import Settings, load_settings, parse_size
 from placement import MIB, Results, peer_environment, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
 from localmoe.callbacks import LoadCallbacks
 from localmoe.cli.batch_files import crowd_of
+from localmoe.config.settings import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.gguf.model_meta import read_meta
 from localmoe.load import load_found, open_vocabulary
 from localmoe.models.names import ModelName
 from localmoe.obtain import Found
-from localmoe.placement.crowd import Crowd
-from localmoe.planning import Planner
+from localmoe.planner.planner import Planner
+from localmoe.planner.request import BatchShape
 from localmoe.serving.asking import Stop
 from localmoe.serving.backlog import Ask, Backlog
 from localmoe.serving.batch import RunOptions, recover, run_batch
@@ -443,7 +443,7 @@ def edge(job: Figures) -> Figures:
     n_most = max(EDGE_WIDTHS)
     settings = settings_of(job, ubatch_size=512, load_mode="pinned" if job["budget"] else None)
     found = Found(ModelName(str(path), path=path), path, read_meta(path))
-    loaded = load_found(found, settings, LoadCallbacks(), "batch", Crowd((n_most,), 256))
+    loaded = load_found(found, settings, LoadCallbacks(), "batch", BatchShape((n_most,), 256))
     rates = {}
     try:
         for width in EDGE_WIDTHS:

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from localmoe.config.settings import load_settings
-
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.load import LoadedModel, load_local
 

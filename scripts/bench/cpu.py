@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from localmoe.config.settings import load_settings
 from placement import routing  # noqa: E402
 
+from localmoe.config.settings import load_settings
 from localmoe.engine.protocol import Request, Sampling
 from localmoe.load import LoadedModel, load_local
 

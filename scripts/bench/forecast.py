@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmoe.config.environment import engine_environment
-
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Placement, Request, Sampling, Timings, Usage
 from localmoe.engine.rates import Bandwidths
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.bandwidth import parsed, threads_to_measure, types_to_measure
-from localmoe.placement.forecast import Forecast, Task, forecast, records_of, setting_of
+from localmoe.perf.cost_model import Forecast, Task, cost_model_of, forecast, records_of
+from localmoe.perf.rates import threads_to_measure, types_to_measure
+from localmoe.perf.store import parse_bandwidths
 
 N_GENERATED = 32
 QUIET = 0.03
@@ -121,7 +121,7 @@ def quiet_rates(n_threads: int, meta: ModelMeta, tries: int) -> Bandwidths:
         found.append((share(others_s(child_s()) - before, seconds), seconds, text))
     disturbed, seconds, text = min(found)
     print(f"\n{meta.name}: rates in {seconds:.1f} s, disturbed {disturbed:.0%}")
-    return parsed(text)
+    return parse_bandwidths(text)
 
 
 def run(path: Path, placement: Placement, cells: list[Cell], tries: int) -> dict[Cell, Fact]:
@@ -182,7 +182,7 @@ def share(others: float, seconds: float) -> float:
 
 def report(meta: ModelMeta, bandwidths: Bandwidths, facts: dict[Cell, Fact]) -> None:
     """Each cell forecast by formula and from the first one's run, beside what it got."""
-    settings = {cell: setting_of(cell.placement, meta, bandwidths) for cell in facts}
+    settings = {cell: cost_model_of(cell.placement, meta, bandwidths) for cell in facts}
     first = next(iter(facts))
     timings = Timings(0.0, facts[first].prompt_tps, facts[first].generation_tps)
     records = records_of(settings[first], facts[first].usage, timings, time.time())

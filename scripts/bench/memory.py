@@ -18,13 +18,12 @@ from pathlib import Path
 
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
-
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Request, Sampling
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.placement.plan import Plan
-from localmoe.planning import plan_to_load
+from localmoe.planner.plan import Plan
+from localmoe.planner.planner import plan_to_load
 
 MIB = 1 << 20
 TOLERANCE_BYTES = 16 * MIB

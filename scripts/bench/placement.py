@@ -32,17 +32,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from localmoe.config.settings import Settings, load_settings, parse_size
 from placement_tables import SYSTEMS, summary  # noqa: E402
 from synthetic.routing import expert_logits  # noqa: E402
 
+from localmoe.config.settings import Settings, load_settings, parse_size
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.model_meta import read_meta
 from localmoe.load import LoadedModel, load_local
-from localmoe.placement.forecast import Task, forecast
-from localmoe.placement.speeds import SpeedRecord
-from localmoe.planning import Planner
+from localmoe.perf.cost_model import Task, forecast
+from localmoe.perf.speed_records import SpeedRecord
+from localmoe.planner.planner import Planner
 
 MIB = 1 << 20
 N_PROMPT, N_GENERATED, N_CTX = 2048, 64, 4096

@@ -228,7 +228,6 @@ def memory_report(command: Sequence[str], folder: Path, n_gib: float) -> str:
 def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
     """Run a batch on the demo model, one request at a time, sharing nothing."""
     from localmoe.config.environment import engine_environment
-
     from localmoe.engine.client import Engine
     from localmoe.engine.protocol import Placement, Sampling
     from localmoe.gguf.demo import PACKAGE

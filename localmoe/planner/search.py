@@ -4,6 +4,8 @@ What a person fixed is the same in every candidate; what is left open varies: th
 whether experts in RAM are pinned, and whether the largest may be there. A large micro-batch makes
 prompts fast and takes room on the GPU that experts could have, which makes answers slow: how much
 of which is wanted decides.
+
+Repacked copies of a plan's matrices: how many RAM has room for, and what they are good for.
 """
 
 from __future__ import annotations
@@ -14,17 +16,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..engine.protocol import Placement
-from ..engine.rates import Bandwidths, Tuning
+from ..engine.protocol import Placement, RepackMode
+from ..engine.rates import MARGIN, Tuning
 from ..errors import DoesNotFit, gib
 from ..gguf.model_meta import ModelMeta
 from ..gguf.tensors import TensorInfo
-from .copies import repack_seconds, with_copies
-from .forecast import Forecast, Task, forecast, offload_edge, setting_of, with_edge
+from ..perf.cost_model import (
+    Forecast,
+    Speeds,
+    Task,
+    cost_model_of,
+    forecast,
+    offload_edge,
+    touched_share,
+    with_edge,
+)
+from ..perf.cpu_tuning import copies_within, repacked_ratio, step_ratio
+from ..perf.figures import Figure
+from .model_bytes import EXPERTS_IN_RAM, LAYERS_IN_RAM, RAM, aligned
 from .plan import Plan
 from .request import LoadMode, PlanRequest
-from .sizes import EXPERTS_IN_RAM, LAYERS_IN_RAM, RAM, aligned
-from .speeds import SpeedRecord
 
 Workload = Literal["run", "chat", "batch"]
 
@@ -77,16 +88,6 @@ def job_of(workload: Workload, n_prompt: int | None = None, n_generated: int | N
 
 
 @dataclass(frozen=True, slots=True)
-class Speeds:
-    """What forecasts are made from: this machine's rates, what earlier runs really got, and how
-    the CPU was timed on the model itself."""
-
-    bandwidths: Bandwidths = Bandwidths()
-    records: Sequence[SpeedRecord] = ()
-    tuning: Tuning | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """A plan with its forecast, and the seconds that the workload's job would take by it."""
 
@@ -130,7 +131,7 @@ def search(
     )
 
 
-def promising(
+def promising_requests(
     requests: Iterable[PlanRequest],
     job: Job,
     meta: ModelMeta,
@@ -203,7 +204,7 @@ def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta, job: Job) -> It
 def candidate(
     plan: Plan, job: Job, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
-    setting = setting_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
+    setting = cost_model_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
     if plan.kind in (EXPERTS_IN_RAM, LAYERS_IN_RAM):
         setting = with_edge(setting, offload_edge(setting))
         plan = replace(plan, placement=setting.placement)
@@ -271,7 +272,7 @@ def load_seconds(plan: Plan) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class FreeParameters:
     """What a person left open."""
 
     n_ubatch: bool = True
@@ -280,7 +281,7 @@ class Open:
 
 
 def requests_of(
-    request: PlanRequest, has_gpu: bool, is_open: Open, workload: Workload = "chat"
+    request: PlanRequest, has_gpu: bool, is_open: FreeParameters, workload: Workload = "chat"
 ) -> Iterator[PlanRequest]:
     """The candidates that a request leaves open, the plainest first."""
     some = UBATCHES + SHORT_UBATCHES if workload == "run" else UBATCHES
@@ -292,7 +293,7 @@ def requests_of(
             yield replace(request, n_ubatch=n_ubatch, load_mode=load_mode)
 
 
-def fallbacks(request: PlanRequest, is_open: Open) -> Iterator[tuple[PlanRequest, str]]:
+def fallbacks(request: PlanRequest, is_open: FreeParameters) -> Iterator[tuple[PlanRequest, str]]:
     """What is wanted, and what is made do with where that doesn't fit: with the reason to tell."""
     yield request, ""
     if is_open.kv_type and request.kv_type == "f16":
@@ -301,3 +302,45 @@ def fallbacks(request: PlanRequest, is_open: Open) -> Iterator[tuple[PlanRequest
         if request.n_ctx is None:
             why = "context of 2,048 tokens and KV cache q8_0: with more nothing fits"
             yield replace(less, n_ctx=SHORT_N_CTX), why
+
+
+RESERVE_BYTES, RESERVE_SHARE = 1 << 30, 0.05
+"""What copies leave of RAM: they can't be given back like the pages of a file."""
+
+
+def with_copies(plan: Plan, tuning: Tuning, meta: ModelMeta, in_idle: bool = False) -> Plan | None:
+    """A plan for the CPU with as many repacked copies as RAM has room for; None where there are
+    none to be had, or they don't make this many sequences faster. `in_idle` they are made while
+    nobody asks, rather than before an answer, where they take long.
+
+    Several sequences generate with experts' copies alone: a dense matrix takes other sums from
+    four rows on than below (gemm and gemv in ggml/src/ggml-cpu/repack.cpp), and an answer should
+    not depend on how many others are generated beside it.
+    """
+    place, ram = plan.placement, plan.memory[-1]
+    if place.n_gpu_layers or step_ratio(tuning, place.n_seq) > 1 / MARGIN:
+        return None
+    mode: RepackMode = "all" if place.n_seq == 1 else "experts"
+    reserve = max(RESERVE_BYTES, int(RESERVE_SHARE * ram.budget_bytes))
+    room = ram.budget_bytes - ram.total_bytes - reserve
+    copies = copies_within(tuning.repackable, mode, room)
+    if not copies.n_bytes:
+        return None
+    repacked = Figure(copies.n_bytes, "measured")
+    touched = touched_share(meta, place.n_seq)
+    faster = 1 / repacked_ratio(tuning, mode, copies.n_layers, place.n_seq, touched)
+    why = f"generating with repacked copies, about {faster:.1f} times as fast by a timing here"
+    return replace(
+        plan,
+        placement=replace(
+            place, repack=mode, n_repacked_layers=copies.n_layers, repack_in_idle=in_idle
+        ),
+        memory=(*plan.memory[:-1], replace(ram, repacked=repacked)),
+        reasons=(*plan.reasons, f"{gib(copies.n_bytes)} of RAM for {why}"),
+    )
+
+
+def repack_seconds(plan: Plan, tuning: Tuning | None) -> float:
+    """How long making a plan's copies takes."""
+    n_bytes = plan.memory[-1].repacked.n_bytes
+    return n_bytes / tuning.repack_bytes_per_s if tuning and n_bytes else 0.0

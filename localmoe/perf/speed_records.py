@@ -6,19 +6,10 @@ don't pile up. What was shown, and how wrong it was, follows from the records be
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Literal
-
-from pydantic import TypeAdapter
-
-from .measured import MeasurementKey
 
 SpeedKind = Literal["prompt", "generation"]
 
@@ -62,9 +53,6 @@ class SpeedRecord:
     def slowness(self) -> float:
         """How many times as long as by formula the CPU's part took, if all else was right."""
         return max(LEAST_SLOWNESS, 1 + (1 / self.ratio - 1) / self.host_share)
-
-
-_codec: TypeAdapter[SpeedRecord] = TypeAdapter(SpeedRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,70 +131,3 @@ def past_errors(records: Sequence[SpeedRecord]) -> list[float]:
     ]
     pairs = zip(records, factors, strict=True)
     return [abs(factor / record.ratio - 1) for record, factor in pairs]
-
-
-class SpeedStore:
-    """Records in a folder, a file of lines for each machine and build. Damaged lines are none.
-
-    A line is appended whole, so runs that end at once don't harm each other's.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, key: MeasurementKey) -> tuple[SpeedRecord, ...]:
-        """The last records of a machine, oldest first."""
-        lines: list[bytes] = []
-        with contextlib.suppress(OSError):
-            lines = self._path(key).read_bytes().splitlines()
-        found = (parsed(line) for line in lines)
-        return tuple(record for record in found if record)[-MAX_RECORDS:]
-
-    def add(self, key: MeasurementKey, records: Iterable[SpeedRecord]) -> None:
-        """Keep records; where that isn't possible, nothing was learned."""
-        text = "".join(json.dumps(asdict(record)) + "\n" for record in records if sound(record))
-        if not text:
-            return
-        path = self._path(key)
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and not path.read_bytes().endswith(b"\n")
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                os.write(file, (b"\n" if torn else b"") + text.encode())
-            finally:
-                os.close(file)
-            self._shorten(path)
-
-    def forget(self, key: MeasurementKey) -> None:
-        """Of a machine that is measured anew, what rested on the old rates."""
-        with contextlib.suppress(OSError):
-            self._path(key).unlink(missing_ok=True)
-
-    def _shorten(self, path: Path) -> None:
-        """Twice as many lines as count are cut back, written beside and renamed."""
-        lines = path.read_bytes().splitlines(keepends=True)
-        if len(lines) <= 2 * MAX_RECORDS:
-            return
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_bytes(b"".join(lines[-MAX_RECORDS:]))
-        os.replace(beside, path)
-
-    def _path(self, key: MeasurementKey) -> Path:
-        machine = MeasurementKey(key.machine, key.build, "speeds")
-        return (self._folder / machine.file_name).with_suffix(".jsonl")
-
-
-def parsed(line: bytes) -> SpeedRecord | None:
-    """A line of the file; None where it is damaged or says something absurd."""
-    with contextlib.suppress(ValueError):
-        record = _codec.validate_json(line, strict=True)
-        return record if sound(record) else None
-    return None
-
-
-def sound(record: SpeedRecord) -> bool:
-    speeds = (record.formula_tps, record.real_tps)
-    if not all(math.isfinite(tps) and tps > 0 for tps in speeds):
-        return False
-    return 1 / LARGEST_RATIO <= record.ratio <= LARGEST_RATIO

@@ -6,22 +6,12 @@ the other measurements.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
 
 from ..engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
 from ..gguf.model_meta import ModelMeta
-from .measured import MeasurementKey, write_beside
-
-__all__ = ["CPU", "NO_BANDWIDTHS", "BandwidthStore", "Bandwidths", "DeviceRates", "ProductRate",
-           "Rates", "rates_of", "threads_to_measure", "types_to_measure", "unmeasured"]  # fmt: skip
 
 NO_BANDWIDTHS = Bandwidths()
 
@@ -49,7 +39,6 @@ SMALL_SHARE = 0.01
 """Tensors of types that are no more of a model than this aren't worth a measurement."""
 
 Rate = TypeVar("Rate", DeviceRates, ProductRate)
-_codec: TypeAdapter[Bandwidths] = TypeAdapter(Bandwidths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +91,15 @@ def rates_of(bandwidths: Bandwidths, device: str, n_threads: int) -> Rates:
         if product.device == device:
             products.setdefault(product.type, []).append(product)
     return Rates(
-        device=whole(between(mine, n) if mine else None, device, n, is_gpu),
-        products={type: between(known, n) for type, known in products.items()},
+        device=fill_missing(interpolate(mine, n) if mine else None, device, n, is_gpu),
+        products={type: interpolate(known, n) for type, known in products.items()},
         is_gpu=is_gpu,
     )
 
 
-def whole(known: DeviceRates | None, device: str, n_threads: int, is_gpu: bool) -> DeviceRates:
+def fill_missing(
+    known: DeviceRates | None, device: str, n_threads: int, is_gpu: bool
+) -> DeviceRates:
     """Rates with every 0 by formula."""
     defaults = gpu_formula(device, known) if is_gpu else cpu_formula(n_threads)
     if known is None:
@@ -144,7 +135,7 @@ def gpu_formula(device: str, known: DeviceRates | None) -> DeviceRates:
     )
 
 
-def between(known: Sequence[Rate], n_threads: int) -> Rate:
+def interpolate(known: Sequence[Rate], n_threads: int) -> Rate:
     """The rates at a number of threads, between the nearest numbers that were measured.
 
     Below the smallest a rate falls in proportion; above the largest nothing is promised.
@@ -155,12 +146,16 @@ def between(known: Sequence[Rate], n_threads: int) -> Rate:
     if below is above or above.n_threads <= n_threads:
         return above
     if below is None:
-        return mixed(above, above, n_threads, lambda a, _: a * n_threads / above.n_threads)
+        return interpolate_threads(
+            above, above, n_threads, lambda a, _: a * n_threads / above.n_threads
+        )
     share = (n_threads - below.n_threads) / (above.n_threads - below.n_threads)
-    return mixed(below, above, n_threads, lambda a, b: a + (b - a) * share)
+    return interpolate_threads(below, above, n_threads, lambda a, b: a + (b - a) * share)
 
 
-def mixed(a: Rate, b: Rate, n_threads: int, mix: Callable[[float, float], float]) -> Rate:
+def interpolate_threads(
+    a: Rate, b: Rate, n_threads: int, mix: Callable[[float, float], float]
+) -> Rate:
     """Every rate of two, mixed; times (`*_s`, not a second's worth of something) are b's."""
     values: dict[str, Any] = {f.name: getattr(b, f.name) for f in fields(b)}
     for name, value in values.items():
@@ -178,54 +173,3 @@ def types_to_measure(meta: ModelMeta) -> tuple[str, ...]:
     """The types that make a difference to a model's speed."""
     mix = meta.quant_mix.items()
     return tuple(type for type, total in mix if total.n_bytes > SMALL_SHARE * meta.weights_bytes)
-
-
-# ---- between runs ----
-
-
-class BandwidthStore:
-    """Rates in a folder, a small JSON file for each machine and build. A damaged one is none.
-
-    The key's model plays no part: rates are the machine's own.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, key: MeasurementKey) -> Bandwidths:
-        """What is known of a machine."""
-        with contextlib.suppress(OSError, ValueError):
-            return parsed(self._path(key).read_bytes())
-        return NO_BANDWIDTHS
-
-    def write(self, key: MeasurementKey, bandwidths: Bandwidths) -> None:
-        """Keep rates; where that isn't possible, they are measured again next time."""
-        write_beside(self._path(key), json.dumps(asdict(bandwidths), indent=1))
-
-    def _path(self, key: MeasurementKey) -> Path:
-        machine = MeasurementKey(key.machine, key.build, "bandwidths")
-        return self._folder / machine.file_name
-
-
-def unmeasured(
-    bandwidths: Bandwidths, n_threads: Iterable[int], types: Iterable[str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Numbers of threads and tensor types that are still to be measured: all of both, or none."""
-    wanted_threads, wanted_types = tuple(n_threads), tuple(types)
-    devices = {d.n_threads for d in bandwidths.devices if d.device == CPU}
-    products = {(p.n_threads, p.type) for p in bandwidths.products if p.device == CPU}
-    pairs = {(n, type) for n in wanted_threads for type in wanted_types}
-    if devices >= set(wanted_threads) and products >= pairs:
-        return (), ()
-    return wanted_threads, wanted_types
-
-
-def parsed(text: bytes) -> Bandwidths:
-    """The text of a file. Raises ValueError where it isn't one, or has a rate that can't be."""
-    found = _codec.validate_json(text, strict=True)
-    rates = asdict(found)
-    for rate in (*rates["devices"], *rates["products"]):
-        numbers = [value for value in rate.values() if not isinstance(value, str)]
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
-            raise ValueError(f"not rates: {rate}")
-    return found

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..engine.protocol import DeviceList
-from .findings import Finding, findings_of
-from .gpus import GPU_KINDS, Gpu, Matched, match_gpus, visible_first
+from .cpu import Build, build_of, processor
+from .diagnostics import Finding, findings_of
+from .gpus import Gpu, Matched, match_gpus, visible_first
 from .host import Host, host_of, ram_of
-from .processor import Build, build_of, processor
-from .sources import Sources
-
-__all__ = ["GPU_KINDS", "Finding", "Gpu", "Machine", "Sources", "detect", "machine_of", "n_cores",
-           "this_machine"]  # fmt: skip
+from .system import SystemAccess
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class Machine:
     findings: tuple[Finding, ...] = ()
 
 
-def detect(ask_devices: Callable[[], DeviceList], sources: Sources) -> Machine:
+def detect(ask_devices: Callable[[], DeviceList], sources: SystemAccess) -> Machine:
     """The machine that this process runs on. `ask_devices` is an engine's `devices`.
 
     The engine may be running already, if it was not yet asked for devices and has no model.
@@ -75,13 +72,13 @@ def _machine(host: Host, build: Build, matched: Matched, broken: str) -> Machine
     )
 
 
-def this_machine(gpus: Iterable[Gpu] = (), sources: Sources | None = None) -> Machine:
+def this_machine(gpus: Iterable[Gpu] = (), sources: SystemAccess | None = None) -> Machine:
     """The machine's RAM and cores, with the GPUs that are given; nothing is started or asked."""
-    sources = sources or Sources()
+    sources = sources or SystemAccess()
     ram = ram_of(sources)
     return Machine(ram.total_bytes, ram.available_bytes, n_cores(sources), tuple(gpus))
 
 
-def n_cores(sources: Sources | None = None) -> int:
+def n_cores(sources: SystemAccess | None = None) -> int:
     """Physical cores that this process may run on, within its affinity and its quota."""
-    return processor(sources or Sources()).n_usable
+    return processor(sources or SystemAccess()).n_usable

@@ -26,7 +26,7 @@ REAP_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class SystemAccess:
     """The machine as it can be looked at; the defaults are the one that this runs on.
 
     `env` is the environment of the tools (its PATH finds them): config.engine_environment().
@@ -45,20 +45,20 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class ToolResult:
     """How a tool ended: its exit code (None: it had to be stopped) and what it printed."""
 
     code: int | None
     output: str
 
 
-def tool_path(name: str, sources: Sources) -> str | None:
+def tool_path(name: str, sources: SystemAccess) -> str | None:
     """Where a program lies on the PATH. One of the working directory is never taken."""
     found = shutil.which(name, path=sources.env.get("PATH", os.defpath))
     return found if found and os.path.isabs(found) else None
 
 
-def run_tool(command: Sequence[str], sources: Sources) -> Ran | None:
+def run_tool(command: Sequence[str], sources: SystemAccess) -> ToolResult | None:
     """Run a program for what it prints; None where there is no such program.
 
     It may hang in the kernel (a driver in trouble) or never stop printing: the wait and the output
@@ -77,13 +77,13 @@ def run_tool(command: Sequence[str], sources: Sources) -> Ran | None:
             start_new_session=True,
         )
     except OSError as error:
-        return Ran(None, error.strerror or str(error))
+        return ToolResult(None, error.strerror or str(error))
     output, ended = _bounded_output(process, sources.tool_timeout_s)
     if not ended:
         _end(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(REAP_SECONDS)
-    return Ran(process.returncode if ended else None, output)
+    return ToolResult(process.returncode if ended else None, output)
 
 
 def _bounded_output(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[str, bool]:

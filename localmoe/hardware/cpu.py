@@ -1,17 +1,108 @@
-"""The processor: cores that this process may use, and features that it has or a build uses."""
+"""What the control groups of this process allow: memory and processor time, both versions.
+
+A group's limits hold for all groups below it, so every group from the process's own up to the
+root counts. In a container the root that can be seen is the container's own group.
+
+The processor: cores that this process may use, and features that it has or a build uses.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-from .cgroups import cpu_quota
-from .sources import Sources, clean, read_number, read_text, run_tool
+from .system import SystemAccess, clean, read_number, read_text, run_tool
+
+UNLIMITED = 1 << 60
+"""Version 1 says "no limit" as a number close to 2^63."""
+
+
+def memory_limits(sources: SystemAccess) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of every memory group that this process is in.
+
+    Pages of files that are mapped or cached can be dropped, so they don't count as used. Swap is
+    not counted at all: a model that is swapped out doesn't run.
+    """
+    found = []
+    for group in groups(sources, "memory"):
+        stat = _stat(group)
+        limit = min(_limits(group, stat), default=UNLIMITED)
+        used = read_number(group / "memory.current")
+        if used is None:
+            used = read_number(group / "memory.usage_in_bytes") or 0
+        if limit < UNLIMITED:
+            found.append((limit, max(0, used - _droppable(stat))))
+    return found
+
+
+def cpu_quota(sources: SystemAccess) -> float | None:
+    """Processors' worth of time that this process may use; None where that isn't limited."""
+    quotas = [quota for group in groups(sources, "cpu") for quota in _quotas(group)]
+    return min(quotas, default=None)
+
+
+def groups(sources: SystemAccess, controller: str) -> list[Path]:
+    """The folders of this process's groups for a controller, those above them included."""
+    found: dict[Path, None] = {}
+    for root, inner in _places(sources, controller):
+        parts = [part for part in inner.split("/") if part]
+        if ".." in parts:  # seen from a namespace that the group lies outside of
+            parts = []
+        for n in range(len(parts), -1, -1):
+            found.setdefault(root.joinpath(*parts[:n]))
+    return [group for group in found if group.is_dir()]
+
+
+def _places(sources: SystemAccess, controller: str) -> Iterator[tuple[Path, str]]:
+    """(mount, path below it) that may hold a controller (man 7 cgroups, /proc/[pid]/cgroup)."""
+    mounts = sources.sys / "fs/cgroup"
+    yield from ((mounts, ""), (mounts / controller, ""))
+    for line in read_text(sources.proc / "self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        names, colon, path = rest.partition(":")
+        if not colon:
+            continue
+        if number == "0" and not names:
+            yield from ((mounts, path), (mounts / "unified", path))
+        elif controller in names.split(","):
+            yield from ((mounts / controller, path), (mounts / names, path))
+
+
+def _limits(group: Path, stat: dict[str, int]) -> list[int]:
+    """Limits of a group; beyond `memory.high` it is slowed down to a crawl, so that is one too."""
+    numbers = [
+        read_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
+    ]
+    return [n for n in (*numbers, stat.get("hierarchical_memory_limit")) if n is not None]
+
+
+def _stat(group: Path) -> dict[str, int]:
+    rows = (line.split() for line in read_text(group / "memory.stat").splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
+
+
+def _droppable(stat: dict[str, int]) -> int:
+    """Cached pages of files. Version 1 sums over the groups below under names with `total_`."""
+    names = ("inactive_file", "active_file")
+    return sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in names)
+
+
+def _quotas(group: Path) -> Iterator[float]:
+    """Quotas of a group in processors; `max` and -1 stand for none."""
+    fields = read_text(group / "cpu.max").split()
+    if len(fields) == 2 and all(field.isdecimal() for field in fields) and int(fields[1]):
+        yield int(fields[0]) / int(fields[1])
+    quota = read_number(group / "cpu.cfs_quota_us")
+    period = read_number(group / "cpu.cfs_period_us")
+    if quota is not None and period and quota > 0:
+        yield quota / period
+
 
 # Features in llama.cpp's names (ggml_backend_cpu_get_features in ggml-cpu.cpp) as /proc/cpuinfo and
 # sysctl call them (in lower case)
@@ -77,7 +168,7 @@ class Build:
     features: frozenset[str] = frozenset()
 
 
-def processor(sources: Sources) -> Processor:
+def processor(sources: SystemAccess) -> Processor:
     """The processor that this process runs on, as far as it may use it."""
     mac = _mac_facts(sources) if sources.system == "Darwin" else {}
     name, features = _linux_facts(sources)
@@ -93,7 +184,7 @@ def processor(sources: Sources) -> Processor:
     return Processor(clean(name), features, n_physical, max(1, n_usable), quota, translated)
 
 
-def _cores(sources: Sources, mac: dict[str, str]) -> tuple[int, int]:
+def _cores(sources: SystemAccess, mac: dict[str, str]) -> tuple[int, int]:
     """Physical cores that there are, and those among the logical ones this process may run on.
 
     Logical ones beyond them add nothing to matrix products. Of Apple's only the fast ones count,
@@ -110,7 +201,7 @@ def _cores(sources: Sources, mac: dict[str, str]) -> tuple[int, int]:
     return physical, min(physical, max(1, len(allowed) * physical // logical))
 
 
-def _allowed_cpus(sources: Sources) -> frozenset[int]:
+def _allowed_cpus(sources: SystemAccess) -> frozenset[int]:
     if sources.cpus is not None:
         return sources.cpus
     if hasattr(os, "sched_getaffinity"):
@@ -118,7 +209,7 @@ def _allowed_cpus(sources: Sources) -> frozenset[int]:
     return frozenset(range(psutil.cpu_count(logical=True) or 1))
 
 
-def _siblings(sources: Sources) -> dict[int, str]:
+def _siblings(sources: SystemAccess) -> dict[int, str]:
     """For each logical processor the core that it is part of (Linux, sysfs topology)."""
     found = {}
     for folder in (sources.sys / "devices/system/cpu").glob("cpu[0-9]*"):
@@ -130,7 +221,7 @@ def _siblings(sources: Sources) -> dict[int, str]:
     return found
 
 
-def _linux_facts(sources: Sources) -> tuple[str, frozenset[str]]:
+def _linux_facts(sources: SystemAccess) -> tuple[str, frozenset[str]]:
     text = read_text(sources.proc / "cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     name = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
@@ -143,7 +234,7 @@ def _named(flags: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name, spellings in FLAGS.items() if spellings & present)
 
 
-def _mac_facts(sources: Sources) -> dict[str, str]:
+def _mac_facts(sources: SystemAccess) -> dict[str, str]:
     """Values of sysctl; keys that this processor doesn't have are left out."""
     ran = run_tool(["sysctl", *MAC_KEYS], sources)
     rows = (line.partition(": ") for line in (ran.output if ran else "").splitlines())

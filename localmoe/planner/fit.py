@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from ..engine.protocol import BufferSizes, Placement
 from ..gguf.model_meta import ModelMeta
-from .hardware import Machine
-from .measured import ComputePoint, Figure, Measured
+from ..hardware.machine import Machine
+from ..perf.figures import ComputePoint, Figure, Measured
+from .model_bytes import RAM, compute_kind
 from .plan import Plan, best_plan, make_plan
 from .request import PlanRequest
-from .sizes import RAM, compute_kind
 
 MAX_PROBES = 5
 CACHE_ROUNDING_BYTES = 64 << 10

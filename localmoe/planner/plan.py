@@ -1,4 +1,8 @@
-"""Where a model goes: from a machine, a model's metadata and a request to a Plan. Pure.
+"""Which bytes of a model's files a plan wants pinned. Pure.
+
+A layout as the explicit values that an engine loads by, in llama.cpp's own counting. Pure.
+
+Where a model goes: from a machine, a model's metadata and a request to a Plan. Pure.
 
 Nothing is probed, read or allocated here. Weights are summed from the tensor table, the cache is
 computed, compute buffers and overhead come from `measured` where they were measured; every figure
@@ -9,30 +13,126 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from ..engine.protocol import Placement
+from ..engine.protocol import FLOATS, FileSpan, Placement
+from ..engine.rates import CPU
 from ..errors import DoesNotFit, gib
 from ..gguf.model_meta import ModelMeta
-from .asked import fixed_layers, gpu_budgets, ram_budget
-from .fill import Layer, Layout, Rooms, fill_most, lay_out, layout_of, runs
-from .forecast import Forecast
-from .gpus import Gpu
-from .hardware import Machine
-from .measured import Figure, Measured
-from .placing import placement_of
-from .reasons import context_size, layout_reasons, rejections
-from .request import PlanRequest
-from .sizes import (
+from ..hardware.gpus import Gpu
+from ..hardware.machine import Machine
+from ..perf.cost_model import Forecast, device_of, layer_devices
+from ..perf.figures import Figure, Measured
+from .expert_packing import (
+    GpuCapacity,
+    Layer,
+    LayerPlacement,
+    fill_most,
+    place_layers,
+    placement_with,
+    runs,
+)
+from .explain import context_size, layout_reasons, rejections
+from .model_bytes import (
     ALL_ON_GPU,
     CPU_ONLY,
     EXPERTS_IN_RAM,
     LAYERS_IN_RAM,
     RAM,
-    Left,
-    Sizes,
+    HostResidue,
+    ModelBytes,
+    model_bytes,
     overhead,
-    sizes_of,
 )
+from .request import PlanRequest, fixed_layers, gpu_budgets, ram_budget
+
+SMALLEST_BYTES = 1 << 20
+"""Smaller tensors (norms, biases) aren't worth a registration."""
+
+
+def pinned_spans(meta: ModelMeta, placement: Placement) -> tuple[FileSpan, ...]:
+    """The weights of layers in RAM that a GPU copies for large batches; the token embeddings are
+    read row by row and stay as they are."""
+    if placement.load_mode != "pinned" or not placement.n_gpu_layers:
+        return ()
+    homes = layer_devices(placement, meta, ("GPU",))
+    return tuple(
+        FileSpan(str(meta.paths[t.shard]), t.offset, t.n_bytes)
+        for t in meta.tensors
+        if t.layer is not None
+        and t.layer < meta.n_layers
+        and t.n_bytes >= SMALLEST_BYTES
+        and device_of(t, placement, homes) == CPU
+    )
+
+
+def placement_of(machine: Machine, sizes: ModelBytes, layout: LayerPlacement) -> Placement:
+    """The explicit values that an engine loads by."""
+    request = sizes.request
+    cpu_layers, cpu_tensors = cpu_experts_of(sizes, layout)
+    return Placement(
+        n_threads=request.n_threads or machine.n_cores,
+        n_gpu_layers=native_layers(sizes, layout),
+        cpu_expert_layers=cpu_layers,
+        cpu_expert_tensors=cpu_tensors,
+        tensor_split=tensor_split(sizes, layout) if len(machine.gpus) > 1 else (),
+        n_ctx=sizes.n_ctx,
+        n_seq=request.n_seq,
+        kv_unified=request.n_cells > 0,
+        n_cells=request.n_cells,
+        kv_type=request.kv_type,
+        n_batch=request.n_ubatch,
+        n_ubatch=request.n_ubatch,
+        load_mode="pinned" if request.load_mode == "pinned" else "mmap",
+        flash_attention=flash_attention(sizes),
+        alike=sizes.is_alike,
+    )
+
+
+def flash_attention(sizes: ModelBytes) -> Literal["auto", "on", "off"]:
+    """A quantized cache needs it. Where answers are to be alike it may not choose its kernel by the
+    number of tokens, which llama.cpp's does on the CPU for other caches."""
+    if sizes.request.kv_type not in FLOATS:
+        return "on"
+    return "off" if sizes.is_alike else "auto"
+
+
+def cpu_experts_of(
+    sizes: ModelBytes, layout: LayerPlacement
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Layers whose experts all stay in RAM though the layer doesn't, and single such tensors."""
+    if not layout.n_gpu_layers:
+        return (), ()
+    if sizes.request.n_cpu_moe is not None:
+        return tuple(range(min(sizes.request.n_cpu_moe, len(sizes.layers)))), ()
+    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
+    in_ram = {
+        n.index: [name for name, _ in n.experts if name in layout.cpu_experts] for n in on_gpu
+    }
+    n_experts = sizes.n_experts()
+    whole = tuple(n for n, names in in_ram.items() if names and len(names) == n_experts[n])
+    single = [name for n, names in in_ram.items() if n not in whole for name in names]
+    return whole, sizes.tensors_of(single)
+
+
+def native_layers(sizes: ModelBytes, layout: LayerPlacement) -> int:
+    """n_gpu_layers as llama.cpp counts: layers for drafting stand before the output."""
+    asked, n = sizes.request.n_gpu_layers, layout.n_gpu_layers
+    if n == 0:
+        return 0
+    n_all = n + sizes.meta.n_nextn_layers
+    return min(asked, n_all) if isinstance(asked, int) else n_all
+
+
+def tensor_split(sizes: ModelBytes, layout: LayerPlacement) -> tuple[float, ...]:
+    """Shares of the layers for llama.cpp: of those on GPUs, number i of n goes to the first GPU
+    whose cumulated share is above i/n (upper_bound in load_tensors, src/llama-model.cpp)."""
+    split = list(map(float, layout.split))
+    if split:
+        last = max(i for i, n in enumerate(split) if n)
+        split[last] += native_layers(sizes, layout) - layout.n_gpu_layers
+    return tuple(split)
+
 
 SMALLEST_N_CTX = 512
 NOTHING = Figure(0, "formula")
@@ -82,7 +182,7 @@ class Plan:
     rejected: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     forecast: Forecast | None = None
-    left: Left = Left()
+    left: HostResidue = HostResidue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +191,7 @@ class Situation:
 
     machine: Machine
     measured: Measured
-    sizes: Sizes
+    sizes: ModelBytes
     gpus: list[tuple[Gpu, int]]
 
     @property
@@ -105,13 +205,15 @@ def make_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: Pl
     plan = best_plan(machine, meta, measured, request)
     if plan.fits:
         return replace(plan, alternatives=tuple(alternatives(machine, meta, measured, request)))
-    raise refusal(plan, machine, meta, measured, request)
+    raise does_not_fit(plan, machine, meta, measured, request)
 
 
 def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
     """The plan that leaves least of the model in RAM, whether it fits or not."""
     n_ctx, why_ctx = context_size(meta, request)
-    at = Situation(machine, measured, sizes_of(meta, n_ctx, request), gpu_budgets(machine, request))
+    at = Situation(
+        machine, measured, model_bytes(meta, n_ctx, request), gpu_budgets(machine, request)
+    )
     layout, rooms = closest(at, fixed_layers(meta, request, at.gpus))
     return Plan(
         fits=fits(at, layout),
@@ -127,7 +229,7 @@ def best_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: Pl
 # ---- the choice ----
 
 
-def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
+def closest(at: Situation, n_gpu_layers: int | None) -> tuple[LayerPlacement, GpuCapacity]:
     """The layout, with the rooms that it was made for.
 
     What stays in RAM decides how much room is kept for it on a GPU, and so what stays: first all is
@@ -135,33 +237,33 @@ def closest(at: Situation, n_gpu_layers: int | None) -> tuple[Layout, Rooms]:
     less.
     """
     largest, following = at.sizes.expert_sizes()
-    left = Left(largest, following, at.sizes.pinnable_bytes, len(at.sizes.layers))
+    left = HostResidue(largest, following, at.sizes.pinnable_bytes, len(at.sizes.layers))
     rooms = rooms_of(at, left)
-    layout = choose(at, rooms, n_gpu_layers)
+    layout = choose_placement(at, rooms, n_gpu_layers)
     while (less := left_in_ram(at, layout)) != left and left.covers(less) and less.copied_bytes:
         more = rooms_of(at, less)
         nothing_larger = replace(at, sizes=at.sizes.with_largest_in_ram(less.copied_bytes))
-        other = choose(nothing_larger, more, n_gpu_layers)
+        other = choose_placement(nothing_larger, more, n_gpu_layers)
         if not less.covers(left_in_ram(at, other)):
             return (layout, rooms) if fits(at, layout) else (other, more)
         layout, rooms, left = other, more, less
     return layout, rooms
 
 
-def left_in_ram(at: Situation, layout: Layout) -> Left:
+def left_in_ram(at: Situation, layout: LayerPlacement) -> HostResidue:
     """Of all GPUs."""
     sizes = at.sizes
     if kind_of(layout, sizes) in (CPU_ONLY, ALL_ON_GPU):
-        return Left()
+        return HostResidue()
     n_first = len(sizes.layers) + 1 - layout.n_gpu_layers
     largest, following = sizes.expert_sizes(
         layout.cpu_experts, max(n_first, sizes.request.n_cpu_moe or 0)
     )
     pinned, n_layers = pinned_bytes(at, layout), n_with_trips(sizes, layout, sizes.layers[n_first:])
-    return Left(largest, following, pinned, n_layers)
+    return HostResidue(largest, following, pinned, n_layers)
 
 
-def n_with_trips(sizes: Sizes, layout: Layout, on_gpu: Sequence[Layer]) -> int:
+def n_with_trips(sizes: ModelBytes, layout: LayerPlacement, on_gpu: Sequence[Layer]) -> int:
     """How many of some layers on GPUs have experts in RAM."""
     n_moved = sizes.request.n_cpu_moe or 0
     has_experts = sizes.n_experts() if n_moved else {}
@@ -172,11 +274,11 @@ def n_with_trips(sizes: Sizes, layout: Layout, on_gpu: Sequence[Layer]) -> int:
     )
 
 
-def rooms_of(at: Situation, left: Left) -> Rooms:
+def rooms_of(at: Situation, left: HostResidue) -> GpuCapacity:
     """What each GPU has for weights and cache; experts that a person keeps in RAM need copying."""
 
     def rooms(kind: str) -> tuple[int, ...]:
-        here = Left() if kind == ALL_ON_GPU else left
+        here = HostResidue() if kind == ALL_ON_GPU else left
         return tuple(
             at.sizes.room(gpu, budget, kind, at.measured, place, len(at.gpus), here)
             for place, (gpu, budget) in enumerate(at.gpus)
@@ -185,35 +287,35 @@ def rooms_of(at: Situation, left: Left) -> Rooms:
     experts = rooms(EXPERTS_IN_RAM)
     whole = experts if at.sizes.moved_bytes else rooms(ALL_ON_GPU)
     mixed = tuple(map(min, experts, whole))
-    return Rooms(whole, mixed, tuple(map(min, rooms(LAYERS_IN_RAM), mixed)))
+    return GpuCapacity(whole, mixed, tuple(map(min, rooms(LAYERS_IN_RAM), mixed)))
 
 
-def choose(at: Situation, rooms: Rooms, n_gpu_layers: int | None) -> Layout:
+def choose_placement(at: Situation, rooms: GpuCapacity, n_gpu_layers: int | None) -> LayerPlacement:
     """The layout with dense parts first; where RAM lacks room then, one that leaves it less.
 
     The second search is what makes a machine with more memory never worse than one with less.
     """
     sizes = at.sizes
-    layout = lay_out(sizes.layers, sizes.output_bytes, rooms, n_gpu_layers)
+    layout = place_layers(sizes.layers, sizes.output_bytes, rooms, n_gpu_layers)
     if fits(at, layout):
         return layout
     wanted = [n_gpu_layers] if n_gpu_layers is not None else range(len(sizes.layers) + 1, -1, -1)
     for n in wanted:
-        other = layout_of(sizes.layers, sizes.output_bytes, rooms, n, fill_most)
+        other = placement_with(sizes.layers, sizes.output_bytes, rooms, n, fill_most)
         if n == 0:
-            other = lay_out(sizes.layers, sizes.output_bytes, rooms, 0)
+            other = place_layers(sizes.layers, sizes.output_bytes, rooms, 0)
         if other and fits(at, other):
             return other
     return layout
 
 
-def fits(at: Situation, layout: Layout) -> bool:
+def fits(at: Situation, layout: LayerPlacement) -> bool:
     memory = memory_of(at, layout)
     checked = memory[:-1] if at.is_mapped_anyway else memory
     return not any(m.missing_bytes for m in checked)
 
 
-def kind_of(layout: Layout, sizes: Sizes) -> str:
+def kind_of(layout: LayerPlacement, sizes: ModelBytes) -> str:
     """What a placement's compute buffers depend on."""
     if layout.n_gpu_layers == 0:
         return CPU_ONLY
@@ -222,7 +324,7 @@ def kind_of(layout: Layout, sizes: Sizes) -> str:
     return EXPERTS_IN_RAM if ram_experts(layout, sizes) else ALL_ON_GPU
 
 
-def ram_experts(layout: Layout, sizes: Sizes) -> int:
+def ram_experts(layout: LayerPlacement, sizes: ModelBytes) -> int:
     """Bytes of experts that stay in RAM although their layer's dense part is on a GPU."""
     names = layout.cpu_experts
     on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
@@ -233,7 +335,7 @@ def ram_experts(layout: Layout, sizes: Sizes) -> int:
 # ---- what it comes to ----
 
 
-def memory_of(at: Situation, layout: Layout) -> tuple[Memory, ...]:
+def memory_of(at: Situation, layout: LayerPlacement) -> tuple[Memory, ...]:
     """Every GPU's memory, and RAM's at the end. A unified GPU's share is gone from RAM's budget."""
     left = left_in_ram(at, layout)
     on_gpus = tuple(
@@ -246,7 +348,7 @@ def memory_of(at: Situation, layout: Layout) -> tuple[Memory, ...]:
 
 
 def gpu_memory(
-    at: Situation, layout: Layout, left: Left, place: int, run: tuple[int, int]
+    at: Situation, layout: LayerPlacement, left: HostResidue, place: int, run: tuple[int, int]
 ) -> Memory:
     """What one GPU holds: its run of layers, their cache, perhaps the output."""
     sizes, (gpu, budget), (start, end) = at.sizes, at.gpus[place], run
@@ -271,7 +373,9 @@ def gpu_memory(
     )
 
 
-def ram_memory(at: Situation, layout: Layout, left: Left, shared_bytes: int) -> Memory:
+def ram_memory(
+    at: Situation, layout: LayerPlacement, left: HostResidue, shared_bytes: int
+) -> Memory:
     """What stays in RAM: the embeddings, the first layers, experts."""
     sizes = at.sizes
     n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
@@ -291,7 +395,7 @@ def ram_memory(at: Situation, layout: Layout, left: Left, shared_bytes: int) -> 
     )
 
 
-def pinned_bytes(at: Situation, layout: Layout) -> int:
+def pinned_bytes(at: Situation, layout: LayerPlacement) -> int:
     """Of the weights in RAM what a GPU copies, where that was asked to be pinned."""
     sizes = at.sizes
     if sizes.request.load_mode != "pinned" or not layout.n_gpu_layers:
@@ -304,7 +408,7 @@ def pinned_bytes(at: Situation, layout: Layout) -> int:
 # ---- what else fits ----
 
 
-def refusal(
+def does_not_fit(
     plan: Plan, machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest
 ) -> DoesNotFit:
     """What is missing where, and the nearest plans that fit."""

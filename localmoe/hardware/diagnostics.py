@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .cards import Card, Vendor
-from .gpus import Gpu, Matched
+from .cpu import Build
+from .gpus import Card, Gpu, Matched, Vendor
 from .host import PACKAGE, Host
-from .processor import Build
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

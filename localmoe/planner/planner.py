@@ -8,41 +8,39 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .config.environment import engine_environment, state_folder
-from .config.settings import Settings
-from .engine.client import Engine
-from .engine.protocol import DeviceList, Request, Sampling
-from .engine.rates import Tuning
-from .errors import DoesNotFit, EngineError
-from .gguf.demo import DEMO
-from .gguf.model_meta import ModelMeta, read_meta
-from .learning import Learned, SpeedLog
-from .placement.crowd import Crowd
-from .placement.fit import fit, overhead_bytes
-from .placement.hardware import Machine, detect
-from .placement.invented import machine_like
-from .placement.measured import NOTHING_MEASURED, Measured, MeasuredStore, MeasurementKey
-from .placement.plan import Plan, make_plan
-from .placement.request import DEFAULT_UBATCH, PlanRequest
-from .placement.search import (
-    Open,
-    Speeds,
-    Workload,
-    fallbacks,
-    job_of,
-    promising,
-    requests_of,
-    search,
-)
-from .placement.sources import Sources
-from .placement.tuning import (
+from ..config.environment import engine_environment, state_folder
+from ..config.settings import Settings
+from ..engine.client import Engine
+from ..engine.protocol import DeviceList, Request, Sampling
+from ..engine.rates import Tuning
+from ..errors import DoesNotFit, EngineError
+from ..gguf.demo import DEMO
+from ..gguf.model_meta import ModelMeta, read_meta
+from ..hardware.machine import Machine, detect
+from ..hardware.system import SystemAccess
+from ..perf.calibration import Calibration, SpeedLog
+from ..perf.cost_model import Speeds
+from ..perf.cpu_tuning import (
     LIMIT_S,
     UNTUNED,
-    Kept,
-    TuningStore,
+    TuningRecord,
     best_threads,
     best_ubatch,
     threads_to_try,
+)
+from ..perf.figures import NOTHING_MEASURED, Measured
+from ..perf.store import MeasuredStore, MeasurementKey, TuningStore, key_of
+from .fit import fit, overhead_bytes
+from .plan import Plan, make_plan
+from .request import DEFAULT_UBATCH, BatchShape, PlanRequest, machine_like
+from .search import (
+    FreeParameters,
+    Workload,
+    fallbacks,
+    job_of,
+    promising_requests,
+    requests_of,
+    search,
 )
 
 CALIBRATION_TOKENS = 512
@@ -86,14 +84,14 @@ class Planner:
         workload: Workload = "run",
         on_warning: Callable[[str], None] | None = None,
         engine: Engine | None = None,
-        crowd: Crowd | None = None,
+        crowd: BatchShape | None = None,
         n_prompt: int | None = None,
     ) -> None:
         self._request = plan_request(settings)
         self._may_tune = settings.tune
         self._crowd = crowd
         self._job = job_of(workload, n_prompt, settings.max_tokens)
-        self._open = Open(
+        self._open = FreeParameters(
             n_ubatch=settings.ubatch_size is None,
             load_mode=settings.load_mode == "auto",
             kv_type="kv_type" not in settings.model_fields_set,
@@ -109,7 +107,7 @@ class Planner:
         self.machine = machine_like(self.here, self._request)
         self._store = MeasuredStore(state_folder() / "measured")
         self._tunings = TuningStore(state_folder() / "measured")
-        self.learned = Learned(state_folder() / "measured", key_of(self.here, None))
+        self.learned = Calibration(state_folder() / "measured", key_of(self.here, None))
 
     def plan(self, path: Path, meta: ModelMeta) -> Plan:
         """The plan of a model, of which the header is enough. Raises DoesNotFit.
@@ -203,7 +201,7 @@ class Planner:
                 tuning = engine.tune(str(path), n_threads, LIMIT_S)
         except EngineError:
             tuning = UNTUNED
-        self._tunings.write(key, known.or_better(tuning) if known else Kept(tuning))
+        self._tunings.write(key, known.or_better(tuning) if known else TuningRecord(tuning))
 
     def _plan_here(self, path: Path, meta: ModelMeta, measure: bool) -> Plan:
         planned = self._measured_plan(path, meta) if measure else unmeasured_plan(self.here, meta)
@@ -226,7 +224,7 @@ class Planner:
     def _look(self) -> Machine:
         """The machine now. The engine is asked the first time, and after the drivers: from then on
         it holds memory of every GPU."""
-        return detect(self._asked_devices, Sources(env=engine_environment()))
+        return detect(self._asked_devices, SystemAccess(env=engine_environment()))
 
     def _asked_devices(self) -> DeviceList:
         if self._devices is None:
@@ -251,7 +249,7 @@ class Planner:
             )
             asked = self._job, meta, gpu_names(machine), speeds
             if has_gpu:
-                requests = promising(requests, *asked, unmeasured_plan(machine, meta))
+                requests = promising_requests(requests, *asked, unmeasured_plan(machine, meta))
             try:
                 plan = search(requests, *asked, planned)
             except DoesNotFit as error:
@@ -284,7 +282,7 @@ def tuned(request: PlanRequest, tuning: Tuning | None, is_ubatch_open: bool) -> 
     """A request with threads and micro-batch as a model's own timing says, where they are open.
 
     A larger micro-batch is not for several sequences: their answers would depend on each other
-    from half the context on (placement/sizes.py).
+    from half the context on (planner/model_bytes.py).
     """
     if tuning is None:
         return request
@@ -342,15 +340,4 @@ def machine_while_running(path: Path, plan: Plan, engine: Engine) -> Machine:
     prompt = tuple(range(300, 300 + CALIBRATION_TOKENS))
     for _ in engine.generate(Request(prompt, Sampling(temperature=0), max_tokens=4)):
         pass
-    return detect(engine.devices, Sources(env=engine_environment()))
-
-
-def key_of(machine: Machine, meta: ModelMeta | None) -> MeasurementKey:
-    """What measurements hold for: a machine, a build, and a model where one is concerned."""
-    gpus = [f"{g.name} {g.description} {g.total_bytes} {g.driver_version}" for g in machine.gpus]
-    build = f"{machine.build.version} {sorted(machine.build.backends)}"
-    model = ""
-    if meta is not None:
-        shape = (meta.architecture, meta.file_bytes, len(meta.tensors), meta.weights_bytes)
-        model = f"{meta.name} {shape}"
-    return MeasurementKey(f"{gpus} {machine.n_cores}", build, model)
+    return detect(engine.devices, SystemAccess(env=engine_environment()))

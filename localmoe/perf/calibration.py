@@ -6,15 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engine.client import Engine
-from .engine.protocol import Delta, Placement
-from .engine.rates import Tuning
-from .gguf.model_meta import ModelMeta
-from .placement.bandwidth import BandwidthStore, threads_to_measure, types_to_measure, unmeasured
-from .placement.forecast import Setting, records_of, setting_of
-from .placement.measured import MeasurementKey
-from .placement.search import Speeds
-from .placement.speeds import SpeedStore, measured_too_slow
+from ..engine.client import Engine
+from ..engine.protocol import Delta, Placement
+from ..engine.rates import Tuning
+from ..gguf.model_meta import ModelMeta
+from .cost_model import CostModel, Speeds, cost_model_of, records_of
+from .rates import threads_to_measure, types_to_measure
+from .speed_records import measured_too_slow
+from .store import BandwidthStore, MeasurementKey, SpeedStore, unmeasured
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class SpeedLog:
 
     store: SpeedStore
     key: MeasurementKey
-    setting: Setting
+    setting: CostModel
 
     def add(self, last: Delta) -> None:
         """Keep the speeds of an answer that had the engine to itself and was not stopped."""
@@ -32,7 +31,7 @@ class SpeedLog:
             self.store.add(self.key, records)
 
 
-class Learned:
+class Calibration:
     """Rates and records of one machine and build, in a folder."""
 
     def __init__(self, folder: Path, key: MeasurementKey) -> None:
@@ -64,5 +63,5 @@ class Learned:
         tuning: Tuning | None = None,
     ) -> SpeedLog:
         known = self._bandwidths.read(self._key)
-        setting = setting_of(placement, meta, known, gpus, tuning=tuning)
+        setting = cost_model_of(placement, meta, known, gpus, tuning=tuning)
         return SpeedLog(self._records, self._key, setting)

@@ -1,4 +1,9 @@
-"""Tokens per second that a placement will give, from bytes, operations and rates. Pure.
+"""Which tensors of a placement are multiplied where: what a forecast adds up. Pure.
+
+The rules are llama.cpp's (load_tensors, src/llama-model.cpp): the last layers are on GPUs, the
+output matrix counts as one more, overrides keep experts in RAM, embeddings are looked up there.
+
+Tokens per second that a placement will give, from bytes, operations and rates. Pure.
 
 The time of a step (one micro-batch of a prompt, or one token of every sequence) is the sum of
 
@@ -9,25 +14,133 @@ The time of a step (one micro-batch of a prompt, or one token of every sequence)
 * operations that cost time whatever their size, and round trips between a GPU and RAM;
 * what the engine itself takes.
 
-Every rate is measured (engine/bandwidth.py) or, where it isn't, by formula (bandwidth.py). What
-runs really got corrects the rest (speeds.py).
+Every rate is measured (engine/bandwidth.py) or, where it isn't, by formula (rates.py). What
+runs really got corrects the rest (speed_records.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import accumulate
+from typing import Literal, TypeAlias
 
-from ..engine.protocol import Placement, Timings, Usage
+from ..engine.protocol import FLOATS, Placement, Timings, Usage
 from ..engine.rates import CPU, Bandwidths, Tuning
-from ..gguf.model_meta import ModelMeta
-from .bandwidth import Rates, rates_of
-from .parts import LayerWork, Part, layers_of, parts_of
-from .sizes import FLOATS
-from .speeds import SpeedKind, SpeedRecord, correction
-from .tuning import repacked_ratio
+from ..gguf.model_meta import ModelMeta, head_dims, is_windowed
+from ..gguf.tensors import TensorInfo
+from .cpu_tuning import repacked_ratio
+from .rates import Rates, rates_of
+from .speed_records import SpeedKind, SpeedRecord, correction
+
+Use: TypeAlias = Literal["dense", "experts", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputePart:
+    """All tensors of one device, use and type together. The output matrix is used once for each
+    token that is wanted, experts by the tokens that are routed to them, the rest by every token."""
+
+    device: str
+    use: Use
+    type: str
+    n_bytes: int
+    n_values: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """A layer beside its products: where its dense part and its experts are computed (None where
+    it has none), values of K and V that its heads meet for each token seen, and its window."""
+
+    device: str
+    expert_devices: tuple[str, ...]
+    values_per_cell: int
+    window: int | None
+
+
+def parts_of(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) -> tuple[ComputePart, ...]:
+    """What is multiplied where, with the names of the GPUs in order."""
+    totals: dict[tuple[str, Use, str], list[int]] = defaultdict(lambda: [0, 0])
+    homes = layer_devices(placement, meta, gpus)
+    for tensor in meta.tensors:
+        use = use_of(tensor, meta)
+        if use is not None:
+            total = totals[device_of(tensor, placement, homes), use, tensor.type]
+            total[0] += tensor.n_bytes
+            total[1] += tensor.n_values
+    return tuple(ComputePart(*key, *total) for key, total in totals.items())
+
+
+def layers_of(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) -> tuple[LayerWork, ...]:
+    """The layers in order."""
+    homes = layer_devices(placement, meta, gpus)
+    experts: Mapping[int, set[str]] = defaultdict(set)
+    for tensor in meta.tensors:
+        if tensor.role == "experts" and tensor.layer is not None:
+            experts[tensor.layer].add(device_of(tensor, placement, homes))
+    return tuple(
+        LayerWork(homes[n], tuple(sorted(experts[n])), values_per_cell(meta, n), window_of(meta, n))
+        for n in range(meta.n_layers)
+    )
+
+
+def layer_devices(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) -> tuple[str, ...]:
+    """The device of each layer, and of the output at the end; layers for drafting are left out."""
+    n_all = meta.n_layers + meta.n_nextn_layers
+    first = n_all + 1 - min(placement.n_gpu_layers, n_all + 1)
+    n_on_gpus = n_all + 1 - first
+    edges = list(accumulate(placement.tensor_split)) if len(gpus) > 1 else []
+
+    def device(n: int) -> str:
+        if n < first or not gpus:
+            return CPU
+        if not edges or not edges[-1]:
+            return gpus[0]
+        place = bisect_right(edges, (n - first) / n_on_gpus * edges[-1])
+        return gpus[min(place, len(gpus) - 1)]
+
+    return tuple(device(n) for n in (*range(meta.n_layers), n_all))
+
+
+def device_of(tensor: TensorInfo, placement: Placement, homes: Sequence[str]) -> str:
+    if tensor.layer is None:
+        return homes[-1]
+    in_ram = tensor.role == "experts" and (
+        tensor.layer in placement.cpu_expert_layers or tensor.name in placement.cpu_expert_tensors
+    )
+    return CPU if in_ram else homes[tensor.layer]
+
+
+def use_of(tensor: TensorInfo, meta: ModelMeta) -> Use | None:
+    """What a tensor is used for; None where a token meets next to nothing of it."""
+    if tensor.layer is not None:
+        if tensor.layer >= meta.n_layers:
+            return None
+        return "experts" if tensor.role == "experts" else "dense"
+    if tensor.role == "output":
+        return "output"
+    tied = tensor.name == "token_embd.weight" and not has_output(meta)
+    return "output" if tied else None
+
+
+def has_output(meta: ModelMeta) -> bool:
+    return any(tensor.role == "output" for tensor in meta.tensors)
+
+
+def values_per_cell(meta: ModelMeta, layer: int) -> int:
+    """Every query head meets K and V of each token that it sees, whoever shares them with it."""
+    if not meta.n_kv_heads[layer]:
+        return 0
+    return meta.n_heads[layer] * sum(head_dims(meta, layer))
+
+
+def window_of(meta: ModelMeta, layer: int) -> int | None:
+    window = meta.sliding_window
+    return window.n_window if window and is_windowed(meta, layer) else None
+
 
 OFFLOAD_MIN_BATCH = 32
 """From so many tokens on a GPU multiplies with weights in RAM, copied over
@@ -85,14 +198,14 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class CostModel:
     """A placement on a machine, ready to be asked for the time of a step. `tuning` is what the CPU
     was timed with on the model itself."""
 
     placement: Placement
     meta: ModelMeta
     gpus: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[ComputePart, ...]
     layers: tuple[LayerWork, ...]
     rates: Mapping[str, Rates]
     missing_share: float = 0.0
@@ -108,14 +221,14 @@ class Setting:
         return self.rates[self.gpus[0] if self.is_offloaded(device, n_tokens) else device]
 
 
-def setting_of(
+def cost_model_of(
     placement: Placement,
     meta: ModelMeta,
     bandwidths: Bandwidths,
     gpus: Sequence[str] | None = None,
     ram_bytes: int | None = None,
     tuning: Tuning | None = None,
-) -> Setting:
+) -> CostModel:
     """A placement on a machine. `gpus` are the names of those that the engine sees, by default
     those that were measured; `ram_bytes` what may hold pages of a mapped file, by default enough.
     """
@@ -125,7 +238,7 @@ def setting_of(
     parts = parts_of(placement, meta, names)
     in_ram = sum(part.n_bytes for part in parts if part.device == CPU)
     missing = 0.0 if ram_bytes is None or not in_ram else max(0.0, 1 - ram_bytes / in_ram)
-    return Setting(
+    return CostModel(
         placement=placement,
         meta=meta,
         gpus=names,
@@ -137,7 +250,7 @@ def setting_of(
     )
 
 
-def with_edge(setting: Setting, n_tokens: int) -> Setting:
+def with_edge(setting: CostModel, n_tokens: int) -> CostModel:
     """The same with weights in RAM copied to a GPU from so many tokens on."""
     return replace(setting, placement=replace(setting.placement, offload_min_batch=n_tokens))
 
@@ -150,7 +263,7 @@ def measured_gpus(bandwidths: Bandwidths) -> tuple[str, ...]:
 
 
 def forecast(
-    setting: Setting, records: Sequence[SpeedRecord] = (), task: Task | None = None
+    setting: CostModel, records: Sequence[SpeedRecord] = (), task: Task | None = None
 ) -> Forecast:
     """The speeds of a task, corrected by what runs on this machine got."""
     task = task or Task()
@@ -169,7 +282,7 @@ def forecast(
     )
 
 
-def prompt_tps(setting: Setting, task: Task) -> float:
+def prompt_tps(setting: CostModel, task: Task) -> float:
     """By formula alone: the prompt's micro-batches, the last one with a token's logits."""
     if task.n_prompt <= 0:
         return 0.0
@@ -183,7 +296,7 @@ def prompt_tps(setting: Setting, task: Task) -> float:
     return n_all / seconds
 
 
-def generation_tps(setting: Setting, task: Task) -> float:
+def generation_tps(setting: CostModel, task: Task) -> float:
     """By formula alone, at the depth in the middle of what is generated."""
     seen = task.n_cached + task.n_prompt + task.n_generated / 2
     n, place = task.n_at_once, setting.placement
@@ -216,7 +329,7 @@ def likely_tps(
     return 1 / (seconds + ENGINE_STEP_S + SAMPLING_S)
 
 
-def host_share(setting: Setting, task: Task) -> float:
+def host_share(setting: CostModel, task: Task) -> float:
     """The CPU's share of the time of a generating step beside a GPU; 1 where there is but one."""
     devices = {part.device for part in setting.parts}
     if CPU not in devices or devices == {CPU}:
@@ -234,7 +347,7 @@ def host_share(setting: Setting, task: Task) -> float:
     return (products + layers) / step_seconds(setting, n, seen, n_outputs=n, one_each=True)
 
 
-def offload_edge(setting: Setting) -> int:
+def offload_edge(setting: CostModel) -> int:
     """From how many tokens on weights in RAM are better copied to a GPU than left to the CPU.
 
     2 at least, as a copy for one token is never worth it, and MAX_OFFLOAD_EDGE where none is.
@@ -255,7 +368,7 @@ def offload_edge(setting: Setting) -> int:
 
 
 def step_seconds(
-    setting: Setting, n_tokens: int, seen: float, n_outputs: int, one_each: bool = False
+    setting: CostModel, n_tokens: int, seen: float, n_outputs: int, one_each: bool = False
 ) -> float:
     """Seconds of one decode. Each token sees `seen` tokens on average; `one_each` says that every
     token is of another sequence."""
@@ -271,7 +384,7 @@ def step_seconds(
     return products + layers + ENGINE_STEP_S + SAMPLING_S * n_outputs
 
 
-def product_seconds(setting: Setting, part: Part, n_tokens: int) -> float:
+def product_seconds(setting: CostModel, part: ComputePart, n_tokens: int) -> float:
     """All products of some tensors with a batch, and what has to be fetched for them."""
     if not n_tokens:
         return 0.0
@@ -299,7 +412,7 @@ def touched_share(meta: ModelMeta, n_tokens: int) -> float:
     return 1.0 - (1.0 - meta.n_experts_used / meta.n_experts) ** n_tokens
 
 
-def rows(meta: ModelMeta, part: Part, n_tokens: int, is_gpu: bool) -> float:
+def rows(meta: ModelMeta, part: ComputePart, n_tokens: int, is_gpu: bool) -> float:
     """Tokens that each touched matrix is multiplied with, counting what a GPU's tiles waste."""
     if part.use != "experts" or not meta.n_experts:
         return n_tokens
@@ -308,7 +421,7 @@ def rows(meta: ModelMeta, part: Part, n_tokens: int, is_gpu: bool) -> float:
 
 
 def attention_seconds(
-    setting: Setting, layer: LayerWork, n_tokens: int, seen: float, one_each: bool
+    setting: CostModel, layer: LayerWork, n_tokens: int, seen: float, one_each: bool
 ) -> float:
     """The cache is where the layer's dense part is."""
     device = setting.rates[layer.device].device
@@ -320,7 +433,7 @@ def attention_seconds(
     return layer.values_per_cell * cells * n_tokens / rate
 
 
-def fixed_seconds(setting: Setting, layer: LayerWork, n_tokens: int) -> float:
+def fixed_seconds(setting: CostModel, layer: LayerWork, n_tokens: int) -> float:
     """What a layer's operations take with nothing to do, and its trips to RAM and back."""
     dense = setting.worker(layer.device, n_tokens)
     seconds = DENSE_NODES * dense.device.node_s
@@ -335,7 +448,7 @@ def fixed_seconds(setting: Setting, layer: LayerWork, n_tokens: int) -> float:
 # ---- what was learned ----
 
 
-def regime_of(setting: Setting, task: Task, kind: SpeedKind) -> str:
+def regime_of(setting: CostModel, task: Task, kind: SpeedKind) -> str:
     """What a speed depends on, so that runs of one regime teach about each other."""
     devices = {part.device for part in setting.parts}
     if devices == {CPU}:
@@ -359,7 +472,7 @@ def model_label(meta: ModelMeta) -> str:
 
 
 def records_of(
-    setting: Setting, usage: Usage, timings: Timings, when: float
+    setting: CostModel, usage: Usage, timings: Timings, when: float
 ) -> tuple[SpeedRecord, ...]:
     """What a run of one sequence by itself teaches; nothing where it was too short."""
     task = Task(
@@ -389,3 +502,13 @@ def records_of(
         )  # fmt: skip
         for kind, tps, real, n_tokens in found
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What forecasts are made from: this machine's rates, what earlier runs really got, and how
+    the CPU was timed on the model itself."""
+
+    bandwidths: Bandwidths = Bandwidths()
+    records: Sequence[SpeedRecord] = ()
+    tuning: Tuning | None = None

@@ -7,17 +7,10 @@ plain choice only where it is faster by more than such short timings are wrong.
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from pydantic import TypeAdapter
+from dataclasses import dataclass
 
 from ..engine.protocol import RepackMode
-from ..engine.rates import MARGIN, RepackableLayer, StepTime, Tuning
-from .measured import MeasurementKey, write_beside
+from ..engine.rates import MARGIN, RepackableLayer, Tuning
 
 LIMIT_S = 4.0
 
@@ -71,7 +64,7 @@ def step_ratio(tuning: Tuning, n_tokens: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
+class RepackedCopies:
     """Repacked copies that a plan makes: of which matrices, of how many layers, their bytes."""
 
     mode: RepackMode = "off"
@@ -79,7 +72,9 @@ class Copies:
     n_bytes: int = 0
 
 
-def copies_within(layers: tuple[RepackableLayer, ...], mode: RepackMode, room_bytes: int) -> Copies:
+def copies_within(
+    layers: tuple[RepackableLayer, ...], mode: RepackMode, room_bytes: int
+) -> RepackedCopies:
     """As many layers' copies as RAM has room for; outside of layers only when all of them fit."""
     n_bytes = n_layers = 0
     for layer in layers if mode != "off" else ():
@@ -87,7 +82,7 @@ def copies_within(layers: tuple[RepackableLayer, ...], mode: RepackMode, room_by
         if n_bytes + more > room_bytes:
             break
         n_bytes, n_layers = n_bytes + more, n_layers + 1
-    return Copies(mode, n_layers, n_bytes) if n_bytes else Copies()
+    return RepackedCopies(mode, n_layers, n_bytes) if n_bytes else RepackedCopies()
 
 
 def repacked_ratio(
@@ -107,7 +102,7 @@ def repacked_ratio(
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class TuningRecord:
     """A timing, and how often it was tried: on a busy machine, or where it failed, once more at
     another time."""
 
@@ -119,38 +114,7 @@ class Kept:
         is_good = bool(self.tuning.times) and not is_busy(self.tuning)
         return is_good or self.n_tries >= MAX_TRIES
 
-    def or_better(self, newer: Tuning) -> Kept:
+    def or_better(self, newer: Tuning) -> TuningRecord:
         """The one that was less disturbed, and not the one that failed."""
         best = min(self.tuning, newer, key=lambda t: (not t.times, t.others_share))
-        return Kept(best, self.n_tries + 1)
-
-
-class TuningStore:
-    """Timings in a folder, a small JSON file for each machine, build and model."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, key: MeasurementKey) -> Kept | None:
-        """What was timed; None where nothing was, or the file is damaged."""
-        with contextlib.suppress(OSError, ValueError):
-            found = _codec.validate_json(self._path(key).read_bytes(), strict=True)
-            return found if is_sound(found.tuning.times) else None
-        return None
-
-    def write(self, key: MeasurementKey, kept: Kept) -> None:
-        write_beside(self._path(key), json.dumps(asdict(kept)))
-
-    def _path(self, key: MeasurementKey) -> Path:
-        return (
-            self._folder / MeasurementKey(key.machine, key.build, f"tuning {key.model}").file_name
-        )
-
-
-def is_sound(times: Iterable[StepTime]) -> bool:
-    """Whether these are times of something: a step of one token first."""
-    known = list(times)
-    return not known or (known[0].n_tokens == 1 and all(0 < t.seconds < 1e6 for t in known))
-
-
-_codec: TypeAdapter[Kept] = TypeAdapter(Kept)
+        return TuningRecord(best, self.n_tries + 1)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from ..errors import gib
 from ..gguf.model_meta import ModelMeta
-from .fill import Layout, Rooms
-from .gpus import Gpu
+from ..hardware.gpus import Gpu
+from .expert_packing import GpuCapacity, LayerPlacement
+from .model_bytes import ModelBytes
 from .request import PlanRequest
-from .sizes import Sizes
 
 DEFAULT_N_CTX = 4096
 
@@ -26,7 +26,9 @@ def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
     return request.n_ctx, f"context of {request.n_ctx} tokens: as asked"
 
 
-def layout_reasons(sizes: Sizes, layout: Layout, gpus: list[tuple[Gpu, int]]) -> Iterator[str]:
+def layout_reasons(
+    sizes: ModelBytes, layout: LayerPlacement, gpus: list[tuple[Gpu, int]]
+) -> Iterator[str]:
     """Why the layers and experts are where they are."""
     asked, n_layers = sizes.request.n_gpu_layers, len(sizes.layers)
     where = "the GPU" if len(gpus) < 2 else "the GPUs"
@@ -55,7 +57,7 @@ def why_cpu(request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> str:
     return "the GPUs have too little room for one layer"
 
 
-def expert_reasons(sizes: Sizes, layout: Layout, where: str) -> Iterator[str]:
+def expert_reasons(sizes: ModelBytes, layout: LayerPlacement, where: str) -> Iterator[str]:
     moved = sizes.request.n_cpu_moe
     if moved is not None:
         yield f"the experts of the first {min(moved, len(sizes.layers))} layers in RAM: as asked"
@@ -69,7 +71,7 @@ def expert_reasons(sizes: Sizes, layout: Layout, where: str) -> Iterator[str]:
 
 
 def rejections(
-    sizes: Sizes, layout: Layout, rooms: Rooms, gpus: list[tuple[Gpu, int]]
+    sizes: ModelBytes, layout: LayerPlacement, rooms: GpuCapacity, gpus: list[tuple[Gpu, int]]
 ) -> Iterator[str]:
     """What would be faster, and the room that it would need on the GPUs."""
     if not gpus:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from .cards import Cards, all_cards
-from .cgroups import memory_limits
-from .processor import Processor, processor
-from .sources import Sources, read_text, tool_path
+from .cpu import Processor, memory_limits, processor
+from .gpus import Cards, all_cards
+from .system import SystemAccess, read_text, tool_path
 
 PACKAGE = "llama-cpp-python"
 
@@ -61,7 +60,7 @@ class Host:
     pip: str = "pip"
 
 
-def host_of(sources: Sources) -> Host:
+def host_of(sources: SystemAccess) -> Host:
     """Look at the machine. No child of ours may hold a context on a GPU meanwhile."""
     return Host(
         system=sources.system,
@@ -75,7 +74,7 @@ def host_of(sources: Sources) -> Host:
     )
 
 
-def ram_of(sources: Sources) -> Ram:
+def ram_of(sources: SystemAccess) -> Ram:
     """RAM within the limits of the control groups."""
     total = machine_total = _meminfo(sources, "MemTotal")
     available = _meminfo(sources, "MemAvailable")
@@ -89,7 +88,7 @@ def ram_of(sources: Sources) -> Ram:
     return Ram(machine_total, total, available)
 
 
-def _meminfo(sources: Sources, name: str) -> int:
+def _meminfo(sources: SystemAccess, name: str) -> int:
     """A line of /proc/meminfo in bytes, 0 where there is none."""
     match = re.search(rf"^{name}:\s+(\d+) kB$", read_text(sources.proc / "meminfo"), re.MULTILINE)
     return int(match[1]) << 10 if match else 0
@@ -103,7 +102,7 @@ def llama_version() -> str:
         return ""
 
 
-def llama_backends(sources: Sources) -> frozenset[str]:
+def llama_backends(sources: SystemAccess) -> frozenset[str]:
     """Backends by the libraries that lie in the package; nothing is loaded."""
     folder = sources.llama_folder or _package_folder()
     if folder is None:
@@ -118,7 +117,7 @@ def _package_folder() -> Path | None:
     return Path(places[0]) if places else None
 
 
-def pip_command(sources: Sources) -> str:
+def pip_command(sources: SystemAccess) -> str:
     """How packages are installed where this package is: pip, or uv where there is no pip."""
     here = Path(sys.executable)
     pip = tool_path("pip", sources)

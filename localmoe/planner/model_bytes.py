@@ -6,11 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import astuple, dataclass, replace
 
+from ..engine.protocol import FLOATS
 from ..gguf.model_meta import ModelMeta
 from ..gguf.tensors import TensorInfo
-from .cache import cache_bytes_by_layer
-from .compute import (
-    Work,
+from ..hardware.gpus import Gpu
+from ..perf.figures import Figure, Measured
+from .buffers import (
+    MicroBatchShape,
+    cache_bytes_by_layer,
     compute_bytes,
     copied_experts_bytes,
     estimated_bytes,
@@ -19,9 +22,7 @@ from .compute import (
     pipeline_bytes,
     scores_bytes,
 )
-from .fill import Layer
-from .gpus import Gpu
-from .measured import Figure, Measured
+from .expert_packing import Layer
 from .request import PlanRequest
 
 OVERHEAD_BYTES = 512 << 20
@@ -46,8 +47,6 @@ difference of a few KiB."""
 # llama.cpp makes these architectures' output before the embeddings that it copies (src/models),
 # and then doesn't see that both could be one: they take the embeddings twice, in RAM too
 EMBEDDINGS_TWICE = ("gemma3n", "gemma4")
-
-FLOATS = ("f32", "f16", "bf16")
 MAX_SCORES_BYTES = 1 << 30
 """What all attention scores of a micro-batch may take: Mixtral's for 16,000 tokens of context."""
 
@@ -57,7 +56,7 @@ CPU_ONLY, ALL_ON_GPU, EXPERTS_IN_RAM, LAYERS_IN_RAM = "cpu", "gpu", "experts", "
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class HostResidue:
     """What stays in RAM and takes room on GPUs: the largest tensor of experts that is copied there
     to compute with, and the next smaller size of them; what is pinned; and in how many layers of
     GPUs there are experts in RAM."""
@@ -67,13 +66,13 @@ class Left:
     pinned_bytes: int = 0
     n_layers: int = 0
 
-    def covers(self, other: Left) -> bool:
+    def covers(self, other: HostResidue) -> bool:
         pairs = zip(astuple(self), astuple(other), strict=True)
         return all(mine >= theirs for mine, theirs in pairs)
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ModelBytes:
     """A model in bytes. `output_bytes` goes with the output matrix to the last GPU (a copy of the
     embeddings where they are tied), `output_in_ram_bytes` is what it takes where there is none.
     `embedding_bytes` stay in RAM, and so do `moved_bytes`: experts that the person put there.
@@ -95,7 +94,7 @@ class Sizes:
         measured: Measured,
         place: int,
         n_gpus: int,
-        left: Left,
+        left: HostResidue,
     ) -> Figure:
         """The compute buffer of a device: measured, interpolated or by formula.
 
@@ -117,7 +116,7 @@ class Sizes:
         if others:
             return Figure(max(0, *others), "interpolated")
         n_ctx = self.request.n_cells or self.n_ctx
-        work = Work(n_ctx, self.request.n_ubatch, self.request.n_seq, self.has_scores)
+        work = MicroBatchShape(n_ctx, self.request.n_ubatch, self.request.n_seq, self.has_scores)
         if device == RAM:
             return Figure(ram_compute_bytes(self.meta, work, kind, n_gpus), "formula")
         n_bytes = gpu_compute_bytes(self.meta, work, kind, place, n_gpus, left.copied_bytes)
@@ -131,7 +130,7 @@ class Sizes:
         measured: Measured,
         place: int,
         n_gpus: int,
-        left: Left,
+        left: HostResidue,
     ) -> int:
         """What a GPU has for weights and cache; less than 0 where not even that."""
         compute = self.compute(kind, gpu.name, measured, place, n_gpus, left)
@@ -154,9 +153,9 @@ class Sizes:
         largest, following, *_ = (*sorted(sizes, reverse=True), 0, 0)
         return largest, following
 
-    def with_largest_in_ram(self, n_bytes: int) -> Sizes:
+    def with_largest_in_ram(self, n_bytes: int) -> ModelBytes:
         """The same, where larger tensors of experts are kept off RAM."""
-        return sizes_of(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
+        return model_bytes(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
 
     def n_experts(self) -> Counter[int]:
         """How many matrices of experts each layer has."""
@@ -201,7 +200,7 @@ class Sizes:
 
 
 def gpu_compute_bytes(
-    meta: ModelMeta, work: Work, kind: str, place: int, n_gpus: int, copied_bytes: int
+    meta: ModelMeta, work: MicroBatchShape, kind: str, place: int, n_gpus: int, copied_bytes: int
 ) -> int:
     """A GPU's compute buffer by formula. What is in RAM is computed on the first GPU."""
     n_bytes = estimated_bytes(meta, work, on_gpu=True)
@@ -212,7 +211,7 @@ def gpu_compute_bytes(
     return n_bytes
 
 
-def ram_compute_bytes(meta: ModelMeta, work: Work, kind: str, n_gpus: int) -> int:
+def ram_compute_bytes(meta: ModelMeta, work: MicroBatchShape, kind: str, n_gpus: int) -> int:
     """RAM's compute buffer and logits by formula.
 
     Layers in RAM count as computed there: not every backend takes large batches of them over.
@@ -225,7 +224,7 @@ def ram_compute_bytes(meta: ModelMeta, work: Work, kind: str, n_gpus: int) -> in
     return input_bytes(meta, work) + logits
 
 
-def sizes_of(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> Sizes:
+def model_bytes(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> ModelBytes:
     """A model's bytes for sequences of `n_ctx` tokens. Layers for drafting aren't loaded."""
     caches = cache_bytes_by_layer(meta, n_ctx, request.n_seq, request.kv_type, request.n_cells)
     outside = [t for t in meta.tensors if t.layer is None]
@@ -235,7 +234,7 @@ def sizes_of(meta: ModelMeta, n_ctx: int, request: PlanRequest) -> Sizes:
     copied = sum(aligned(t) for t in outside if tied and t.name == "token_embd.weight")
     in_layers, trip = tensors_by_layer(meta), trip_bytes(meta)
     n_moved = min(request.n_cpu_moe or 0, meta.n_layers)
-    return Sizes(
+    return ModelBytes(
         meta=meta,
         request=request,
         n_ctx=n_ctx,
@@ -313,7 +312,7 @@ def compute_kind(kind: str, request: PlanRequest) -> str:
     return f"{kind}/{request.kv_type}/{request.n_seq}{shared}"
 
 
-def overhead(gpu: Gpu, sizes: Sizes, measured: Measured, left: Left) -> Figure:
+def overhead(gpu: Gpu, sizes: ModelBytes, measured: Measured, left: HostResidue) -> Figure:
     """What a GPU loses to its context, its libraries, the pages of RAM that it has mapped, and what
     it remembers of its work between two trips to RAM.
 
