@@ -23,8 +23,7 @@ from .config.settings import load_settings
 from .engine.client import Engine
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
 from .errors import EngineError, LocalMoeError, UsageError
-from .load import LoadedModel, open_model, open_vocabulary
-from .revival import Revival
+from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
 from .serving.again import lasting
 from .serving.answer import Answer
 from .serving.batch import BatchResult, answers
@@ -85,11 +84,11 @@ class LocalMoE:
     def __init__(self, model: str, **settings: Any) -> None:
         self._model = model
         self._settings = load_settings(settings, model=model)
-        self._open: LoadedModel | None = open_model(model, self._settings)
-        self._revive = Revival(self._open, self._settings)
+        self._open: OpenModel | None = open_engine(model, self._settings)
+        self._revive = EngineReloader(self._open, self._settings)
 
     @property
-    def _loaded(self) -> LoadedModel:
+    def _loaded(self) -> OpenModel:
         """Raises LocalMoeError after `close`."""
         if self._open is None:
             again = f"Open it again: LocalMoE({self._model!r})."

@@ -18,7 +18,7 @@ from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
 from localmoe.engine.text import TextStream
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta
-from localmoe.load import open_vocabulary, unstoppable
+from localmoe.loading import open_vocabulary, unstoppable
 from localmoe.serving.answer import (
     Answer,
     HarmonyMarkers,

@@ -16,6 +16,8 @@ import pytest
 from soak import batch as soak
 
 from localmoe.callbacks import LoadCallbacks
+from localmoe.catalog.model_name import ModelName
+from localmoe.catalog.resolve import ResolvedModel
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
 from localmoe.engine.client import Engine, Inbox
@@ -35,9 +37,7 @@ from localmoe.gguf.demo import PACKAGE
 from localmoe.gguf.model_meta import read_meta
 from localmoe.gguf.reader import read_header
 from localmoe.gguf.writer import encode_header, raw_entries
-from localmoe.load import format_of, load_to_talk
-from localmoe.models.names import ModelName
-from localmoe.obtain import Found
+from localmoe.loading import format_of, load_to_talk
 from localmoe.serving import asking, batch
 from localmoe.serving.asking import Asking, Outcome, Stop
 from localmoe.serving.backlog import Backlog
@@ -553,7 +553,9 @@ def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path
 
 
 def test_a_base_model_is_not_talked_to(base_model: Path) -> None:
-    found = Found(ModelName(str(base_model), path=base_model), base_model, read_meta(base_model))
+    found = ResolvedModel(
+        ModelName(str(base_model), path=base_model), base_model, read_meta(base_model)
+    )
     with pytest.raises(PromptError, match="no chat template") as error:
         load_to_talk(found, load_settings({}), LoadCallbacks())
     assert "Instruct" in error.value.hint

@@ -18,7 +18,7 @@ from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Piece, Sampling
 from localmoe.errors import EngineError, UsageError
 from localmoe.files import InputLine, digest, read_lines
-from localmoe.load import open_vocabulary
+from localmoe.loading import open_vocabulary
 from localmoe.serving.batch_body import ItemError
 from localmoe.serving.batch_input import (
     BatchRequest,

@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmoe.config.settings import Settings
-from localmoe.errors import LocalMoeError
-from localmoe.gguf.demo import DEMO
-from localmoe.gguf.model_meta import read_meta
-from localmoe.hub.quants import label_of
-from localmoe.models.catalog import (
+from localmoe.catalog.catalog import (
     ModelSpec,
     SamplingDefaults,
     catalog_path,
     read_catalog,
     read_models,
 )
-from localmoe.models.names import parse_name
+from localmoe.catalog.model_name import parse_name
+from localmoe.config.settings import Settings
+from localmoe.errors import LocalMoeError
+from localmoe.gguf.demo import DEMO
+from localmoe.gguf.model_meta import read_meta
+from localmoe.hub.quants import label_of
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = read_catalog()
@@ -42,7 +42,7 @@ def test_a_wheel_has_the_catalog_and_the_demo_model(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from localmoe.models.catalog import catalog_path, read_catalog\n"
+        "from localmoe.catalog.catalog import catalog_path, read_catalog\n"
         "print(catalog_path()); print(len(read_catalog()))\n"
         "print(read_catalog()['demo'].path.is_file())\n"
     )

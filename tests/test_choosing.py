@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from localmoe.choosing import check_bytes, choose, free_bytes, in_order
+from localmoe.catalog.select_quant import check_bytes, choose_quant, free_bytes, in_order
 from localmoe.errors import DoesNotFit, ModelFileError
 from localmoe.hardware.gpus import Gpu
 from localmoe.hardware.machine import Machine
@@ -67,7 +67,7 @@ def test_the_order_in_which_quants_are_wanted(there: str, wanted: str) -> None:
     ],
 )  # fmt: skip
 def test_why_is_true(there: str, gib: float, chosen: str, why: str) -> None:
-    choice = choose([quant(label) for label in there.split()], up_to(gib), are_here=False)
+    choice = choose_quant([quant(label) for label in there.split()], up_to(gib), are_here=False)
     assert choice.quant.label == chosen
     assert why in choice.why
 
@@ -80,31 +80,40 @@ def test_a_quant_a_little_below_is_taken_where_it_is_much_faster() -> None:
         limit = SIZES[label] * GIB
         return lambda q: 190.0 if q.n_bytes <= limit + 1 else 50.0
 
-    choice = choose(there, up_to(99), are_here=False, speed=on_gpu("IQ4_XS"))
+    choice = choose_quant(there, up_to(99), are_here=False, speed=on_gpu("IQ4_XS"))
     assert choice.quant.label == "IQ4_XS"
     assert "190 tok/s where Q4_K_M gives 50" in choice.why
-    assert choose(there, up_to(99), are_here=False, speed=on_gpu("Q4_K_S")).quant.label == "Q4_K_S"
+    assert (
+        choose_quant(there, up_to(99), are_here=False, speed=on_gpu("Q4_K_S")).quant.label
+        == "Q4_K_S"
+    )
     # a poor one is not taken for speed, nor one that doesn't run, nor for a little speed
-    assert choose(there, up_to(99), are_here=False, speed=on_gpu("Q2_K")).quant.label == "Q4_K_M"
+    assert (
+        choose_quant(there, up_to(99), are_here=False, speed=on_gpu("Q2_K")).quant.label == "Q4_K_M"
+    )
     broken = up_to(99, "IQ4_XS")
-    assert choose(there, broken, are_here=False, speed=on_gpu("IQ4_XS")).quant.label == "Q4_K_M"
-    slightly = choose(there, up_to(99), are_here=False, speed=lambda q: 1e12 / q.n_bytes)
+    assert (
+        choose_quant(there, broken, are_here=False, speed=on_gpu("IQ4_XS")).quant.label == "Q4_K_M"
+    )
+    slightly = choose_quant(there, up_to(99), are_here=False, speed=lambda q: 1e12 / q.n_bytes)
     assert slightly.quant.label == "Q4_K_M"
     # what is here is not fetched again
-    assert choose(there, up_to(99), are_here=True, speed=on_gpu("IQ4_XS")).quant.label == "Q8_0"
+    assert (
+        choose_quant(there, up_to(99), are_here=True, speed=on_gpu("IQ4_XS")).quant.label == "Q8_0"
+    )
 
 
 def test_of_those_that_are_here_the_best_that_fits_is_taken() -> None:
     here = [quant("Q2_K"), quant("Q6_K"), quant("Q4_K_M"), quant("model", 1)]
-    assert choose(here, up_to(99), are_here=True).quant.label == "Q6_K"
-    choice = choose(here, up_to(30), are_here=True)
+    assert choose_quant(here, up_to(99), are_here=True).quant.label == "Q6_K"
+    choice = choose_quant(here, up_to(30), are_here=True)
     assert choice.quant.label == "Q4_K_M"
     assert "Q6_K does not fit" in choice.why
 
 
 def test_a_broken_one_is_named_as_such_and_passed_over() -> None:
     quants = [quant("Q4_K_M"), quant("Q5_K_M"), quant("Q2_K")]
-    choice = choose(quants, up_to(99, "Q4_K_M"), are_here=False)
+    choice = choose_quant(quants, up_to(99, "Q4_K_M"), are_here=False)
     assert choice.quant.label == "Q5_K_M"
     assert "Q4_K_M does not run: Q4_K_M: damaged." in choice.why
 
@@ -116,20 +125,20 @@ def test_what_is_no_smaller_than_one_that_does_not_fit_is_not_looked_at() -> Non
         looked.append(quant.label)
         up_to(20)(quant)
 
-    choose([quant(x) for x in ("Q4_K_M", "Q8_0", "F16", "Q2_K")], check, are_here=False)
+    choose_quant([quant(x) for x in ("Q4_K_M", "Q8_0", "F16", "Q2_K")], check, are_here=False)
     assert looked == ["Q4_K_M", "Q2_K"]
 
 
 def test_where_none_fits_the_smallest_is_named() -> None:
     quants = [quant("IQ2_M", 9), quant("IQ1_S", 12), quant("Q4_K_M")]
     with pytest.raises(DoesNotFit, match=r"of the smallest, IQ2_M: Its weights take 9\.0 GiB"):
-        choose(quants, up_to(4), are_here=False)
+        choose_quant(quants, up_to(4), are_here=False)
 
 
 def test_where_none_runs_the_first_error_stands_as_it_is() -> None:
     quants = [quant("Q2_K"), quant("Q4_K_M")]
     with pytest.raises(ModelFileError) as refused:
-        choose(quants, up_to(99, "Q2_K", "Q4_K_M"), are_here=False)
+        choose_quant(quants, up_to(99, "Q2_K", "Q4_K_M"), are_here=False)
     assert str(refused.value) == "Q4_K_M: damaged. Mend Q4_K_M."
 
 

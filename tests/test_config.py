@@ -14,7 +14,7 @@ from localmoe.cli.config import TEMPLATE
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings, parse_size
 from localmoe.errors import UsageError
-from localmoe.load import is_sampling_value
+from localmoe.loading import is_sampling_value
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,18 @@ FORBIDDEN = {
     "hardware/": {"huggingface_hub", "llama_cpp", *TERMINALS},
     "planner/plan.py": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "os", "pathlib", "io", "socket", "subprocess",
-        "psutil", "localmoe.engine.client", "localmoe.hub.client", "localmoe.models.catalog",
+        "psutil", "localmoe.engine.client", "localmoe.hub.client", "localmoe.catalog.catalog",
     },
-    "models/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner"},
     "hub/": {"llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner"},
     "gguf/": {
         "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.engine", "localmoe.planner",
-        "localmoe.models",
+        "localmoe.hub", "localmoe.catalog",
     },
     "engine/": {
-        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.planner", "localmoe.models",
+        "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.planner", "localmoe.hub",
+        "localmoe.catalog",
     },
-    "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.planner", "localmoe.models"},
+    "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.planner", "localmoe.hub"},
     "serving/": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil", "localmoe.planner"},
     "api.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil"},
     "": {"llama_cpp", "huggingface_hub", *TERMINALS},

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from standin_hub import StandInHub
 
+from localmoe.catalog.resolve import ModelResolver
 from localmoe.cli import run_command
 from localmoe.config.settings import Settings
 from localmoe.gguf.demo import DEMO
@@ -21,7 +22,6 @@ from localmoe.hub.client import file_of
 from localmoe.hub.download import download, lock_of
 from localmoe.hub.partial_file import Partial
 from localmoe.hub.verify import PIECE_BYTES
-from localmoe.obtain import Finder
 
 REPO, OTHER = "maker/Small-GGUF", "copier/Small-GGUF"
 NAME = "small.Q4_K_M.gguf"
@@ -46,7 +46,7 @@ class House:
 
     def __init__(self, hub: StandInHub, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         self.hub, self.capsys, self.folder = hub, capsys, folder
-        self.finder = Finder(Settings())
+        self.finder = ModelResolver(Settings())
 
     def fetch(self, repo: str, *files: str) -> list[Path]:
         remote = self.finder.hub.repository(repo)

@@ -6,7 +6,7 @@ import pytest
 
 from localmoe.config.environment import engine_environment
 from localmoe.engine.protocol import Placement
-from localmoe.load import environment_of
+from localmoe.loading import environment_of
 
 
 def test_a_plan_that_splits_the_work_says_so_in_the_engines_environment(

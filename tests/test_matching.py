@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.catalog.catalog import ModelSpec, QuantSpec
+from localmoe.catalog.model_name import parse_name
+from localmoe.catalog.resolve import (
+    exact_name,
+    filter_installed,
+    newest_commits,
+    quant_of_installed,
+    sized_quants,
+)
 from localmoe.hub.installed import InstalledModel, InstalledModels
 from localmoe.hub.quants import Quant, quants_of
 from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo
-from localmoe.models.catalog import ModelSpec, QuantSpec
-from localmoe.models.matching import models_meant, newest, quant_here, sized_quants, what_to_type
-from localmoe.models.names import parse_name
 
 REPO, OTHER = "maker/Model-GGUF", "copier/Model-GGUF"
 OLD, NEW, THIRD = "a" * 40, "b" * 40, "ab12345" + "c" * 33
@@ -46,7 +52,7 @@ class Cache:
             (root / "refs" / ref).write_text(commit)
 
     def meant(self, text: str, **options: bool) -> list[InstalledModel]:
-        return models_meant(self.store.installed(), parse_name(text, {}), **options)
+        return filter_installed(self.store.installed(), parse_name(text, {}), **options)
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def test_main_comes_first_then_the_newest(cache: Cache) -> None:
     cache.put(REPO, NEW, "m.Q4_K_M.gguf")
     cache.put(REPO, THIRD, "m.Q8_0.gguf", "m.Q4_K_M.gguf")
     assert commits(cache.meant(f"{REPO}:Q4_K_M")) == [OLD, THIRD, NEW]
-    kept = newest(cache.meant(REPO))
+    kept = newest_commits(cache.meant(REPO))
     assert {(model.label, model.commit) for model in kept} == {
         ("Q4_K_M", OLD), ("Q2_K", OLD), ("Q8_0", THIRD),
     }  # fmt: skip
@@ -102,9 +108,11 @@ def test_a_copy_with_the_catalogs_hash_counts_wherever_it_lies(cache: Cache) -> 
     (model,) = cache.store.installed()
     for text in ("mine", "mine:q4_k_m"):
         name = parse_name(text, {"mine": spec})
-        assert models_meant([model], name) == [model]
-        assert not models_meant([model], name, copies=False)  # nothing of another repository goes
-    assert models_meant([model], parse_name("mine:Q8_0", {"mine": spec})) == []
+        assert filter_installed([model], name) == [model]
+        assert not filter_installed(
+            [model], name, copies=False
+        )  # nothing of another repository goes
+    assert filter_installed([model], parse_name("mine:Q8_0", {"mine": spec})) == []
 
 
 def test_a_model_with_a_lost_shard_is_meant_where_that_is_asked_for(cache: Cache) -> None:
@@ -141,10 +149,10 @@ def test_what_to_type_means_the_same_again(
 ) -> None:
     catalog = {"mine": ModelSpec(repo=REPO, revision=OLD)}
     quants = remote(*names.split())
-    assert what_to_type(parse_name(text, catalog), quants[0], quants) == wanted
+    assert exact_name(parse_name(text, catalog), quants[0], quants) == wanted
     cache.put(REPO, OLD, *names.split(), ref="v1")
-    again = models_meant(cache.store.installed(), parse_name(wanted, catalog))
-    assert [quant_here(model).files[0].name for model in again] == [quants[0].files[0].name]
+    again = filter_installed(cache.store.installed(), parse_name(wanted, catalog))
+    assert [quant_of_installed(model).files[0].name for model in again] == [quants[0].files[0].name]
 
 
 def test_sizes_of_the_catalog() -> None:

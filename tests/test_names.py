@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localmoe.catalog.catalog import read_catalog
+from localmoe.catalog.model_name import ModelName, near_name, parse_name
 from localmoe.errors import UsageError
-from localmoe.models.catalog import read_catalog
-from localmoe.models.names import ModelName, near_name, parse_name
 
 CATALOG = read_catalog()
 MIXTRAL = "mradermacher/Mixtral-8x7B-Instruct-v0.1-GGUF"

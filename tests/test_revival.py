@@ -21,10 +21,9 @@ from localmoe.config.settings import Settings, load_settings
 from localmoe.engine.protocol import Placement
 from localmoe.errors import EngineError, LocalMoeError
 from localmoe.hardware.system import SystemAccess
-from localmoe.load import LoadedModel, open_model
+from localmoe.loading import EngineReloader, OpenModel, kept_bytes, oom_kills, open_engine, safer
 from localmoe.perf.figures import Figure
 from localmoe.planner.plan import SMALLEST_N_CTX, Memory, Plan
-from localmoe.revival import Revival, kept_bytes, oom_kills, safer
 from localmoe.serving.answer import Answer
 from localmoe.serving.chat import Chat
 from localmoe.serving.messages import Message
@@ -39,8 +38,8 @@ LONG = f"root ::= {WHOLE.pattern}"
 
 
 @pytest.fixture
-def loaded() -> Iterator[LoadedModel]:
-    with open_model("demo", SETTINGS) as loaded:
+def loaded() -> Iterator[OpenModel]:
+    with open_engine("demo", SETTINGS) as loaded:
         yield loaded
 
 
@@ -50,9 +49,11 @@ def notes() -> list[str]:
 
 
 @pytest.fixture
-def chat(loaded: LoadedModel, notes: list[str]) -> Chat:
+def chat(loaded: OpenModel, notes: list[str]) -> Chat:
     options = loaded.options(SETTINGS)
-    return Chat(loaded.model, options, on_note=notes.append, revive=Revival(loaded, SETTINGS))
+    return Chat(
+        loaded.model, options, on_note=notes.append, revive=EngineReloader(loaded, SETTINGS)
+    )
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def long_chat(chat: Chat) -> Chat:
     return chat
 
 
-def kill(loaded: LoadedModel, how: signal.Signals = signal.SIGKILL) -> None:
+def kill(loaded: OpenModel, how: signal.Signals = signal.SIGKILL) -> None:
     """End the engine, and return when it is gone; words that it sent may still be on their way."""
     os.kill(loaded.engine.pid, how)
     loaded.engine._process.wait(5)
@@ -76,7 +77,7 @@ def answered(chat: Chat, text: str) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
 def test_killed_in_the_middle_of_an_answer(
-    how: signal.Signals, long_chat: Chat, loaded: LoadedModel, notes: list[str]
+    how: signal.Signals, long_chat: Chat, loaded: OpenModel, notes: list[str]
 ) -> None:
     first = answered(long_chat, HI)
     died, answer = loaded.engine.pid, Answer()
@@ -98,7 +99,7 @@ def test_killed_in_the_middle_of_an_answer(
     assert note.endswith("It is started again. The answer begins anew.")
 
 
-def test_killed_between_turns(chat: Chat, loaded: LoadedModel, notes: list[str]) -> None:
+def test_killed_between_turns(chat: Chat, loaded: OpenModel, notes: list[str]) -> None:
     answered(chat, HI)
     kill(loaded)
     assert answered(chat, "And what do you like?")
@@ -110,7 +111,7 @@ def test_killed_between_turns(chat: Chat, loaded: LoadedModel, notes: list[str])
 
 
 def test_one_that_always_dies_is_told_and_the_question_stays(
-    long_chat: Chat, loaded: LoadedModel, notes: list[str]
+    long_chat: Chat, loaded: OpenModel, notes: list[str]
 ) -> None:
     answered(long_chat, HI)
     before, pids = list(long_chat.messages), set[int]()
@@ -131,12 +132,12 @@ def test_one_that_always_dies_is_told_and_the_question_stays(
 
 
 def test_a_model_file_that_is_gone_is_an_error_and_the_question_stays(
-    tmp_path: Path, loaded: LoadedModel
+    tmp_path: Path, loaded: OpenModel
 ) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(loaded.meta.paths[0].read_bytes())
-    with open_model(str(path), SETTINGS) as copy:
-        chat = Chat(copy.model, copy.options(SETTINGS), revive=Revival(copy, SETTINGS))
+    with open_engine(str(path), SETTINGS) as copy:
+        chat = Chat(copy.model, copy.options(SETTINGS), revive=EngineReloader(copy, SETTINGS))
         path.unlink()
         kill(copy)
         with pytest.raises(LocalMoeError):
@@ -227,12 +228,12 @@ def test_the_kernels_count_of_those_it_killed(tmp_path: Path) -> None:
 
 
 def test_a_smaller_context_is_said_and_the_conversation_goes_on(
-    chat: Chat, loaded: LoadedModel, notes: list[str]
+    chat: Chat, loaded: OpenModel, notes: list[str]
 ) -> None:
     """The engine says that memory ran out; the cache is all that there is to save on."""
     settings = SETTINGS.model_copy(update={"ctx_size": 2048, "ubatch_size": 64})
-    with open_model("demo", settings) as large:
-        revival = Revival(large, settings)
+    with open_engine("demo", settings) as large:
+        revival = EngineReloader(large, settings)
         chat.model, chat.revive = large.model, revival
         answered(chat, HI)
         kill(large)
@@ -245,7 +246,7 @@ def test_a_smaller_context_is_said_and_the_conversation_goes_on(
         assert len(chat.messages) == 4
 
 
-def use_all_memory(loaded: LoadedModel) -> None:
+def use_all_memory(loaded: OpenModel) -> None:
     """Let the engine have no memory beyond what it has by now."""
     import resource
 
@@ -256,7 +257,7 @@ def use_all_memory(loaded: LoadedModel) -> None:
 
 
 def test_memory_that_runs_out_in_mid_chat_makes_a_smaller_plan(
-    chat: Chat, loaded: LoadedModel, notes: list[str]
+    chat: Chat, loaded: OpenModel, notes: list[str]
 ) -> None:
     answered(chat, HI)
     before = loaded.plan.placement

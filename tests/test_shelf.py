@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.choosing import in_order
+from localmoe.catalog.catalog import ModelSpec, QuantSpec, read_catalog
+from localmoe.catalog.listing import CatalogRow, MemoryBudget, best_quant, memory_budget_of
+from localmoe.catalog.resolve import sized_quants
+from localmoe.catalog.select_quant import in_order
 from localmoe.cli.listing import catalog_row, footer, other_row
 from localmoe.hardware.gpus import Gpu
 from localmoe.hardware.machine import Machine
 from localmoe.hub.cache_layout import CachedFile
 from localmoe.hub.installed import InstalledModel
-from localmoe.models.catalog import ModelSpec, QuantSpec, read_catalog
-from localmoe.models.matching import sized_quants
 from localmoe.planner.request import PlanRequest
-from localmoe.shelf import Entry, Room, room_of, suited
 
 GIB = 1 << 30
 MIXTRAL = read_catalog()["mixtral"]
@@ -24,15 +24,15 @@ NOTHING_ASKED = PlanRequest()
 NAME, QUANT, SIZE, HERE, VERDICT = range(5)
 
 
-def room(ram_gib: float, gpu_gib: float = 0, *, asked: PlanRequest = NOTHING_ASKED) -> Room:
+def room(ram_gib: float, gpu_gib: float = 0, *, asked: PlanRequest = NOTHING_ASKED) -> MemoryBudget:
     ram, gpu = int(ram_gib * GIB), int(gpu_gib * GIB)
     cards = (Gpu("CUDA0", "a card", gpu, gpu),) if gpu else ()
-    return room_of(Machine(ram, ram, 8, cards), asked)
+    return memory_budget_of(Machine(ram, ram, 8, cards), asked)
 
 
-def entry(spec: ModelSpec, memory: Room, *here: InstalledModel) -> Entry:
+def entry(spec: ModelSpec, memory: MemoryBudget, *here: InstalledModel) -> CatalogRow:
     quants = tuple(sized_quants(spec))
-    return Entry("it", spec, quants, here, suited(spec, in_order(quants), memory))
+    return CatalogRow("it", spec, quants, here, best_quant(spec, in_order(quants), memory))
 
 
 def installed(
@@ -71,7 +71,7 @@ def test_budgets_are_kept_to() -> None:
 
 def test_memory_that_a_gpu_shares_counts_once_and_is_as_fast() -> None:
     shared = Gpu("Metal", "Apple", 24 * GIB, 18 * GIB, unified=True)
-    found = room_of(Machine(24 * GIB, 18 * GIB, 8, (shared,)), NOTHING_ASKED)
+    found = memory_budget_of(Machine(24 * GIB, 18 * GIB, 8, (shared,)), NOTHING_ASKED)
     assert (found.memory_bytes, found.gpu_bytes) == (18 * GIB, 18 * GIB)
 
 

@@ -26,10 +26,10 @@ from .watching import watching
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
+    from ..catalog.resolve import ModelResolver, ResolvedModel
     from ..config.settings import Settings
     from ..engine.client import Engine
-    from ..load import LoadedModel
-    from ..obtain import Finder, Found
+    from ..loading import OpenModel
     from ..planner.request import BatchShape
     from ..serving.answer import Markers
     from ..serving.asking import Stop
@@ -148,7 +148,7 @@ class BatchCommand:
         self._checking = ExitStack()  # what is needed no longer once a model is loaded
         self._stop = Stop()
         self._interrupts = Interrupts(self._stop)
-        self._loaded: LoadedModel | None = None
+        self._loaded: OpenModel | None = None
 
     def __call__(self, as_json: bool) -> int:
         """Run it; gives the exit code. Raises LocalMoeError."""
@@ -252,7 +252,7 @@ class BatchCommand:
 
     @cached_property
     def _defaults(self) -> Defaults:
-        from ..load import answer_options
+        from ..loading import answer_options
         from ..serving.batch_input import Defaults
 
         found = self._found
@@ -270,7 +270,7 @@ class BatchCommand:
         """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
         from ..config.environment import engine_environment
         from ..engine.rendering import Renderer
-        from ..load import format_of, open_vocabulary, wants_thinking
+        from ..loading import format_of, open_vocabulary, wants_thinking
         from ..serving.batch_prompt import Encoder, LastingVocabulary, with_renderer
 
         env, meta = engine_environment(), self._found.meta
@@ -284,7 +284,7 @@ class BatchCommand:
 
     def _find_markers(self) -> Markers | None:
         """What parts thinking from answer in this model's vocabulary."""
-        from ..load import special_tokens
+        from ..loading import special_tokens
         from ..serving.answer import find_markers
 
         return find_markers(special_tokens(self._found.meta), self._encoder.vocabulary)
@@ -292,17 +292,17 @@ class BatchCommand:
     # ---- the model ----
 
     @cached_property
-    def _finder(self) -> Finder:
-        from ..obtain import Finder
+    def _finder(self) -> ModelResolver:
+        from ..catalog.resolve import ModelResolver
 
-        return self._stack.enter_context(Finder(self._settings, self._watch, "batch"))
+        return self._stack.enter_context(ModelResolver(self._settings, self._watch, "batch"))
 
     @cached_property
-    def _found(self) -> Found:
+    def _found(self) -> ResolvedModel:
         return self._finder.find(self._model)
 
     @cached_property
-    def _fetched(self) -> Found:
+    def _fetched(self) -> ResolvedModel:
         try:
             return self._finder.fetch(self._found)
         finally:
@@ -310,7 +310,7 @@ class BatchCommand:
 
     def _engine(self) -> Engine:
         """An engine with the model loaded; another call ends the one before."""
-        from ..load import load_found
+        from ..loading import load_found
 
         self._interrupts.is_asking = False  # while a model loads, nothing is lost by a Ctrl-C
         if self._loaded is not None:
@@ -323,7 +323,7 @@ class BatchCommand:
 
     def _ask(self, output: FileOutput | StreamOutput, backlog: Backlog) -> Progress:
         """Ask all that there is to ask, with a line on how far it is."""
-        from ..load import format_of, title
+        from ..loading import format_of, title
         from ..serving.batch import RunOptions, run_batch
         from .batch_files import crowd_of
 
@@ -366,7 +366,7 @@ class Told:
         self.line.show(progress_line(progress, tps), takes_minutes=True)
 
 
-def model_identity(found: Found) -> dict[str, Any]:
+def model_identity(found: ResolvedModel) -> dict[str, Any]:
     """What tells a model from every other: its file's hash where it is known, else its date."""
     from ..hub.cache_layout import expected_sha256
 

@@ -66,8 +66,8 @@ TYPES = {"model": ModelType, "models": ModelType, "session_name": SessionType}
 
 def model_names() -> list[str]:
     """The names of the catalogs, and the repositories that have a model here."""
+    from ..catalog.catalog import FILE_NAME, catalog_path
     from ..config.environment import config_folder, hub_access
-    from ..models.catalog import FILE_NAME, catalog_path
 
     names = [*catalog_names(catalog_path()), *catalog_names(config_folder() / FILE_NAME)]
     return list(dict.fromkeys([*names, *sorted(repositories(hub_access().cache))]))

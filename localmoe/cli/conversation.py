@@ -17,10 +17,9 @@ from .loading import Loading
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
+    from ..catalog.resolve import ResolvedModel
     from ..config.settings import Settings
-    from ..load import LoadedModel
-    from ..obtain import Found
-    from ..revival import Revival
+    from ..loading import EngineReloader, OpenModel
     from ..serving.session import Session, Sessions
 
 AT_LOADING = (
@@ -37,7 +36,7 @@ class Conversation:
     settings at first, `loaded_by` those by which the model was loaded.
     """
 
-    def __init__(self, found: Found, settings: Settings, watch: LoadCallbacks) -> None:
+    def __init__(self, found: ResolvedModel, settings: Settings, watch: LoadCallbacks) -> None:
         self.settings = self.began_with = self.loaded_by = settings
         self.sessions: Sessions | None = None
         self.session: Session | None = None
@@ -45,8 +44,8 @@ class Conversation:
         self.was_killed = False  # by the person: then it isn't started again at once
         self.loading = Loading(found, settings, watch, self._prepare)
         self._found = found
-        self._loaded: LoadedModel | None = None
-        self._revival: Revival | None = None
+        self._loaded: OpenModel | None = None
+        self._revival: EngineReloader | None = None
         self._chat: Chat | None = None
 
     def keep(self, sessions: Sessions | None, session: Session | None) -> None:
@@ -72,7 +71,7 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        from ..load import title
+        from ..loading import title
 
         return title(self._found.meta)
 
@@ -81,7 +80,7 @@ class Conversation:
         return self._chat is not None
 
     @property
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> OpenModel:
         self.ready()
         assert self._loaded is not None
         return self._loaded
@@ -113,7 +112,7 @@ class Conversation:
 
     def change(self, settings: Settings) -> None:
         """Go by other settings from now on; those of loading count at the next model."""
-        from ..load import format_of
+        from ..loading import format_of
 
         before, self.settings = self.settings, settings
         if self._chat is None:
@@ -149,12 +148,12 @@ class Conversation:
 
     # ---- models ----
 
-    def switch(self, found: Found, watch: LoadCallbacks) -> None:
+    def switch(self, found: ResolvedModel, watch: LoadCallbacks) -> None:
         """Go on with another model. Only the text of what was said counts: ids are a model's own.
 
         Raises LocalMoeError where it can't be loaded; then the one before is loaded again.
         """
-        from ..load import load_to_talk
+        from ..loading import load_to_talk
 
         self.loaded.close()
         try:
@@ -171,19 +170,19 @@ class Conversation:
         """Load the same model by the settings of now. Raises as `switch` does."""
         self.switch(self._found, watch)
 
-    def _go_on_with(self, loaded: LoadedModel, by: Settings) -> None:
+    def _go_on_with(self, loaded: OpenModel, by: Settings) -> None:
         before = self.chat
         self._attach(loaded, by)
         self.chat.messages = [replace(message, tokens=None) for message in before.messages]
         self.chat.n_dropped = before.n_dropped
 
-    def _attach(self, loaded: LoadedModel, by: Settings) -> None:
+    def _attach(self, loaded: OpenModel, by: Settings) -> None:
         """Begin a conversation with a model that was loaded by these settings."""
-        from ..revival import Revival
+        from ..loading import EngineReloader
 
         settings = self.settings
         self._loaded, self.loaded_by = loaded, by
-        self._revival = Revival(loaded, by, self.loading.watch)
+        self._revival = EngineReloader(loaded, by, self.loading.watch)
         self._chat = Chat(
             loaded.model,
             loaded.options(settings),
@@ -241,7 +240,7 @@ class Conversation:
         self._prepare(self.loaded)
         self._begin_with_session()
 
-    def _prepare(self, loaded: LoadedModel) -> None:
+    def _prepare(self, loaded: OpenModel) -> None:
         """Let a model hold what a session's cache held. Runs where the model is loaded."""
         from ..serving.states import restore_state
 
@@ -259,7 +258,7 @@ class Conversation:
         if self.settings.system is not None:
             chat.set_system(self.settings.system)
 
-    def _use_model(self, session: Session, loaded: LoadedModel) -> None:
+    def _use_model(self, session: Session, loaded: OpenModel) -> None:
         from ..serving.states import file_key
 
         session.use(self.lasting_name, file_key(loaded.meta.paths))

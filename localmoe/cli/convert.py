@@ -127,9 +127,8 @@ def better_file(meta: ModelMeta) -> str:
     Early quants lose more than later ones of the same label: llama.cpp's rules did not know the
     names of separate experts (its pull request 6387).
     """
+    from ..catalog.catalog import better, read_catalog
     from ..config.environment import config_folder
-    from ..models.better import better
-    from ..models.catalog import read_catalog
 
     found = None if meta.quant_label in AS_GOOD else better(meta, read_catalog(config_folder()))
     if not found:

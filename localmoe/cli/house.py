@@ -14,11 +14,11 @@ from .options import json_option, offline_option, settings_of
 from .watching import finder, watching
 
 if TYPE_CHECKING:
+    from ..catalog.maintenance import VerifiableFile
+    from ..catalog.resolve import ModelResolver
     from ..hub.installed import InstalledModel, PartialDownload
     from ..hub.removal import Removal
     from ..hub.verify import Verdict
-    from ..keeping import Kept
-    from ..obtain import Finder
 
 EXIT_NOT_VERIFIED = 4
 
@@ -65,35 +65,35 @@ def verify(
 
     Exits with 4 where something is wrong.
     """
-    from .. import keeping
+    from ..catalog import maintenance
 
     with finder(settings_of({"offline": offline}), "", quiet or as_json) as search:
         if repair and search.hub.access.offline:
             what = "What is damaged can't be fetched offline."
             raise UsageError(what, "Leave out --repair, or --offline and HF_HUB_OFFLINE.")
-        files = keeping.kept_files(search, models)
+        files = maintenance.kept_files(search, models)
         verdicts = []
         for file, verdict in checked(search, files, repair, quiet or as_json):
             verdicts.append(verdict)
-            if not as_json and (not quiet or keeping.is_wrong(verdict)):
+            if not as_json and (not quiet or maintenance.is_wrong(verdict)):
                 render.lines([f"{file.called}: {verdict.why}"])
     if as_json:
         render.document([verdict_document(verdict) for verdict in verdicts])
-    wrong = [keeping.is_wrong(verdict) for verdict in verdicts]
+    wrong = [maintenance.is_wrong(verdict) for verdict in verdicts]
     if not repair and not as_json and any(w and f.repo for w, f in zip(wrong, files, strict=True)):
         render.note(f"Mend it with: {' '.join(['localmoe verify', *models, '--repair'])}")
     return EXIT_NOT_VERIFIED if any(wrong) else 0
 
 
 def checked(
-    search: Finder, files: Sequence[Kept], repair: bool, quiet: bool
-) -> Iterator[tuple[Kept, Verdict]]:
+    search: ModelResolver, files: Sequence[VerifiableFile], repair: bool, quiet: bool
+) -> Iterator[tuple[VerifiableFile, Verdict]]:
     """One after the other, each with its name in the line that says how far it is."""
-    from .. import keeping
+    from ..catalog import maintenance
 
     for file in files:
         with watching(printable(file.path.name), quiet) as watch:
-            verdict = keeping.check(search, file, watch, repair)
+            verdict = maintenance.check(search, file, watch, repair)
         yield file, verdict
 
 
@@ -119,10 +119,10 @@ def rm(models: tuple[str, ...], yes: bool, as_json: bool, quiet: bool) -> None:
 
     What other tools lose with them is said first.
     """
-    from .. import keeping
+    from ..catalog import maintenance
 
     with finder(settings_of({}), "", quiet or as_json) as search:
-        installed, unfinished = keeping.removable(search, models)
+        installed, unfinished = maintenance.removable(search, models)
         removal = search.store.plan_removal(installed, unfinished)
         if not yes or not (quiet or as_json):
             say = render.note if as_json else lambda line: render.lines([line])

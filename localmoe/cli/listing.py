@@ -12,8 +12,8 @@ from .options import json_option, settings_of
 from .watching import finder, of_whole
 
 if TYPE_CHECKING:
+    from ..catalog.listing import CatalogRow, SuitableQuant
     from ..hub.installed import InstalledModel, PartialDownload
-    from ..shelf import Entry, Suited
 
 HEAD = ("NAME", "QUANT", "SIZE", "HERE", "THIS MACHINE", "ABOUT")
 
@@ -27,10 +27,10 @@ def list_models(only_installed: bool, as_json: bool) -> None:
     QUANT and THIS MACHINE are for the memory that is free now; speeds are a first idea, by the
     size alone. `localmoe plan NAME` reads the header and says more.
     """
-    from .. import shelf
+    from ..catalog import listing
 
     with finder(settings_of({})) as search:
-        known, others = shelf.entries(search)
+        known, others = listing.catalog_rows(search)
         unfinished = search.store.unfinished()
     if only_installed:
         known = [entry for entry in known if entry.is_here]
@@ -42,8 +42,8 @@ def list_models(only_installed: bool, as_json: bool) -> None:
     render.lines(footer(known, others, unfinished, only_installed))
 
 
-def catalog_row(entry: Entry) -> Sequence[str]:
-    spec, suited = entry.spec, entry.suited
+def catalog_row(entry: CatalogRow) -> Sequence[str]:
+    spec, suited = entry.spec, entry.best_quant
     if spec.path:
         found = ("yes", "fits") if entry.is_here else ("", f"missing: {spec.path}")
         return (entry.key, "", "", *found, spec.about)
@@ -59,7 +59,7 @@ def catalog_row(entry: Entry) -> Sequence[str]:
     return (entry.key, least.label, render.size(least.n_bytes), here, "too large", spec.about)
 
 
-def verdict(suited: Suited) -> str:
+def verdict(suited: SuitableQuant) -> str:
     """`fits, ~12 tok/s, poor`"""
     speed = suited.generation_tps or 0.0
     shown = f"{speed:.2g}" if speed < 100 else f"{round(speed, -1):.0f}"
@@ -81,7 +81,7 @@ def other_row(model: InstalledModel) -> Sequence[str]:
 
 
 def footer(
-    known: Sequence[Entry],
+    known: Sequence[CatalogRow],
     others: Sequence[InstalledModel],
     unfinished: Sequence[PartialDownload],
     only_installed: bool,
@@ -104,7 +104,9 @@ def footer(
 
 
 def document(
-    known: Sequence[Entry], others: Sequence[InstalledModel], unfinished: Sequence[PartialDownload]
+    known: Sequence[CatalogRow],
+    others: Sequence[InstalledModel],
+    unfinished: Sequence[PartialDownload],
 ) -> dict[str, Any]:
     return {
         "catalog": [entry_document(entry) for entry in known],
@@ -117,8 +119,8 @@ def document(
     }  # fmt: skip
 
 
-def entry_document(entry: Entry) -> dict[str, Any]:
-    spec, suited = entry.spec, entry.suited
+def entry_document(entry: CatalogRow) -> dict[str, Any]:
+    spec, suited = entry.spec, entry.best_quant
     return {
         "name": entry.key,
         **spec.model_dump(

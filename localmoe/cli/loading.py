@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
+    from ..catalog.resolve import ResolvedModel
     from ..config.settings import Settings
-    from ..load import LoadedModel
-    from ..obtain import Found
+    from ..loading import OpenModel
 
 WAKE_SECONDS = 0.2
 """A wait without an end can't be interrupted by Ctrl-C on Windows."""
@@ -23,14 +23,14 @@ class Loading:
 
     def __init__(
         self,
-        found: Found,
+        found: ResolvedModel,
         settings: Settings,
         watch: LoadCallbacks,
-        then: Callable[[LoadedModel], None],
+        then: Callable[[OpenModel], None],
     ) -> None:
         self.fraction = 0.0
         self._said: list[tuple[Callable[[str], None], str]] = []
-        self._loaded: LoadedModel | None = None
+        self._loaded: OpenModel | None = None
         self._error: BaseException | None = None
         self._on_error: Callable[[BaseException], None] | None = None
         self._watch = watch
@@ -67,7 +67,7 @@ class Loading:
             self._thread.join(seconds)
         return self.is_over
 
-    def result(self) -> LoadedModel:
+    def result(self) -> OpenModel:
         """The model, when it is there. Raises LocalMoeError."""
         while not self.wait(WAKE_SECONDS):
             pass
@@ -84,7 +84,7 @@ class Loading:
 
     def _load(self, watch: LoadCallbacks) -> None:
         try:
-            from ..load import load_to_talk
+            from ..loading import load_to_talk
 
             loaded = load_to_talk(*self._job, watch)
             self._then(loaded)

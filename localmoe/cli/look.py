@@ -11,8 +11,8 @@ from .options import json_option, messages_option, offline_option, settings_of
 from .watching import finder
 
 if TYPE_CHECKING:
+    from ..catalog.resolve import ResolvedModel
     from ..gguf.model_meta import ModelMeta
-    from ..obtain import Found
 
 ROLES = {
     "experts": "experts",
@@ -47,7 +47,7 @@ def show(model: str, offline: bool | None, as_json: bool) -> None:
     render.model(facts(found), sizes)
 
 
-def shape(found: Found) -> dict[str, Any]:
+def shape(found: ResolvedModel) -> dict[str, Any]:
     """What --json says of a model: plain values, sizes in bytes."""
     meta, quant = found.meta, found.quant
     plain = (
@@ -68,10 +68,10 @@ def shape(found: Found) -> dict[str, Any]:
     }
 
 
-def facts(found: Found) -> list[tuple[str, str]]:
+def facts(found: ResolvedModel) -> list[tuple[str, str]]:
     """What a person is told of a model, line by line."""
-    from ..load import title
-    from ..obtain import why_not
+    from ..catalog.resolve import why_not
+    from ..loading import title
 
     meta, refusal = found.meta, why_not(found.meta, found.is_here)
     lines = [
@@ -122,8 +122,8 @@ def prompt(
     as_json: bool,
 ) -> None:
     """The exact text and token ids that a conversation becomes. Loads the vocabulary alone."""
-    from ..load import format_of, open_vocabulary
-    from ..obtain import check_runs
+    from ..catalog.resolve import check_runs
+    from ..loading import format_of, open_vocabulary
     from .asked import conversation_of
 
     conversation = conversation_of(text, messages, system)

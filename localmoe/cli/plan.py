@@ -15,8 +15,8 @@ from .options import json_option, load_options, settings_of
 from .watching import finder
 
 if TYPE_CHECKING:
+    from ..catalog.resolve import ResolvedModel
     from ..engine.protocol import Placement
-    from ..obtain import Found
     from ..planner.plan import Memory, Plan
     from ..planner.search import Workload
 
@@ -46,8 +46,8 @@ def plan(
 
     With --vram or --ram of more than this machine has, it plans for a machine like that.
     """
-    from ..load import title
-    from ..obtain import check_runs
+    from ..catalog.resolve import check_runs
+    from ..loading import title
 
     with finder(settings_of(options, model), workload=workload) as search:
         model_found = search.find(model)
@@ -93,7 +93,7 @@ def memory_document(memory: Memory) -> dict[str, Any]:
     return shown
 
 
-def server_flags(place: Placement, found: Found) -> Iterator[str]:
+def server_flags(place: Placement, found: ResolvedModel) -> Iterator[str]:
     """The same placement for llama-server, which would otherwise fit by itself. It fetches a model
     that isn't here from the same repository."""
     yield "llama-server"

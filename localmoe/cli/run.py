@@ -23,7 +23,7 @@ from .options import (
 from .watching import load
 
 if TYPE_CHECKING:
-    from ..load import LoadedModel
+    from ..loading import OpenModel
     from ..serving.answer import Answer
     from ..serving.chat import AnswerOptions
     from ..serving.messages import Message
@@ -75,9 +75,9 @@ def run(
     With --json-schema or --grammar, an answer that was cut short or doesn't validate is an error
     (exit code 1), and stdout stays empty. What a reasoning model thinks is not part of its answer.
     """
+    from ..catalog.catalog import read_catalog
+    from ..catalog.model_name import parse_name
     from ..config.environment import config_folder
-    from ..models.catalog import read_catalog
-    from ..models.names import parse_name
 
     settings = settings_of(options, model)
     # a wrong name is the first thing to say, before a prompt is waited for
@@ -90,7 +90,7 @@ def run(
 
 
 def answered(
-    loaded: LoadedModel, conversation: list[Message], options: AnswerOptions, as_json: bool
+    loaded: OpenModel, conversation: list[Message], options: AnswerOptions, as_json: bool
 ) -> Answer:
     """The answer, shown as it comes; one that must have a form is shown when it has it.
 

@@ -195,8 +195,8 @@ def model(repl: Repl, argument: str) -> None:
 
 
 def model_names(repl: Repl) -> Iterable[tuple[str, str]]:
+    from ..catalog.catalog import read_catalog
     from ..config.environment import config_folder
-    from ..models.catalog import read_catalog
 
     for name, spec in read_catalog(config_folder()).items():
         yield name, spec.about

@@ -11,9 +11,9 @@ from . import render
 
 if TYPE_CHECKING:
     from ..callbacks import DownloadProgress, LoadCallbacks
+    from ..catalog.resolve import ModelResolver
     from ..config.settings import Settings
-    from ..load import LoadedModel
-    from ..obtain import Finder
+    from ..loading import OpenModel
     from ..planner.search import Workload
 
 COLUMNS, MIN_NAME = 79, 12
@@ -53,11 +53,11 @@ def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[
 @contextmanager
 def finder(
     settings: Settings, name: str = "", quiet: bool = False, workload: Workload = "run"
-) -> Iterator[Finder]:
+) -> Iterator[ModelResolver]:
     """Finds models, and says on stderr what it has to say."""
-    from ..obtain import Finder
+    from ..catalog.resolve import ModelResolver
 
-    with watching(name, quiet) as watch, Finder(settings, watch, workload) as search:
+    with watching(name, quiet) as watch, ModelResolver(settings, watch, workload) as search:
         yield search
 
 
@@ -68,12 +68,12 @@ def load(
     verbose: bool,
     quiet: bool,
     n_prompt: int | None = None,
-) -> LoadedModel:
+) -> OpenModel:
     """Load a model with its progress shown, for a prompt of about `n_prompt` tokens."""
-    from ..load import open_model
+    from ..loading import open_engine
 
     with watching(model, quiet, verbose) as watch:
-        return open_model(model, settings, watch, workload, n_prompt)
+        return open_engine(model, settings, watch, workload, n_prompt)
 
 
 def share(done: int, whole: int) -> str:

@@ -80,8 +80,8 @@ def _check_names(source: YamlSource, models: Mapping[str, Any], folder: Path) ->
     """Refuse what can't be a model: a slip there would be obeyed by none."""
     if not models:
         return
-    from ..models.catalog import read_catalog
-    from ..models.names import catalog_key
+    from ..catalog.catalog import read_catalog
+    from ..catalog.model_name import catalog_key
 
     catalog = read_catalog(folder)
     known = [*catalog, *(alias for spec in catalog.values() for alias in spec.aliases)]
@@ -141,8 +141,8 @@ def _unknown(key: str, name: str, settings: Collection[str]) -> tuple[str, str]:
 def names_of(model: str, folder: Path) -> tuple[str, ...]:
     """What a model may be called in the file: by the catalog, with and without its quant, and as
     it was typed."""
-    from ..models.catalog import read_catalog
-    from ..models.names import catalog_key
+    from ..catalog.catalog import read_catalog
+    from ..catalog.model_name import catalog_key
 
     called, colon, quant = model.partition(":")
     key = catalog_key(called, read_catalog(folder))

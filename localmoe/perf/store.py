@@ -15,25 +15,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..engine.rates import (
-    CPU,
-    Bandwidths,
-    StepTime,
-)
+from ..engine.rates import CPU, Bandwidths, StepTime
 from ..gguf.model_meta import ModelMeta
 from ..hardware.machine import Machine
-from .cpu_tuning import (
-    TuningRecord,
-)
+from .cpu_tuning import TuningRecord
 from .figures import NOTHING_MEASURED, ComputePoint, Measured
-from .rates import (
-    NO_BANDWIDTHS,
-)
-from .speed_records import (
-    LARGEST_RATIO,
-    MAX_RECORDS,
-    SpeedRecord,
-)
+from .rates import NO_BANDWIDTHS
+from .speed_records import LARGEST_RATIO, MAX_RECORDS, SpeedRecord
 
 
 @dataclass(frozen=True, slots=True)

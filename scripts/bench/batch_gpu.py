@@ -47,14 +47,14 @@ from placement import MIB, Results, peer_environment, routing, total_mib  # noqa
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
 from localmoe.callbacks import LoadCallbacks
+from localmoe.catalog.model_name import ModelName
+from localmoe.catalog.resolve import ResolvedModel
 from localmoe.cli.batch_files import crowd_of
 from localmoe.config.settings import Settings, load_settings, parse_size
 from localmoe.engine.client import Engine
 from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.gguf.model_meta import read_meta
-from localmoe.load import load_found, open_vocabulary
-from localmoe.models.names import ModelName
-from localmoe.obtain import Found
+from localmoe.loading import load_found, open_vocabulary
 from localmoe.planner.planner import Planner
 from localmoe.planner.request import BatchShape
 from localmoe.serving.asking import Stop
@@ -290,7 +290,8 @@ def as_batch(job: Figures, out: Path) -> Figures:
         crowd = None if is_one else crowd_of(backlog, 1 << 15, None, share=True)
         started = time.monotonic()
         loaded = load_found(
-            Found(ModelName(str(path), path=path), path, meta), settings_of(job), LoadCallbacks(),
+            ResolvedModel(ModelName(str(path), path=path), path, meta), settings_of(job),
+            LoadCallbacks(),
             "run" if is_one else "batch", crowd, len(job["prompts"][0]) if is_one else None,
         )  # fmt: skip
         ready = time.monotonic()
@@ -442,7 +443,7 @@ def edge(job: Figures) -> Figures:
     path = Path(job["model"])
     n_most = max(EDGE_WIDTHS)
     settings = settings_of(job, ubatch_size=512, load_mode="pinned" if job["budget"] else None)
-    found = Found(ModelName(str(path), path=path), path, read_meta(path))
+    found = ResolvedModel(ModelName(str(path), path=path), path, read_meta(path))
     loaded = load_found(found, settings, LoadCallbacks(), "batch", BatchShape((n_most,), 256))
     rates = {}
     try:

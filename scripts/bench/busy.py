@@ -23,7 +23,7 @@ from pathlib import Path
 
 from localmoe.config.settings import load_settings
 from localmoe.engine.protocol import Request, Sampling, Timings
-from localmoe.load import LoadedModel, load_local
+from localmoe.loading import OpenModel, load_local
 
 COUNTING = "n = 0\nwhile True: n += 1"
 
@@ -57,7 +57,7 @@ def measured(arguments: argparse.Namespace, spin: int, rng: random.Random) -> Ti
         return answer(loaded, rng, arguments.prompt, arguments.tokens)
 
 
-def answer(loaded: LoadedModel, rng: random.Random, n_prompt: int, n: int) -> Timings:
+def answer(loaded: OpenModel, rng: random.Random, n_prompt: int, n: int) -> Timings:
     tokens = tuple(rng.choices(range(300, loaded.meta.tokenizer.n_vocab), k=n_prompt))
     last = list(loaded.engine.generate(Request(tokens, Sampling(), n)))[-1]
     assert last.timings

@@ -34,7 +34,7 @@ from placement import routing  # noqa: E402
 
 from localmoe.config.settings import load_settings
 from localmoe.engine.protocol import Request, Sampling
-from localmoe.load import LoadedModel, load_local
+from localmoe.loading import OpenModel, load_local
 
 HERE = Path(__file__).resolve().parent
 N_IN, N_OUT, N_CTX = 512, 128, 4096
@@ -103,7 +103,7 @@ def ours(arguments: argparse.Namespace, tokens: list[int]) -> dict[str, Result]:
         }
 
 
-def answer(loaded: LoadedModel, tokens: list[int]) -> Result:
+def answer(loaded: OpenModel, tokens: list[int]) -> Result:
     """The speeds of an answer at the length that is wanted."""
     started = time.perf_counter()
     request = Request(tuple(tokens), Sampling(), N_OUT)

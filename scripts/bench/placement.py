@@ -39,7 +39,7 @@ from localmoe.config.settings import Settings, load_settings, parse_size
 from localmoe.engine.protocol import Request, Sampling, Timings
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.model_meta import read_meta
-from localmoe.load import LoadedModel, load_local
+from localmoe.loading import OpenModel, load_local
 from localmoe.perf.cost_model import Task, forecast
 from localmoe.perf.speed_records import SpeedRecord
 from localmoe.planner.planner import Planner
@@ -228,11 +228,11 @@ def ours(cell: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def records_of(loaded: LoadedModel) -> Sequence[SpeedRecord]:
+def records_of(loaded: OpenModel) -> Sequence[SpeedRecord]:
     return loaded.speed_log.store.read(loaded.speed_log.key)
 
 
-def answer(loaded: LoadedModel, rng: random.Random, n_prompt: int, n: int) -> Timings:
+def answer(loaded: OpenModel, rng: random.Random, n_prompt: int, n: int) -> Timings:
     """The timings of one answer to random tokens; one that ended early is asked again."""
     n_vocab = loaded.meta.tokenizer.n_vocab
     for _ in range(20):

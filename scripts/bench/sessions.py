@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.config.settings import Settings
-from localmoe.load import load_local
+from localmoe.loading import load_local
 from localmoe.serving.chat import Chat
 from localmoe.serving.session import Sessions
 from localmoe.serving.states import file_key, restore_state, save_state

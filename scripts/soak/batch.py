@@ -232,7 +232,7 @@ def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
     from localmoe.engine.protocol import Placement, Sampling
     from localmoe.gguf.demo import PACKAGE
     from localmoe.gguf.model_meta import read_meta
-    from localmoe.load import format_of
+    from localmoe.loading import format_of
     from localmoe.serving import batch
     from localmoe.serving.asking import Stop
     from localmoe.serving.backlog import Backlog

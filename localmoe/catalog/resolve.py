@@ -1,4 +1,6 @@
-"""From what a person calls a model to its files: those here, those on the Hub, and fetching them.
+"""Which quants on the Hub, and which models of the cache, a name means.
+
+From what a person calls a model to its files: those here, those on the Hub, and fetching them.
 
 A model that isn't here is known by its header, a few MiB: enough to choose a quant, to plan, and
 to refuse what would not run before 28 GB were fetched for it.
@@ -6,17 +8,16 @@ to refuse what would not run before 28 GB were fetched for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .callbacks import LoadCallbacks
-from .choosing import Choice, check_bytes, choose, free_bytes, in_order
-from .config.environment import config_folder, hub_access
-from .config.settings import Settings
-from .errors import (
+from ..callbacks import LoadCallbacks
+from ..config.environment import config_folder, hub_access
+from ..config.settings import Settings
+from ..errors import (
     MESSAGE_CHARS,
     DoesNotFit,
     DownloadError,
@@ -25,40 +26,187 @@ from .errors import (
     gib,
     model_file_error,
 )
-from .gguf.architectures import refuse_unknown
-from .gguf.model_meta import EARLY, ModelMeta, read_meta
-from .hub.cache_layout import COMMIT
-from .hub.client import Hub, file_of
-from .hub.download import check_disk_space, download, partial_bytes
-from .hub.installed import InstalledModel, InstalledModels
-from .hub.quants import Quant, complete, find_quant, poor_quality, quant_of_file, quants_of
-from .hub.remote_header import header_files
-from .hub.types import RemoteFile
-from .hub.verify import ExpectedHash
-from .likely import speed_for
-from .models.better import better
-from .models.catalog import ModelSpec, read_catalog
-from .models.matching import (
-    catalog_quants,
-    check_hash,
-    models_meant,
-    newest,
-    places_of,
-    quant_here,
-    quants_meant,
-    sha256_of,
-    what_to_type,
+from ..gguf.architectures import refuse_unknown
+from ..gguf.model_meta import EARLY, ModelMeta, read_meta
+from ..hub.cache_layout import COMMIT, COMMIT_BEGINNING, commit_here, commits_here, expected_sha256
+from ..hub.client import Hub, file_of
+from ..hub.download import check_disk_space, download, partial_bytes
+from ..hub.installed import InstalledModel, InstalledModels
+from ..hub.quants import (
+    Quant,
+    complete,
+    find_quant,
+    parse_label,
+    poor_quality,
+    quant_of_file,
+    quants_called,
+    quants_of,
 )
-from .models.names import ModelName, parse_name
-from .planner.planner import Planner, plan_request
-from .planner.search import Workload
+from ..hub.remote_header import header_files
+from ..hub.types import RemoteFile
+from ..hub.verify import ExpectedHash
+from ..planner.planner import Planner, plan_request
+from ..planner.search import Workload
+from .catalog import ModelSpec, better, read_catalog
+from .model_name import ModelName, parse_name
+from .select_quant import (
+    QuantChoice,
+    check_bytes,
+    choose_quant,
+    estimated_speed_for,
+    free_bytes,
+    in_order,
+)
 
-Here = Mapping[Quant, InstalledModel]
+# ---- the catalog -----------------------------------------------------------------------------
+
+
+def sized_quants(spec: ModelSpec) -> Iterator[Quant]:
+    """The quants of the catalog whose size it has; the commit is "" where it has none."""
+    for label, known in spec.quants.items():
+        repo = known.repo or spec.repo
+        revision = known.revision if known.repo else known.revision or spec.revision
+        if repo and known.bytes:
+            file = RemoteFile(repo, revision or "", known.file, known.bytes, known.sha256)
+            yield Quant(label, (file,), known.file.removesuffix(".gguf"))
+
+
+def catalog_quants(spec: ModelSpec | None) -> Iterator[Quant]:
+    """What the catalog knows to the byte: no question to the Hub is needed for these."""
+    for quant in sized_quants(spec) if spec else ():
+        if quant.files[0].commit and quant.files[0].sha256:
+            yield quant
+
+
+def check_hash(quant: Quant, spec: ModelSpec | None) -> None:
+    """Raises DownloadError where the Hub has another file than the one that the catalog knows."""
+    known = {q.file: q.sha256 for q in spec.quants.values() if q.sha256} if spec else {}
+    for file in quant.files:
+        if file.sha256 != known.get(file.name, file.sha256):
+            what = f"{file.base_name} of {file.repo} is no longer the file that the catalog knows"
+            raise DownloadError(f"{what}: its sha256 is another.", "Name another quant.")
+
+
+def sha256_of(path: Path, label: str, spec: ModelSpec | None) -> str | None:
+    """What a file of the cache should hash to: by the catalog, else by the name of its blob."""
+    for quant in catalog_quants(spec):
+        if quant.files[0].base_name == path.name and quant.label == label:
+            return quant.files[0].sha256
+    return expected_sha256(path)
+
+
+# ---- what a name means -----------------------------------------------------------------------
+
+
+def filter_quants(quants: Sequence[Quant], name: ModelName) -> list[Quant]:
+    """Those of a model's quants that a name leaves to choose from."""
+    if name.file:
+        return [q for q in quants if any(f.name == name.file for f in q.files)]
+    return quants_called(quants, name.quant) if name.quant else list(quants)
+
+
+def filter_installed(
+    models: Iterable[InstalledModel], name: ModelName, *, whole: bool = True, copies: bool = True
+) -> list[InstalledModel]:
+    """The models of the cache that a name means, those of the branch main and the newest first.
+
+    They are of the revision that it names or, with `copies`, have the hash that the catalog has for
+    it, wherever they lie. `whole` says that no shard may be missing.
+    """
+    spec = name.spec if copies else None
+    known = {q.files[0].sha256 for q in catalog_quants(spec) if name.quant in (None, q.label)}
+    found: list[InstalledModel] = []
+    there: dict[Quant, InstalledModel] = {}
+    for model in models:
+        if whole and not model.is_complete:
+            continue
+        if any(expected_sha256(file.path) in known for file in model.files):
+            found.append(model)
+        elif is_of_place(model, name):
+            there[quant_of_installed(model)] = model
+    return sorted(found + [there[q] for q in filter_quants(list(there), name)], key=age)
+
+
+def is_of_place(model: InstalledModel, name: ModelName) -> bool:
+    """Whether it is of a repository, at a commit, that a name leaves open."""
+    return any(
+        model.repo == repo
+        and (revision is None or commit_here(repo_folder(model), revision) == model.commit)
+        for repo, revision in repositories_of(name)
+    )
+
+
+def repositories_of(name: ModelName) -> tuple[tuple[str, str | None], ...]:
+    """The repositories that a name leaves open, with their revisions."""
+    if name.spec and not name.file:
+        return name.spec.repositories
+    assert name.repo is not None
+    return ((name.repo, name.revision),)
+
+
+# ---- the cache -------------------------------------------------------------------------------
+
+
+def quant_of_installed(model: InstalledModel) -> Quant:
+    """A model of the cache in the form that the Hub's have."""
+    files = tuple(
+        RemoteFile(model.repo, model.commit, f.name, f.n_bytes, expected_sha256(f.path))
+        for f in model.files
+    )
+    return Quant(model.label, files, files[0].name.removesuffix(".gguf"))
+
+
+def newest_commits(models: Iterable[InstalledModel]) -> list[InstalledModel]:
+    """Of a model at several commits the first alone, in the order of models_meant."""
+    kept: dict[tuple[str, ...], InstalledModel] = {}
+    for model in models:
+        kept.setdefault((model.repo, *model.names), model)
+    return list(kept.values())
+
+
+def age(model: InstalledModel) -> int:
+    """0 for what is of the branch main, else the more the longer its snapshot lies here."""
+    commits = commits_here(repo_folder(model))
+    return commits.index(model.commit) if model.commit in commits else len(commits)
+
+
+def repo_folder(model: InstalledModel) -> Path:
+    """models--org--name, where the snapshot of a model lies."""
+    return model.path.parents[model.names[0].count("/") + 2]
+
+
+# ---- what to type ----------------------------------------------------------------------------
+
+
+def exact_name(name: ModelName, quant: Quant, others: Sequence[Quant]) -> str:
+    """What means just this quant again: its label, or its file where others have that label too.
+
+    `others` are those of which it was chosen.
+    """
+    file = quant.files[0]
+    by_file = (name.file and not name.key) or (name.quant and not parse_label(name.quant))
+    is_only = sum(other.label == quant.label for other in others) < 2
+    if not by_file and is_only and parse_label(quant.label) == quant.label:
+        return f"{name.key or at_revision(name, file)}:{quant.label}"
+    return f"{at_revision(name, file)}/{file.name}"
+
+
+def at_revision(name: ModelName, file: RemoteFile) -> str:
+    """user/repo@revision where one was named; for a name of the catalog the file's commit."""
+    revision = file.commit if name.key else name.revision
+    if not revision:
+        return file.repo
+    # one with a slash can't be written so, and the beginning of a commit's is known here alone
+    is_plain = "/" not in revision and not COMMIT_BEGINNING.fullmatch(revision)
+    return f"{file.repo}@{revision if is_plain else file.commit}"
+
+
+InstalledQuants = Mapping[Quant, InstalledModel]
 """The quants that are in the cache; empty for those of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ResolvedModel:
     """The model that a name means. Where it isn't here, `path` is a stand-in with its header alone.
 
     `quant` is None for a file of a person's own, `why` says how it was chosen ("" where it was
@@ -95,7 +243,7 @@ class Found:
         return self.typed or self.name.text
 
 
-class Finder:
+class ModelResolver:
     """Finds models by name, and fetches them. Close it, or use it as a context manager."""
 
     def __init__(
@@ -115,7 +263,7 @@ class Finder:
             self._planner = Planner(self.settings, self._workload, self.watch.warning)
         return self._planner
 
-    def find(self, text: str, must_fit: bool = True) -> Found:
+    def find(self, text: str, must_fit: bool = True) -> ResolvedModel:
         """The model that `text` means, at the quant that was named or suits this machine.
 
         Raises UsageError, DownloadError, ModelFileError, and DoesNotFit where no quant fits;
@@ -123,9 +271,9 @@ class Finder:
         """
         name = parse_name(text, read_catalog(config_folder()))
         if name.path is not None:
-            return Found(name, name.path, read_meta(name.path))
+            return ResolvedModel(name, name.path, read_meta(name.path))
         pinned = self._pinned(name)
-        here = {quant_here(model): model for model in self._here(pinned)}
+        here = {quant_of_installed(model): model for model in self._here(pinned)}
         if here:
             quants = named_alone(list(here), name)
         else:
@@ -134,7 +282,7 @@ class Finder:
         self._say(found)
         return found
 
-    def fetch(self, found: Found, *, check_fit: bool = True) -> Found:
+    def fetch(self, found: ResolvedModel, *, check_fit: bool = True) -> ResolvedModel:
         """A model that was found, here and verified. Raises DoesNotFit, DownloadError.
 
         What would not run is refused before it is fetched, and with `check_fit` what would not
@@ -156,7 +304,7 @@ class Finder:
             raise
         return replace(found, path=paths[0], meta=read_meta(paths[0]), is_here=True)
 
-    def note_newer(self, found: Found) -> None:
+    def note_newer(self, found: ResolvedModel) -> None:
         """Remark where the branch main has other files than those that are here. Asks the Hub, but
         for what a name or the catalog pins to a commit."""
         quant = found.quant
@@ -169,13 +317,13 @@ class Finder:
         if {file.sha256 for file in now} - {file.sha256 for file in quant.files}:
             newer = Quant(quant.label, now, quant.stem)
             name = ModelName(newer.repo, repo=newer.repo, revision=now[0].commit)
-            typed = what_to_type(name, newer, [newer])
+            typed = exact_name(name, newer, [newer])
             self._note(f"A newer commit is on the Hub: localmoe pull {typed}")
 
     def close(self) -> None:
         self._planner_done()
 
-    def __enter__(self) -> Finder:
+    def __enter__(self) -> ModelResolver:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,15 +342,15 @@ class Finder:
         """What is whole in the cache of the model, each quant once. Raises DownloadError where
         shards are lost that can't be fetched."""
         installed = self.store.installed()
-        here = newest(models_meant(installed, name))
-        broken = models_meant(installed, name, whole=False)
+        here = newest_commits(filter_installed(installed, name))
+        broken = filter_installed(installed, name, whole=False)
         if broken and not here and self.hub.access.offline:
             raise lost_shards(broken[0], name)
         return here
 
     def _on_hub(self, name: ModelName) -> list[Quant]:
         """The quants that the name leaves to choose from: one where it says which."""
-        known = quants_meant(list(catalog_quants(name.spec)), name)
+        known = filter_quants(list(catalog_quants(name.spec)), name)
         if known and (name.quant or name.file):
             return known[:1]
         try:
@@ -223,45 +371,51 @@ class Finder:
 
     def _listed(self, name: ModelName) -> Iterator[Quant]:
         """What the repositories of a model have, held against what the catalog knows."""
-        for repo, revision in places_of(name):
+        for repo, revision in repositories_of(name):
             with self._asking(repo):
                 listed = self.hub.repository(repo, revision)
             for quant in quants_of(listed):
                 check_hash(quant, name.spec)
                 yield quant
 
-    def _chosen(self, name: ModelName, quants: list[Quant], here: Here, must_fit: bool) -> Found:
+    def _chosen(
+        self, name: ModelName, quants: list[Quant], here: InstalledQuants, must_fit: bool
+    ) -> ResolvedModel:
         if not quants:
             what = f"{name.repo} has no GGUF model."
             raise ModelFileError(what, "Look for a repository whose name ends in -GGUF.")
         choice = self._choice(name, quants, here, must_fit)
-        typed = what_to_type(name, choice.quant, quants)
+        typed = exact_name(name, choice.quant, quants)
         meta = self._meta(choice.quant, here, typed)
-        return Found(name, meta.paths[0], meta, choice.quant, bool(here), choice.why, typed)
+        return ResolvedModel(name, meta.paths[0], meta, choice.quant, bool(here), choice.why, typed)
 
-    def _choice(self, name: ModelName, quants: list[Quant], here: Here, must_fit: bool) -> Choice:
+    def _choice(
+        self, name: ModelName, quants: list[Quant], here: InstalledQuants, must_fit: bool
+    ) -> QuantChoice:
         if len(quants) == 1:
-            return Choice(quants[0], "")
+            return QuantChoice(quants[0], "")
 
         def check(quant: Quant) -> None:
             """Raises DoesNotFit or ModelFileError where it would not run on this machine."""
             request = plan_request(self.settings)
             check_bytes(quant.n_bytes, free_bytes(self.planner.machine, request))
-            meta = self._meta(quant, here, what_to_type(name, quant, quants))
+            meta = self._meta(quant, here, exact_name(name, quant, quants))
             check_runs(meta, is_here=bool(here))
             self.planner.plan(meta.paths[0], meta)
 
         wish = self.planner.machine, plan_request(self.settings)
-        speed = partial(speed_for, name.spec, *wish)
+        speed = partial(estimated_speed_for, name.spec, *wish)
         try:
-            return choose(quants, check, are_here=bool(here), speed=speed)
+            return choose_quant(quants, check, are_here=bool(here), speed=speed)
         except (DoesNotFit, ModelFileError):
             if must_fit:
                 raise
             first = in_order(quants)[0]
-            return Choice(first, f"{first.label} ({gib(first.n_bytes)}): no quant of it runs here.")
+            return QuantChoice(
+                first, f"{first.label} ({gib(first.n_bytes)}): no quant of it runs here."
+            )
 
-    def _meta(self, quant: Quant, here: Here, typed: str) -> ModelMeta:
+    def _meta(self, quant: Quant, here: InstalledQuants, typed: str) -> ModelMeta:
         """What its header says. Raises ModelFileError, with what mends it in the cache."""
         if not here:
             with self._asking(quant.repo):
@@ -291,7 +445,7 @@ class Finder:
             if self.watch.asking:
                 self.watch.asking("")
 
-    def _say(self, found: Found) -> None:
+    def _say(self, found: ResolvedModel) -> None:
         """Why this quant, and what is known to be bad about it."""
         if found.why:
             self._note(found.why)
@@ -299,7 +453,7 @@ class Finder:
         if warning and self.watch.warning:
             self.watch.warning(warning)
 
-    def _say_how_much(self, found: Found) -> None:
+    def _say_how_much(self, found: ResolvedModel) -> None:
         """What is still to be fetched. Raises DownloadError where the disk has no room for it."""
         blobs = {file: self.hub.blob_path(file) for file in found.files}
         missing = [f.n_bytes - partial_bytes(b) for f, b in blobs.items() if not b.exists()]
@@ -322,7 +476,7 @@ class Finder:
                 what = f"{file.base_name} of {file.repo} is not the file that the catalog knows"
                 raise DownloadError(f"{what}: its size or sha256 differs.", "Name another quant.")
 
-    def _verify(self, found: Found) -> None:
+    def _verify(self, found: ResolvedModel) -> None:
         """Hash files of the cache that nobody has hashed yet. Raises DownloadError."""
         if found.name.path is not None:
             return

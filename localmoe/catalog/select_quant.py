@@ -1,4 +1,7 @@
-"""Which quant of a model: the best one that suits this machine, and why."""
+"""What a model of the catalog likely takes and gives on this machine, before a header was read.
+
+Which quant of a model: the best one that suits this machine, and why.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,46 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .errors import DoesNotFit, LocalMoeError, ModelFileError, gib
-from .hardware.machine import Machine
-from .hub.quants import Quant, base_label, rank
-from .planner.request import PlanRequest, gpu_budgets, ram_budget
+from ..config.environment import state_folder
+from ..errors import DoesNotFit, LocalMoeError, ModelFileError, gib
+from ..hardware.machine import Machine
+from ..hub.quants import Quant, base_label, rank
+from ..perf.cost_model import likely_tps
+from ..perf.store import BandwidthStore, key_of
+from ..planner.request import PlanRequest, gpu_budgets, ram_budget
+from .catalog import ModelSpec
+
+BESIDE_WEIGHTS = 0.06
+LEAST_BESIDE_BYTES = 512 << 20
+"""What a model takes beside its weights, cache and buffers of a few thousand tokens: Mixtral 8x7B
+1.2 GiB beside 26.5. A plan, which needs the header, says it exactly."""
+
+
+def overhead_estimate(n_bytes: int) -> int:
+    """Bytes beside weights of so many."""
+    return max(LEAST_BESIDE_BYTES, int(n_bytes * BESIDE_WEIGHTS))
+
+
+def estimated_speed(
+    spec: ModelSpec, machine: Machine, gpu_bytes: int, quant: Quant
+) -> float | None:
+    """Tokens per second of an answer, where GPUs may be used up to `gpu_bytes`; None where the
+    catalog doesn't say how large the model is."""
+    if not (spec.parameters and spec.active_parameters):
+        return None
+    bandwidths = BandwidthStore(state_folder() / "measured").read(key_of(machine, None))
+    active = spec.active_parameters / spec.parameters
+    for_weights = max(0, gpu_bytes - overhead_estimate(quant.n_bytes))
+    return likely_tps(quant.n_bytes, active, bandwidths, machine.n_cores, for_weights)
+
+
+def estimated_speed_for(
+    spec: ModelSpec | None, machine: Machine, request: PlanRequest, quant: Quant
+) -> float | None:
+    """The same within what a request leaves of the GPUs."""
+    gpu_bytes = sum(n_bytes for _, n_bytes in gpu_budgets(machine, request))
+    return estimated_speed(spec, machine, gpu_bytes, quant) if spec else None
+
 
 RECOMMENDED = "Q4_K_M"
 """Mixtral's perplexity at it is 1.5 % above that at 8 bits, and 0.9 points more are gained by a
@@ -26,7 +65,7 @@ Speed = Callable[[Quant], "float | None"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class QuantChoice:
     """A quant and why it is the one, in a sentence; "" where there was nothing to choose."""
 
     quant: Quant
@@ -39,13 +78,13 @@ class Refused:
     error: DoesNotFit | ModelFileError
 
 
-def choose(
+def choose_quant(
     quants: Sequence[Quant],
     check: Callable[[Quant], None],
     *,
     are_here: bool,
     speed: Speed = lambda _: None,
-) -> Choice:
+) -> QuantChoice:
     """The first quant, in the order in which they are wanted, that `check` lets through; one a
     little below it, where that is much faster by a first forecast (`speed`, tokens per second).
 
@@ -62,14 +101,14 @@ def choose(
         except (DoesNotFit, ModelFileError) as error:
             refusals.append(Refused(quant, error))
             continue
-        choice = Choice(quant, reason(quant, refusals, are_here))
+        choice = QuantChoice(quant, reason(quant, refusals, are_here))
         return choice if are_here else faster(choice, quants, check, speed)
     raise refusal_of_all(refusals)
 
 
 def faster(
-    choice: Choice, quants: Sequence[Quant], check: Callable[[Quant], None], speed: Speed
-) -> Choice:
+    choice: QuantChoice, quants: Sequence[Quant], check: Callable[[Quant], None], speed: Speed
+) -> QuantChoice:
     """The first of the much faster ones that runs here, else the choice as it is."""
     for quant in much_faster(choice.quant, quants, speed):
         with contextlib.suppress(DoesNotFit, ModelFileError):
@@ -77,7 +116,7 @@ def faster(
             named = f"{quant.label} ({gib(quant.n_bytes)})"
             usual = f"{choice.quant.label} gives {speed(choice.quant):.0f}"
             why = f"by forecast {speed(quant):.0f} tok/s where {usual}"
-            return Choice(quant, f"{named}: {why}, for a point or two of quality.")
+            return QuantChoice(quant, f"{named}: {why}, for a point or two of quality.")
     return choice
 
 

@@ -8,27 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .callbacks import LoadCallbacks
-from .config.environment import config_folder
-from .errors import DownloadError, LocalMoeError, UsageError, printable
-from .gguf.demo import PACKAGE
-from .hub.cache_layout import expected_sha256, shard_names
-from .hub.client import Hub, file_of
-from .hub.download import download, repair
-from .hub.installed import InstalledModel, PartialDownload
-from .hub.quants import quants_of
-from .hub.types import RemoteFile, RemoteRepo
-from .hub.verify import ExpectedHash, Verdict
-from .models.catalog import read_catalog
-from .models.matching import catalog_quants, models_meant, places_of, quants_meant
-from .models.names import ModelName, parse_name
-from .obtain import Finder
+from ..callbacks import LoadCallbacks
+from ..config.environment import config_folder
+from ..errors import DownloadError, LocalMoeError, UsageError, printable
+from ..gguf.demo import PACKAGE
+from ..hub.cache_layout import expected_sha256, shard_names
+from ..hub.client import Hub, file_of
+from ..hub.download import download, repair
+from ..hub.installed import InstalledModel, PartialDownload
+from ..hub.quants import quants_of
+from ..hub.types import RemoteFile, RemoteRepo
+from ..hub.verify import ExpectedHash, Verdict
+from .catalog import read_catalog
+from .model_name import ModelName, parse_name
+from .resolve import ModelResolver, catalog_quants, filter_installed, filter_quants, repositories_of
 
 # ---- verify ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class VerifiableFile:
     """A file that should be right: of a repository at a commit, or of a person's own (`repo` "").
 
     `called` is what to show of it: repository and name, or its path.
@@ -42,14 +41,14 @@ class Kept:
     name: str = ""
 
 
-def kept_files(finder: Finder, names: Sequence[str]) -> list[Kept]:
+def kept_files(finder: ModelResolver, names: Sequence[str]) -> list[VerifiableFile]:
     """Every file of these models (of all, without names), those among them that are lost.
 
     What several names lead to comes once. Raises UsageError for what isn't here.
     """
     known = {(f.repo, f.commit, f.name): wanted(f) for f in catalog_files()}
     by_name = catalog_names(known)
-    found: list[Kept] = []
+    found: list[VerifiableFile] = []
     models = [] if names else here(finder)
     for name in map(parsed, names):
         models += (of_name := matching(finder, name))
@@ -62,22 +61,26 @@ def kept_files(finder: Finder, names: Sequence[str]) -> list[Kept]:
             path = model.snapshot / n
             expected = known.get((model.repo, model.commit, n)) or finder.store.expected(path)
             called = printable(f"{model.repo}/{n}")
-            found.append(Kept(path, called, expected, model.repo, model.commit, n))
+            found.append(VerifiableFile(path, called, expected, model.repo, model.commit, n))
     return told_apart(found)
 
 
-def own_files(finder: Finder, path: Path, by_name: Mapping[str, ExpectedHash]) -> Iterator[Kept]:
+def own_files(
+    finder: ModelResolver, path: Path, by_name: Mapping[str, ExpectedHash]
+) -> Iterator[VerifiableFile]:
     """A file that is no model of the cache, with its other shards. Outside the cache it is known
     by its name alone."""
     for name in shard_names(path.name):
         shard = path.with_name(name)
         by_its_name = None if in_cache(finder, path) else by_name.get(name)
-        yield Kept(shard, printable(str(shard)), finder.store.expected(shard) or by_its_name)
+        yield VerifiableFile(
+            shard, printable(str(shard)), finder.store.expected(shard) or by_its_name
+        )
 
 
-def told_apart(files: Sequence[Kept]) -> list[Kept]:
+def told_apart(files: Sequence[VerifiableFile]) -> list[VerifiableFile]:
     """Each content once, with the commit where the same name stands for several."""
-    once: dict[tuple[str, str], Kept] = {}
+    once: dict[tuple[str, str], VerifiableFile] = {}
     for file in files:
         sha256 = file.expected.sha256 if file.expected else ""
         once.setdefault((os.path.realpath(file.path), sha256), file)
@@ -90,7 +93,9 @@ def told_apart(files: Sequence[Kept]) -> list[Kept]:
     ]
 
 
-def check(finder: Finder, file: Kept, watch: LoadCallbacks, mend: bool = False) -> Verdict:
+def check(
+    finder: ModelResolver, file: VerifiableFile, watch: LoadCallbacks, mend: bool = False
+) -> Verdict:
     """A file read again; with `mend`, what is damaged or lost of the cache is fetched again.
 
     Where that can't be done, the verdict says why.
@@ -112,7 +117,9 @@ def is_wrong(verdict: Verdict) -> bool:
     return not verdict.is_ok and verdict.outcome != "unknown hash"
 
 
-def mended(finder: Finder, file: Kept, verdict: Verdict, watch: LoadCallbacks) -> Verdict:
+def mended(
+    finder: ModelResolver, file: VerifiableFile, verdict: Verdict, watch: LoadCallbacks
+) -> Verdict:
     """What is wrong of a file of the cache, fetched again. Raises LocalMoeError, OSError."""
     hub, path = finder.hub, file.path
     remote = file_of(hub.repository(file.repo, file.commit), file.name)
@@ -162,21 +169,21 @@ def catalog_names(known: Mapping[tuple[str, str, str], ExpectedHash]) -> dict[st
 # ---- what a name means -----------------------------------------------------------------------
 
 
-def here(finder: Finder) -> list[InstalledModel]:
+def here(finder: ModelResolver) -> list[InstalledModel]:
     """The models of the cache, and those of which only links are left."""
     return [*finder.store.installed(), *finder.store.lost()]
 
 
-def matching(finder: Finder, name: ModelName) -> list[InstalledModel]:
+def matching(finder: ModelResolver, name: ModelName) -> list[InstalledModel]:
     """The models of the cache that a name or a path means, broken ones too."""
     if name.path is None:
-        return models_meant(here(finder), name, whole=False)
+        return filter_installed(here(finder), name, whole=False)
     place = real(name.path)
     return [m for m in here(finder) if place in {real(m.snapshot / n) for n in m.names}]
 
 
 def removable(
-    finder: Finder, names: Sequence[str]
+    finder: ModelResolver, names: Sequence[str]
 ) -> tuple[tuple[InstalledModel, ...], tuple[PartialDownload, ...]]:
     """The models and the broken-off downloads that these names mean, for `Store.plan_removal`.
 
@@ -196,7 +203,7 @@ def removable(
     return tuple(models), tuple(unfinished)
 
 
-def begun_of(finder: Finder, name: ModelName) -> list[PartialDownload]:
+def begun_of(finder: ModelResolver, name: ModelName) -> list[PartialDownload]:
     """The broken-off downloads that a name means. Their commit isn't known, so that none is of a
     revision which a person names; what lost its name is of the repository alone."""
     if name.path or (not name.key and name.revision not in (None, "main")):
@@ -212,18 +219,18 @@ def is_begun(broken_off: PartialDownload, name: ModelName) -> bool:
     left = broken_off.left
     file = RemoteFile(broken_off.repo, "", left.name, left.n_bytes, left.blob.name)
     quants = quants_of(RemoteRepo(broken_off.repo, "", (file,)))
-    return bool(quants_meant(quants, name)) or not (name.quant or name.file)
+    return bool(filter_quants(quants, name)) or not (name.quant or name.file)
 
 
 def repositories(name: ModelName) -> set[str]:
-    return {repo for repo, _ in places_of(name)}
+    return {repo for repo, _ in repositories_of(name)}
 
 
 def parsed(text: str) -> ModelName:
     return parse_name(text, read_catalog(config_folder()))
 
 
-def in_cache(finder: Finder, path: Path) -> bool:
+def in_cache(finder: ModelResolver, path: Path) -> bool:
     """Whether a path is that of a name in a snapshot, or of a blob."""
     return real(path).is_relative_to(os.path.realpath(finder.store.access.cache))
 

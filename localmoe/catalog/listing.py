@@ -6,18 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .choosing import best_first, free_bytes, in_order, much_faster
-from .config.environment import config_folder
-from .hardware.machine import Machine
-from .hub.installed import InstalledModel
-from .hub.quants import Quant, is_coarse
-from .likely import beside, speed_of
-from .models.catalog import ModelSpec, read_catalog
-from .models.matching import models_meant, newest, quant_here, sized_quants
-from .models.names import parse_name
-from .obtain import Finder
-from .planner.planner import plan_request
-from .planner.request import PlanRequest, gpu_budgets
+from ..config.environment import config_folder
+from ..hardware.machine import Machine
+from ..hub.installed import InstalledModel
+from ..hub.quants import Quant, is_coarse
+from ..planner.planner import plan_request
+from ..planner.request import PlanRequest, gpu_budgets
+from .catalog import ModelSpec, read_catalog
+from .model_name import parse_name
+from .resolve import (
+    ModelResolver,
+    filter_installed,
+    newest_commits,
+    quant_of_installed,
+    sized_quants,
+)
+from .select_quant import (
+    best_first,
+    estimated_speed,
+    free_bytes,
+    in_order,
+    much_faster,
+    overhead_estimate,
+)
 
 LARGE_SHARE = 0.2
 """Of a model's parameters, those that a token meets: more in dense models and those of few large
@@ -25,7 +36,7 @@ experts (Mixtral 28 %), less in those of many small ones (Qwen3 30B A3B 11 %).""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryBudget:
     """A machine, and what may be used of all its memory, and by its GPUs."""
 
     machine: Machine
@@ -34,7 +45,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Suited:
+class SuitableQuant:
     """The quant that suits this machine, and tokens per second that may be expected of it: by its
     size alone, before its header was read. `is_poor`: it is known to lose much at this quant."""
 
@@ -45,49 +56,55 @@ class Suited:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A model of the catalog. `suited` None: none of the known quants fits, or no size is known."""
+class CatalogRow:
+    """A model of the catalog; `best_quant` is None where no quant fits or no size is known."""
 
     key: str
     spec: ModelSpec
     quants: tuple[Quant, ...]
     installed: tuple[InstalledModel, ...]
-    suited: Suited | None
+    best_quant: SuitableQuant | None
 
     @property
     def is_here(self) -> bool:
         return self.spec.path.is_file() if self.spec.path else bool(self.installed)
 
 
-def entries(finder: Finder) -> tuple[list[Entry], list[InstalledModel]]:
+def catalog_rows(finder: ModelResolver) -> tuple[list[CatalogRow], list[InstalledModel]]:
     """The catalog's models in its order, and what else is in the cache."""
     catalog = read_catalog(config_folder())
     installed = finder.store.installed()
-    room = room_of(finder.planner.machine, plan_request(finder.settings))
-    found: list[Entry] = []
+    room = memory_budget_of(finder.planner.machine, plan_request(finder.settings))
+    found: list[CatalogRow] = []
     for key, spec in catalog.items():
         name = parse_name(key, catalog)
-        here = tuple(newest(models_meant(installed, name, whole=False))) if spec.repo else ()
-        whole = [quant_here(model) for model in here if model.is_complete]
+        here = (
+            tuple(newest_commits(filter_installed(installed, name, whole=False)))
+            if spec.repo
+            else ()
+        )
+        whole = [quant_of_installed(model) for model in here if model.is_complete]
         quants = tuple(sized_quants(spec))
         choices = best_first(whole) if whole else in_order(quants)
-        found.append(Entry(key, spec, quants, here, suited(spec, choices, room)))
+        found.append(CatalogRow(key, spec, quants, here, best_quant(spec, choices, room)))
     known = {file.path for entry in found for model in entry.installed for file in model.files}
     return found, [model for model in installed if model.path not in known]
 
 
-def room_of(machine: Machine, request: PlanRequest) -> Room:
+def memory_budget_of(machine: Machine, request: PlanRequest) -> MemoryBudget:
     gpu_bytes = sum(n_bytes for _, n_bytes in gpu_budgets(machine, request))
-    return Room(machine, free_bytes(machine, request), gpu_bytes)
+    return MemoryBudget(machine, free_bytes(machine, request), gpu_bytes)
 
 
-def suited(spec: ModelSpec, wanted: Sequence[Quant], room: Room) -> Suited | None:
+def best_quant(
+    spec: ModelSpec, wanted: Sequence[Quant], room: MemoryBudget
+) -> SuitableQuant | None:
     """The first that fits of quants in the order in which they are wanted."""
-    speed = partial(speed_of, spec, room.machine, room.gpu_bytes)
+    speed = partial(estimated_speed, spec, room.machine, room.gpu_bytes)
     for quant in wanted:
-        if quant.n_bytes + beside(quant.n_bytes) <= room.memory_bytes:
+        if quant.n_bytes + overhead_estimate(quant.n_bytes) <= room.memory_bytes:
             best = next(iter(much_faster(quant, wanted, speed)), quant)
-            return Suited(best.label, best.n_bytes, speed(best), is_poor(spec, best.label))
+            return SuitableQuant(best.label, best.n_bytes, speed(best), is_poor(spec, best.label))
     return None
 
 
