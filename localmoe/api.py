@@ -20,17 +20,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .config.settings import load_settings
-from .engine.client import Engine
+from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
+from .engine.retry import retry_on_crash
 from .errors import EngineError, LocalMoeError, UsageError
 from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
-from .serving.again import lasting
 from .serving.answer import Answer
 from .serving.batch import BatchResult, answers
 from .serving.batch_input import Defaults
 from .serving.batch_prompt import Encoder, LastingVocabulary
 from .serving.messages import Message, parse_messages
-from .serving.schema import check_answer, check_sampling
+from .structured.check import check_answer, check_sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +118,7 @@ class LocalMoE:
             model = self._loaded.model
             return model.answer(model.encode(asked), chosen)
 
-        return with_form(lasting(ask, self._come_back), chosen.sampling)
+        return with_form(retry_on_crash(ask, self._come_back), chosen.sampling)
 
     def batch(
         self, requests: Iterable[Any], *, share: bool = True, **options: Unpack[Options]
@@ -144,7 +144,7 @@ class LocalMoE:
                 markers=loaded.model.markers,
             )
 
-    def _living_engine(self) -> Engine:
+    def _living_engine(self) -> EngineProcess:
         """The engine, started again where it died."""
         if not self._loaded.engine.is_alive:
             self._revive(EngineError("The engine stopped."))

@@ -18,7 +18,7 @@ from .catalog.model_name import ModelName
 from .catalog.resolve import ModelResolver, ResolvedModel, check_runs
 from .config.environment import engine_environment
 from .config.settings import Settings
-from .engine.client import Engine, check_path
+from .engine.client import EngineProcess, check_path
 from .engine.protocol import Loaded, Placement, Request, Sampling
 from .errors import EngineError, gib
 from .gguf.model_meta import ModelMeta, read_meta
@@ -71,7 +71,7 @@ class OpenModel:
     meta: ModelMeta
     plan: Plan
     model: Model
-    engine: Engine
+    engine: EngineProcess
     loaded: Loaded
     speed_log: SpeedLog
     spec: ModelSpec | None = None
@@ -160,7 +160,7 @@ def load_once(
     meta = found.meta
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
     format = format_of(meta, think=wants_thinking(settings))
-    engine = Engine(engine_environment(), watch.log)
+    engine = EngineProcess(engine_environment(), watch.log)
     try:
         planner = Planner(settings, workload, watch.warning, engine, crowd, n_prompt)
         note = watch.note if meta.file_bytes > QUICK_BYTES else None
@@ -168,7 +168,7 @@ def load_once(
         if plan.placement.n_gpu_layers:
             engine.close()
             check_nothing_was_taken(planner)
-            engine = Engine(environment_of(plan.placement), watch.log)
+            engine = EngineProcess(environment_of(plan.placement), watch.log)
         loaded = start(engine, planner, meta, plan, watch)
     except BaseException:
         engine.kill()
@@ -203,7 +203,7 @@ def check_nothing_was_taken(planner: Planner) -> None:
 
 
 def start(
-    engine: Engine, planner: Planner, meta: ModelMeta, plan: Plan, watch: LoadCallbacks
+    engine: EngineProcess, planner: Planner, meta: ModelMeta, plan: Plan, watch: LoadCallbacks
 ) -> Loaded:
     """Load by a plan; on a GPU, the first time, use it once as hard as it will ever be used."""
     place, spans = plan.placement, pinned_spans(meta, plan.placement)
@@ -221,7 +221,7 @@ def start(
     return loaded
 
 
-def try_out(engine: Engine, meta: ModelMeta, place: Placement) -> None:
+def try_out(engine: EngineProcess, meta: ModelMeta, place: Placement) -> None:
     """A whole micro-batch of random tokens, which meets every expert."""
     n_tokens = min(place.n_ubatch, place.n_ctx - 2)
     tokens = random.Random(0).choices(range(meta.tokenizer.n_vocab), k=n_tokens)
@@ -234,9 +234,9 @@ def says_out_of_memory(error: EngineError, log: Sequence[str]) -> bool:
     return any(sign in text for sign in OUT_OF_MEMORY)
 
 
-def open_vocabulary(path: Path) -> Engine:
+def open_vocabulary(path: Path) -> EngineProcess:
     """An engine with a model's vocabulary alone: enough to encode, at once and small."""
-    engine = Engine(engine_environment())
+    engine = EngineProcess(engine_environment())
     try:
         engine.load(str(path), Placement(n_threads=1), vocab_only=True)
         return engine

@@ -13,7 +13,7 @@ import pytest
 from make_model import SHAPES, make_model
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement
 
 # a shell lets what it runs in the background ignore Ctrl-C, and so would every program tested here
@@ -51,14 +51,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    with Engine(engine_environment()) as engine:
+def engine() -> Iterator[EngineProcess]:
+    with EngineProcess(engine_environment()) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def tiny_engine(tiny_model: Path) -> Iterator[Engine]:
+def tiny_engine(tiny_model: Path) -> Iterator[EngineProcess]:
     """An engine with the tiny model, for two sequences of 512 tokens."""
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(tiny_model), Placement(n_threads=2, n_ctx=512, n_seq=2))
         yield engine

@@ -16,9 +16,9 @@ from typing import cast
 import pytest
 from llama_cpp import llama_cpp as native
 
-from localmoe.engine import bindings
-from localmoe.engine.model import open_context, open_model
+from localmoe.engine.native import llama
 from localmoe.engine.protocol import KvType, Placement
+from localmoe.engine.worker.model import load_model, open_context
 
 SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
 # std::_Rb_tree_node<pair<buft, data>>: colour, parent, left, right, then the pair
@@ -39,8 +39,8 @@ class NativeMemory:
 def native_memory(path: str, placement: Placement) -> dict[str, NativeMemory]:
     """What llama.cpp would take of each buffer type, with nothing allocated."""
     breakdown = _breakdown()
-    bindings.log_to(lambda level, text: None)
-    model = open_model(path, placement, no_alloc=True)
+    llama.log_to(lambda level, text: None)
+    model = load_model(path, placement, no_alloc=True)
     try:
         context = open_context(model, placement)
         try:

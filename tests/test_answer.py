@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from vocabulary_files import write_byte_level
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
-from localmoe.engine.text import TextStream
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece
+from localmoe.engine.worker.sampling import TextStream
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta
 from localmoe.loading import open_vocabulary, unstoppable
@@ -268,7 +268,7 @@ class Fake:
     stream: Stream
     requests: list[Request] = field(default_factory=list)
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, piece.text)) for piece in pieces]
 
     def generate(self, request: Request) -> Iterator[Delta]:
@@ -344,7 +344,7 @@ CONTROL = ["<|im_end|>", "<|im_start|>", "<think>", "</think>"]
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     path = tmp_path_factory.mktemp("words") / "words.gguf"
     write_byte_level(path, CONTROL)
     engine = open_vocabulary(path)
@@ -355,7 +355,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def encoded(
     template: str,
     messages: Sequence[Message],
-    engine: Engine,
+    engine: EngineProcess,
     variables: Mapping[str, object] | None = None,
 ) -> Prompt:
     facts = TemplateFacts(
@@ -366,11 +366,13 @@ def encoded(
     return format.encode(messages, engine)
 
 
-def test_thinking_stays_out_of_the_history_and_the_answer_keeps_its_ids(words: Engine) -> None:
+def test_thinking_stays_out_of_the_history_and_the_answer_keeps_its_ids(
+    words: EngineProcess,
+) -> None:
     asked = [Message("user", "Hi")]
     first = encoded(QWEN3, asked, words)
     assert not THINK_IDS.is_open_after(first.tokens)
-    letters = words.tokenize([Piece("h"), Piece("e"), Piece("he")])
+    letters = words.tokenize([TextPiece("h"), TextPiece("e"), TextPiece("he")])
     ids = letters[0] + letters[1]
     assert ids != letters[2]  # what encoding the text would give
     answer = Message("assistant", "he", ids, thinking="Should I greet?")
@@ -379,13 +381,13 @@ def test_thinking_stays_out_of_the_history_and_the_answer_keeps_its_ids(words: E
     assert "greet" not in second.text
 
 
-def test_no_thinking_is_asked_for_where_the_template_knows_how(words: Engine) -> None:
+def test_no_thinking_is_asked_for_where_the_template_knows_how(words: EngineProcess) -> None:
     off = encoded(QWEN3, [Message("user", "Hi")], words, NO_THINKING)
     assert off.text.endswith("<think>\n\n</think>\n\n")
     assert not THINK_IDS.is_open_after(off.tokens)
 
 
-def test_a_template_that_opens_the_thinking(words: Engine) -> None:
+def test_a_template_that_opens_the_thinking(words: EngineProcess) -> None:
     assert THINK_IDS.is_open_after(encoded(R1, [Message("user", "Hi")], words).tokens)
     # a user who spells it opens nothing
     assert not THINK_IDS.is_open_after(encoded(QWEN3, [Message("user", "<think>")], words).tokens)
@@ -418,7 +420,7 @@ def test_what_can_not_be_turned_off_is_said(
 
 def test_the_engine_lets_text_out_at_a_marker() -> None:
     """Tokens of an answer of the demo model, taken for markers, part the same answer."""
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(DEMO), Placement(n_threads=2, n_ctx=256))
         format = MistralFormat("v1", bos=1, eos=2)
         prompt = format.encode([Message("user", "Hi! How are you today?")], engine)

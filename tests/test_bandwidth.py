@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localmoe.engine import bindings
-from localmoe.engine.bandwidth import Place, measure, ram_rates, read_all
-from localmoe.engine.graphs import (
+from localmoe.engine.native import llama
+from localmoe.engine.native.device_benchmark import DeviceBenchmark, measure, ram_rates, read_all
+from localmoe.engine.native.ggml import (
     ACTIVATION_FILL,
     F16,
     F32,
     I32,
-    Bench,
+    GraphBenchmark,
     GraphError,
     best_seconds,
     devices_of,
@@ -29,7 +29,7 @@ from localmoe.gguf.reader import TENSOR_TYPES
 from localmoe.perf.rates import NO_BANDWIDTHS, rates_of, threads_to_measure
 from localmoe.perf.store import BandwidthStore, MeasurementKey, unmeasured
 
-LIBRARY: Any = bindings.ggml
+LIBRARY: Any = llama.ggml
 SMALL = 0.02  # of the sizes that a real measurement has
 FILL = float(np.frombuffer(bytes([ACTIVATION_FILL]) * 4, np.float32)[0])
 
@@ -41,8 +41,8 @@ def cpu() -> int:
 
 
 @pytest.fixture
-def bench(cpu: int) -> Iterator[Bench]:
-    with Bench(LIBRARY, cpu) as bench:
+def bench(cpu: int) -> Iterator[GraphBenchmark]:
+    with GraphBenchmark(LIBRARY, cpu) as bench:
         yield bench
 
 
@@ -69,7 +69,7 @@ def test_a_machine_is_measured_with_each_number_of_threads() -> None:
 
 def test_what_a_gpu_is_asked_works_on_a_device(cpu: int) -> None:
     """Copies and a GPU's sizes, on the one device that every machine has."""
-    place = Place(LIBRARY, cpu, "like a GPU", (0,), SMALL / 10)
+    place = DeviceBenchmark(LIBRARY, cpu, "like a GPU", (0,), SMALL / 10)
     (rates,) = place.device_rates()
     assert (rates.device, rates.n_threads) == ("like a GPU", 0)
     assert rates.pinned_bytes_per_s == rates.pageable_bytes_per_s > 1e8  # a CPU pins nothing
@@ -105,7 +105,7 @@ def test_the_best_of_several_times_counts() -> None:
 # ---- graphs ----
 
 
-def result_of(bench: Bench, tensor: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def result_of(bench: GraphBenchmark, tensor: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     values = np.empty(bench.n_bytes(tensor) // 4, np.float32)
     bench.read(tensor, values.ctypes.data, values.nbytes)
     return values
@@ -118,7 +118,7 @@ def test_types_have_the_names_of_model_files(cpu: int) -> None:
     assert {"F16", "BF16", "Q4_K", "Q8_0", "IQ2_XXS", "MXFP4"} <= set(types)
 
 
-def test_products_go_to_the_chosen_experts(bench: Bench) -> None:
+def test_products_go_to_the_chosen_experts(bench: GraphBenchmark) -> None:
     """Each expert has weights of its own, and a token's result is the sum over its width."""
     weights, token = bench.tensor(F32, 32, 4, 3), bench.tensor(F32, 32, 1, 1)
     chosen = bench.tensor(I32, 2, 1)
@@ -135,7 +135,7 @@ def test_products_go_to_the_chosen_experts(bench: Bench) -> None:
     assert result_of(bench, result) == pytest.approx(expected, rel=1e-5)
 
 
-def test_sums_and_copies_hold_what_was_filled(bench: Bench) -> None:
+def test_sums_and_copies_hold_what_was_filled(bench: GraphBenchmark) -> None:
     first, other = bench.tensor(F32, 64), bench.tensor(F32, 64)
     total = bench.sum(bench.sum(first, first), first)
     graph = bench.graph(total)
@@ -148,7 +148,7 @@ def test_sums_and_copies_hold_what_was_filled(bench: Bench) -> None:
     assert result_of(bench, other) == pytest.approx([3 * FILL] * 64)
 
 
-def test_a_device_without_room_says_so(bench: Bench) -> None:
+def test_a_device_without_room_says_so(bench: GraphBenchmark) -> None:
     bench.tensor(F32, 1 << 44)
     with pytest.raises(GraphError):
         bench.allocate()

@@ -20,15 +20,15 @@ from localmoe.catalog.model_name import ModelName
 from localmoe.catalog.resolve import ResolvedModel
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
-from localmoe.engine.client import Engine, Inbox
+from localmoe.engine.client import EngineProcess, Inbox
 from localmoe.engine.protocol import (
     Delta,
     Failed,
     FromEngine,
-    Piece,
     Placement,
     Request,
     Sampling,
+    TextPiece,
     Timings,
     Usage,
 )
@@ -55,20 +55,20 @@ DEATH = EngineError("The engine was killed.", "Try again.")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
-def demo(n_seq: int = N_SEQ) -> Engine:
-    engine = Engine(engine_environment())
+def demo(n_seq: int = N_SEQ) -> EngineProcess:
+    engine = EngineProcess(engine_environment())
     engine.load(str(DEMO), Placement(n_threads=2, n_ctx=256, n_seq=n_seq))
     return engine
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[EngineProcess]:
     with demo() as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def encoder(engine: Engine) -> Encoder:
+def encoder(engine: EngineProcess) -> Encoder:
     return Encoder(format_of(read_meta(DEMO)), engine, 256)
 
 
@@ -116,7 +116,7 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, encoder: Encoder, engine: Engine) -> Run:
+def run(tmp_path: Path, encoder: Encoder, engine: EngineProcess) -> Run:
     return Run(tmp_path, encoder, lambda: engine)
 
 
@@ -132,7 +132,9 @@ def collect(inbox: Inbox, n: int) -> dict[int, FromEngine]:
     return found
 
 
-def test_requests_that_are_not_streamed_end_in_one_delta_with_everything(engine: Engine) -> None:
+def test_requests_that_are_not_streamed_end_in_one_delta_with_everything(
+    engine: EngineProcess,
+) -> None:
     prompts = [(1, 300 + n, 301 + n) for n in range(12)]
     streamed = [list(engine.generate(Request(p, GREEDY, max_tokens=6))) for p in prompts]
     inbox: Inbox = queue.SimpleQueue()
@@ -150,7 +152,7 @@ def test_requests_that_are_not_streamed_end_in_one_delta_with_everything(engine:
         assert (last.finish_reason, last.usage) != (None, None)
 
 
-def test_a_request_that_is_refused_is_so_in_the_inbox(engine: Engine) -> None:
+def test_a_request_that_is_refused_is_so_in_the_inbox(engine: EngineProcess) -> None:
     inbox: Inbox = queue.SimpleQueue()
     id = engine.submit(Request((1,) * 300, GREEDY, stream=False), inbox)
     message = collect(inbox, 1)[id]
@@ -158,7 +160,7 @@ def test_a_request_that_is_refused_is_so_in_the_inbox(engine: Engine) -> None:
     assert "300 tokens" in message.message
 
 
-def test_only_what_waits_is_cancelled_where_that_is_wanted(engine: Engine) -> None:
+def test_only_what_waits_is_cancelled_where_that_is_wanted(engine: EngineProcess) -> None:
     inbox: Inbox = queue.SimpleQueue()
     # a grammar without an end keeps each going up to max_tokens
     endless = Sampling(temperature=0, grammar='root ::= [a-z ]+ "\\x00"')
@@ -183,7 +185,7 @@ def test_only_what_waits_is_cancelled_where_that_is_wanted(engine: Engine) -> No
     assert {ends[id] for id in waiting} == {"cancelled"}
 
 
-def test_without_sharing_nothing_held_is_used(engine: Engine) -> None:
+def test_without_sharing_nothing_held_is_used(engine: EngineProcess) -> None:
     inbox: Inbox = queue.SimpleQueue()
     for _ in range(2):
         engine.submit(Request((1, 310, 311, 312), GREEDY, 2, stream=False, share=False), inbox)
@@ -196,7 +198,7 @@ def test_without_sharing_nothing_held_is_used(engine: Engine) -> None:
 @posix
 def test_the_death_of_an_engine_is_told_once(tiny_model: Path) -> None:
     inbox: Inbox = queue.SimpleQueue()
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(tiny_model), Placement(n_threads=1, n_ctx=512))
         for _ in range(5):
             engine.submit(Request((1, 300), GREEDY, max_tokens=400, stream=False), inbox)
@@ -478,7 +480,7 @@ def test_a_changed_input_keeps_what_is_the_same(run: Run) -> None:
     assert after["b"] != before["b"]
 
 
-def test_a_stream_gets_the_lines_as_text(encoder: Encoder, engine: Engine) -> None:
+def test_a_stream_gets_the_lines_as_text(encoder: Encoder, engine: EngineProcess) -> None:
     said: list[str] = []
     output = StreamOutput(said.append)
     with Backlog() as backlog:
@@ -488,7 +490,7 @@ def test_a_stream_gets_the_lines_as_text(encoder: Encoder, engine: Engine) -> No
     assert [json.loads(line)["line"] for line in said] == [2, 1]
 
 
-def test_answers_for_a_program_come_as_they_finish(encoder: Encoder, engine: Engine) -> None:
+def test_answers_for_a_program_come_as_they_finish(encoder: Encoder, engine: EngineProcess) -> None:
     asked = ["Hi!", {"id": "x", "prompt": "Hi!", "n": 2}, [{"role": "user", "content": "Hi!"}], 3]
     found = {r.index: r for r in batch.answers(asked, encoder, lambda: engine, DEFAULTS)}
     assert found[0].text == found[2].text != ""
@@ -530,7 +532,7 @@ def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path
     """Completions and plain prompts need no template; only more than one message does."""
     meta = read_meta(base_model)
     words = meta.tokenizer
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(base_model), Placement(n_threads=1, n_ctx=256, n_seq=N_SEQ))
         encoder = Encoder(format_of(meta), engine, 256)
         requests = [
@@ -544,7 +546,7 @@ def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path
             result.index: result
             for result in batch.answers(requests, encoder, lambda: engine, DEFAULTS)
         }
-        plain = engine.tokenize([Piece("The weather is")])[0]
+        plain = engine.tokenize([TextPiece("The weather is")])[0]
     assert len(found[0].tokens) == 4
     assert found[0].tokens == found[1].tokens
     assert found[1].usage is not None

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Piece, Sampling
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Sampling, TextPiece
 from localmoe.errors import EngineError, UsageError
 from localmoe.files import InputLine, digest, read_lines
 from localmoe.loading import open_vocabulary
@@ -374,9 +374,9 @@ def test_a_real_vocabulary_is_cut_at_its_tokens(side: Side, tiny_engine: Any) ->
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_text_that_kills_the_tokenizer_is_refused_alone(tiny_model: Path) -> None:
     """A kill from outside stands in for a text that llama.cpp dies of."""
-    engines: list[Engine] = []
+    engines: list[EngineProcess] = []
 
-    def engine_of() -> Engine:
+    def engine_of() -> EngineProcess:
         engines.append(open_vocabulary(tiny_model))
         return engines[-1]
 
@@ -410,7 +410,7 @@ def test_a_tokenizer_that_always_dies_ends_it() -> None:
 def test_the_sides_keep_their_text_whole(tiny_engine: Any) -> None:
     cut: Callable[[str, Side], str] = lambda text, side: Encoder(  # noqa: E731
         MistralFormat("v1", bos=1, eos=2), tiny_engine, 64, side
-    )._kept(text, tiny_engine.tokenize([Piece(text)])[0], 10, side)
+    )._kept(text, tiny_engine.tokenize([TextPiece(text)])[0], 10, side)
     text = " ".join(f"number {n}" for n in range(50))
     assert text.startswith(cut(text, "tail"))
     assert text.endswith(cut(text, "head"))

@@ -11,7 +11,7 @@ from native_memory import native_memory, recorded
 from synthetic.families import Family, with_layers
 from synthetic.mixtral import MixtralShape
 
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import KvType, Placement
 from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.planner.buffers import cache_bytes_by_layer, cell_bytes
@@ -77,7 +77,7 @@ def placement(n_ctx: int, n_seq: int, kv_type: KvType) -> Placement:
 
 
 @pytest.mark.parametrize("name", ["deepseek2", "gemma4", "granitehybrid"])
-def test_a_probe_of_the_engine_agrees(name: str, tmp_path: Path, engine: Engine) -> None:
+def test_a_probe_of_the_engine_agrees(name: str, tmp_path: Path, engine: EngineProcess) -> None:
     """The product reads llama.cpp's log, which rounds to 0.01 MiB for each cache."""
     path = written(tmp_path, SHORT[name])
     meta = read_meta(path)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling, Timings, Usage
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece, Timings, Usage
 from localmoe.errors import EngineError, PromptError, RequestError
 from localmoe.gguf.demo import DEMO
 from localmoe.serving.chat import AnswerOptions, Chat, Model
@@ -34,7 +34,7 @@ class FakeEngine:
     stopped_by: str | None = None
     requests: list[Request] = field(default_factory=list)
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, piece.text)) for piece in pieces]
 
     def generate(self, request: Request) -> Generator[Delta, None, None]:
@@ -464,7 +464,7 @@ def test_whatever_is_said_it_fits_or_is_refused(data: Any, on_full: Any, n_ctx: 
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Model]:
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(DEMO), Placement(n_threads=2, n_ctx=256))
         yield Model(engine, FORMAT, 256)
 

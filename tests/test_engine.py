@@ -19,8 +19,8 @@ from jsonschema import validate
 from make_model import SHAPES, make_model
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Delta, Piece, Placement, Request, Sampling
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece
 from localmoe.errors import EngineError, RequestError
 
 GREEDY = Sampling(temperature=0)
@@ -28,7 +28,7 @@ PROMPT = (1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793)
 LONG_PROMPT = (1, *(300 + 7 * i % 20000 for i in range(400)))
 
 
-def answer(engine: Engine, request: Request) -> list[Delta]:
+def answer(engine: EngineProcess, request: Request) -> list[Delta]:
     return list(engine.generate(request))
 
 
@@ -40,7 +40,7 @@ def tokens_of(deltas: list[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.tokens]
 
 
-def test_an_answer_counts_what_it_used(tiny_engine: Engine) -> None:
+def test_an_answer_counts_what_it_used(tiny_engine: EngineProcess) -> None:
     deltas = answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=12))
     last = deltas[-1]
     assert last.finish_reason == "length"
@@ -54,19 +54,19 @@ def test_an_answer_counts_what_it_used(tiny_engine: Engine) -> None:
     assert last.timings.generation_tps > 0
 
 
-def test_text_is_that_of_the_tokens(tiny_engine: Engine) -> None:
+def test_text_is_that_of_the_tokens(tiny_engine: EngineProcess) -> None:
     deltas = answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=30))
     whole = tiny_engine.detokenize(tokens_of(deltas))
     assert text_of(deltas) == whole
 
 
-def test_the_space_before_an_answer_is_left_out(tiny_engine: Engine) -> None:
+def test_the_space_before_an_answer_is_left_out(tiny_engine: EngineProcess) -> None:
     plain = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=8)))
     begun = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=8, starts_text=True)))
     assert begun == plain.removeprefix(" ")
 
 
-def test_what_is_held_is_not_computed_again(tiny_engine: Engine) -> None:
+def test_what_is_held_is_not_computed_again(tiny_engine: EngineProcess) -> None:
     first = answer(tiny_engine, Request(LONG_PROMPT, GREEDY, max_tokens=10))
     again = answer(tiny_engine, Request(LONG_PROMPT, GREEDY, max_tokens=10))
     assert again[-1].usage is not None
@@ -78,22 +78,24 @@ def test_what_is_held_is_not_computed_again(tiny_engine: Engine) -> None:
     assert onwards[-1].usage.cached_tokens == len(LONG_PROMPT) + 9  # the last was never decoded
 
 
-def test_a_prompt_in_steps_tells_how_far_it_is(tiny_model: Path, engine: Engine) -> None:
+def test_a_prompt_in_steps_tells_how_far_it_is(tiny_model: Path, engine: EngineProcess) -> None:
     engine.load(str(tiny_model), Placement(n_threads=2, n_ctx=512, n_ubatch=128))
     deltas = answer(engine, Request(LONG_PROMPT, GREEDY, max_tokens=1))
     assert [d.prompt_tokens for d in deltas] == [128, 256, 384, 401]
 
 
-def test_micro_batches_change_nothing_in_the_answer(tiny_model: Path, engine: Engine) -> None:
+def test_micro_batches_change_nothing_in_the_answer(
+    tiny_model: Path, engine: EngineProcess
+) -> None:
     answers = []
     for n_ubatch in (32, 512):
-        with Engine(engine_environment()) as other:
+        with EngineProcess(engine_environment()) as other:
             other.load(str(tiny_model), Placement(n_threads=2, n_ctx=512, n_ubatch=n_ubatch))
             answers.append(tokens_of(answer(other, Request(LONG_PROMPT, GREEDY, max_tokens=8))))
     assert answers[0] == answers[1]
 
 
-def test_a_seed_repeats_an_answer(tiny_engine: Engine) -> None:
+def test_a_seed_repeats_an_answer(tiny_engine: EngineProcess) -> None:
     def draw(seed: int) -> list[int]:
         sampling = Sampling(temperature=1.0, seed=seed)
         return tokens_of(answer(tiny_engine, Request(PROMPT, sampling, max_tokens=20)))
@@ -102,14 +104,14 @@ def test_a_seed_repeats_an_answer(tiny_engine: Engine) -> None:
     assert draw(1) != draw(2)
 
 
-def test_a_repeat_penalty_avoids_what_was_said(tiny_engine: Engine) -> None:
+def test_a_repeat_penalty_avoids_what_was_said(tiny_engine: EngineProcess) -> None:
     sampling = Sampling(temperature=0, repeat_penalty=1000.0, repeat_last_n=512)
     tokens = tokens_of(answer(tiny_engine, Request(PROMPT, sampling, max_tokens=40)))
     assert len(set(tokens)) == 40
     assert not set(tokens) & set(PROMPT)
 
 
-def test_a_stop_string_ends_an_answer_and_is_not_in_it(tiny_engine: Engine) -> None:
+def test_a_stop_string_ends_an_answer_and_is_not_in_it(tiny_engine: EngineProcess) -> None:
     whole = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=30)))
     stop = whole[10:14]
     deltas = answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=30, stop=(stop,)))
@@ -118,14 +120,14 @@ def test_a_stop_string_ends_an_answer_and_is_not_in_it(tiny_engine: Engine) -> N
     assert text_of(deltas) == whole[: whole.index(stop)]
 
 
-def test_a_grammar_holds(tiny_engine: Engine) -> None:
+def test_a_grammar_holds(tiny_engine: EngineProcess) -> None:
     sampling = Sampling(temperature=1.0, seed=3, grammar='root ::= "yes" | "no"')
     deltas = answer(tiny_engine, Request(PROMPT, sampling, max_tokens=20))
     assert text_of(deltas) in ("yes", "no")
     assert deltas[-1].finish_reason == "stop"
 
 
-def test_a_json_schema_holds(tiny_engine: Engine) -> None:
+def test_a_json_schema_holds(tiny_engine: EngineProcess) -> None:
     schema = {
         "type": "object",
         "properties": {"n": {"enum": [1, 2, 3]}, "ok": {"type": "boolean"}},
@@ -154,20 +156,20 @@ def test_a_json_schema_holds(tiny_engine: Engine) -> None:
     ],
 )
 def test_a_bad_request_is_refused_and_the_engine_lives(
-    tiny_engine: Engine, request_: Request, sentence: str
+    tiny_engine: EngineProcess, request_: Request, sentence: str
 ) -> None:
     with pytest.raises(RequestError, match=sentence):
         answer(tiny_engine, request_)
     assert answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=1))
 
 
-def test_a_full_context_ends_an_answer(tiny_engine: Engine) -> None:
+def test_a_full_context_ends_an_answer(tiny_engine: EngineProcess) -> None:
     deltas = answer(tiny_engine, Request(LONG_PROMPT, Sampling(seed=1)))
     if deltas[-1].finish_reason == "length":
         assert len(LONG_PROMPT) + len(tokens_of(deltas)) == 512
 
 
-def test_two_answers_at_once_are_those_given_alone(tiny_engine: Engine) -> None:
+def test_two_answers_at_once_are_those_given_alone(tiny_engine: EngineProcess) -> None:
     requests = [Request(PROMPT, GREEDY, max_tokens=30), Request(LONG_PROMPT, GREEDY, max_tokens=30)]
     alone = [tokens_of(answer(tiny_engine, request)) for request in requests]
     together: dict[int, list[int]] = {}
@@ -183,7 +185,7 @@ def test_two_answers_at_once_are_those_given_alone(tiny_engine: Engine) -> None:
     assert [together[0], together[1]] == alone
 
 
-def test_more_requests_than_sequences_wait_their_turn(tiny_engine: Engine) -> None:
+def test_more_requests_than_sequences_wait_their_turn(tiny_engine: EngineProcess) -> None:
     request = Request(PROMPT, GREEDY, max_tokens=5)
     generators = [tiny_engine.generate(request) for _ in range(5)]
     firsts = [next(generator) for generator in generators[:2]]
@@ -192,7 +194,7 @@ def test_more_requests_than_sequences_wait_their_turn(tiny_engine: Engine) -> No
     assert all(deltas[-1].finish_reason == "length" for deltas in rest)
 
 
-def test_an_answer_left_early_is_cancelled(tiny_engine: Engine) -> None:
+def test_an_answer_left_early_is_cancelled(tiny_engine: EngineProcess) -> None:
     generator = tiny_engine.generate(Request(PROMPT, Sampling(seed=1)))
     next(generator)
     generator.close()
@@ -205,9 +207,9 @@ def test_ctrl_c_gives_up_a_prompt_under_way(tiny_model: Path) -> None:
     """One micro-batch of seconds: Ctrl-C comes back at once, and so does the next answer."""
     program = (
         "import os, sys, time\n"
-        "from localmoe.engine.client import Engine\n"
+        "from localmoe.engine.client import EngineProcess\n"
         "from localmoe.engine.protocol import Placement, Request, Sampling\n"
-        "engine = Engine(dict(os.environ))\n"
+        "engine = EngineProcess(dict(os.environ))\n"
         "engine.load(sys.argv[1], Placement(n_threads=1, n_ctx=8192, n_ubatch=8192))\n"
         "def ask(n, first):\n"
         "    prompt = (first, *(300 + 7 * i % 20000 for i in range(n)))\n"
@@ -234,7 +236,7 @@ def test_ctrl_c_gives_up_a_prompt_under_way(tiny_model: Path) -> None:
     assert following < whole / 2
 
 
-def test_k_quants_answer(tmp_path: Path, engine: Engine) -> None:
+def test_k_quants_answer(tmp_path: Path, engine: EngineProcess) -> None:
     """Dense Q4_K matrices, many tokens: repacked for AMX, llama.cpp can crash on them."""
     path = tmp_path / "k-quants.gguf"
     make_model(path, replace(SHAPES["tiny"], n_embd=256, n_ff=256, n_vocab=32000), "Q4_K")
@@ -242,11 +244,11 @@ def test_k_quants_answer(tmp_path: Path, engine: Engine) -> None:
     assert len(tokens_of(answer(engine, Request(LONG_PROMPT, GREEDY, max_tokens=3)))) == 3
 
 
-def test_the_vocabulary_alone_tokenizes(tiny_model: Path, engine: Engine) -> None:
+def test_the_vocabulary_alone_tokenizes(tiny_model: Path, engine: EngineProcess) -> None:
     loaded = engine.load(str(tiny_model), Placement(n_threads=1), vocab_only=True)
     assert loaded.vocabulary.bos == 1
     assert loaded.vocabulary.eog == (2,)
-    pieces = [Piece("</s> you"), Piece("</s>", special=True), Piece("")]
+    pieces = [TextPiece("</s> you"), TextPiece("</s>", special=True), TextPiece("")]
     plain, special, nothing = engine.tokenize(pieces)
     assert 2 not in plain
     assert special[-1:] == (2,)
@@ -255,25 +257,25 @@ def test_the_vocabulary_alone_tokenizes(tiny_model: Path, engine: Engine) -> Non
         answer(engine, Request(PROMPT))
 
 
-def test_tokens_can_outnumber_bytes(tiny_engine: Engine) -> None:
+def test_tokens_can_outnumber_bytes(tiny_engine: EngineProcess) -> None:
     text = " " * 50 + "\u0000\ufffd🙂" * 20
-    assert tiny_engine.detokenize(tiny_engine.tokenize([Piece(text)])[0]).endswith(text)
+    assert tiny_engine.detokenize(tiny_engine.tokenize([TextPiece(text)])[0]).endswith(text)
 
 
-def test_loading_tells_how_far_it_is(tiny_model: Path, engine: Engine) -> None:
+def test_loading_tells_how_far_it_is(tiny_model: Path, engine: EngineProcess) -> None:
     seen: list[float] = []
     engine.load(str(tiny_model), Placement(n_threads=1, n_ctx=256), on_progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
 
-def test_the_cpu_is_a_device(engine: Engine) -> None:
+def test_the_cpu_is_a_device(engine: EngineProcess) -> None:
     found = engine.devices()
     assert "cpu" in {device.kind for device in found.devices}
     assert "AVX" in found.system_info or "NEON" in found.system_info
 
 
-def test_a_failed_load_says_llama_cpps_own_reason(tmp_path: Path, engine: Engine) -> None:
+def test_a_failed_load_says_llama_cpps_own_reason(tmp_path: Path, engine: EngineProcess) -> None:
     path = tmp_path / "text.gguf"
     path.write_bytes(b"no model at all")
     with pytest.raises(EngineError, match=r"text\.gguf can't be loaded: .*magic"):
@@ -296,7 +298,7 @@ def test_a_failed_load_says_llama_cpps_own_reason(tmp_path: Path, engine: Engine
     ],
 )
 def test_each_way_to_die_is_a_sentence(
-    tiny_model: Path, engine: Engine, number: int, sentence: str
+    tiny_model: Path, engine: EngineProcess, number: int, sentence: str
 ) -> None:
     engine.load(str(tiny_model), Placement(n_threads=1, n_ctx=512))
     generator = engine.generate(Request(PROMPT, Sampling(seed=1)))
@@ -307,11 +309,11 @@ def test_each_way_to_die_is_a_sentence(
     assert "\n" not in str(raised.value)
     assert raised.value.hint
     with pytest.raises(EngineError, match=sentence):
-        engine.tokenize([Piece("still there?")])
+        engine.tokenize([TextPiece("still there?")])
 
 
 def test_a_file_that_makes_llama_cpp_abort_is_a_sentence(
-    tiny_model: Path, tmp_path: Path, engine: Engine
+    tiny_model: Path, tmp_path: Path, engine: EngineProcess
 ) -> None:
     """A token that comes twice: our parser refuses it, but an engine may be handed it."""
     path = tmp_path / "damaged.gguf"
@@ -324,7 +326,7 @@ def test_a_file_that_makes_llama_cpp_abort_is_a_sentence(
 def test_a_file_cut_while_it_is_mapped_is_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_model.read_bytes())
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(path), Placement(n_threads=1, n_ctx=512))
         os.truncate(path, 4096)
         with pytest.raises(EngineError, match="could not read the model file"):
@@ -335,9 +337,9 @@ def test_a_file_cut_while_it_is_mapped_is_a_sentence(tiny_model: Path, tmp_path:
 def test_no_engine_outlives_its_parent(tiny_model: Path, how: int) -> None:
     program = (
         "import os, sys, time\n"
-        "from localmoe.engine.client import Engine\n"
+        "from localmoe.engine.client import EngineProcess\n"
         "from localmoe.engine.protocol import Placement, Request\n"
-        "engine = Engine(dict(os.environ))\n"
+        "engine = EngineProcess(dict(os.environ))\n"
         "engine.load(sys.argv[1], Placement(n_threads=1, n_ctx=4096))\n"
         "deltas = engine.generate(Request((1, 733)))\n"
         "next(deltas)\n"
@@ -353,7 +355,7 @@ def test_no_engine_outlives_its_parent(tiny_model: Path, how: int) -> None:
 
 
 def test_a_closed_engine_leaves_no_process(tiny_model: Path) -> None:
-    engine = Engine(engine_environment())
+    engine = EngineProcess(engine_environment())
     engine.load(str(tiny_model), Placement(n_threads=1, n_ctx=512))
     generator = engine.generate(Request(PROMPT, Sampling(seed=1)))
     next(generator)
@@ -366,7 +368,7 @@ def test_a_closed_engine_leaves_no_process(tiny_model: Path) -> None:
 def test_nothing_secret_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         assert "hf_secret" not in psutil.Process(engine.pid).environ().values()
         assert engine.devices()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from localmoe.engine.exits import engine_died, native_cause
+from localmoe.engine.client import engine_died, native_cause
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="exit codes of POSIX")
 

@@ -10,7 +10,7 @@ from make_model import FAMILIES, SHAPES, make_model
 
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit
 from localmoe.gguf.demo import DEMO as DEMO_FILE
@@ -30,7 +30,7 @@ CARD = Gpu("CUDA0", "a card", 8 * GIB, 8 * GIB, free_from="driver")
 DESKTOP = Machine(32 * GIB, 24 * GIB, 8, (CARD,))
 
 
-def test_one_probe_of_the_real_engine_measures_every_buffer(engine: Engine) -> None:
+def test_one_probe_of_the_real_engine_measures_every_buffer(engine: EngineProcess) -> None:
     path = str(DEMO_FILE)
     fitted = fit(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest(), lambda p: engine.probe(path, p))
     assert fitted.n_probes == 1
@@ -126,7 +126,7 @@ def test_a_cache_of_an_unknown_kind_counts_where_the_cache_is() -> None:
     assert cache_excess(plan, planned + 10 * MIB) == {"CUDA0": 10 * MIB, "RAM": 0}
 
 
-def test_llama_cpps_cache_is_the_formulas(engine: Engine) -> None:
+def test_llama_cpps_cache_is_the_formulas(engine: EngineProcess) -> None:
     plan = make_plan(LAPTOP, DEMO, NOTHING_MEASURED, PlanRequest())
     sizes = engine.probe(str(DEMO_FILE), plan.placement)
     assert sizes.cache_bytes == sum(memory.kv.n_bytes for memory in plan.memory)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Device, DeviceList
 from localmoe.hardware.cpu import build_of, cpu_quota, memory_limits, processor
 from localmoe.hardware.gpus import Card, all_cards, visible_first
@@ -541,7 +541,7 @@ def test_names_are_cleaned() -> None:
 def test_this_machine_is_known_at_once() -> None:
     env = engine_environment()
     started = time.monotonic()
-    with Engine(env) as engine:
+    with EngineProcess(env) as engine:
         machine = detect(engine.devices, SystemAccess(env=env))
     assert time.monotonic() - started < 5  # 0.3 s where nothing else runs
     assert "CPU" in machine.build.backends

@@ -36,7 +36,7 @@ FORBIDDEN = {
         "huggingface_hub", "llama_cpp", *TERMINALS, "localmoe.planner", "localmoe.hub",
         "localmoe.catalog",
     },
-    "engine/bindings.py": {"huggingface_hub", *TERMINALS, "localmoe.planner", "localmoe.hub"},
+    "engine/native/llama.py": {"huggingface_hub", *TERMINALS, "localmoe.planner", "localmoe.hub"},
     "serving/": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil", "localmoe.planner"},
     "api.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil"},
     "": {"llama_cpp", "huggingface_hub", *TERMINALS},
@@ -84,9 +84,9 @@ def test_only_one_module_reads_the_environment(module: str) -> None:
 
 
 def test_the_walk_sees_an_import_that_is_forbidden() -> None:
-    assert "llama_cpp.llama_cpp" in set(imports(PACKAGE / "engine/bindings.py"))
-    assert "llama_cpp" in rule_for("engine/scheduler.py")
-    assert "llama_cpp" not in rule_for("engine/bindings.py")
+    assert "llama_cpp.llama_cpp" in set(imports(PACKAGE / "engine/native/llama.py"))
+    assert "llama_cpp" in rule_for("engine/worker/scheduler.py")
+    assert "llama_cpp" not in rule_for("engine/native/llama.py")
 
 
 @pytest.mark.parametrize("module", MODULES)

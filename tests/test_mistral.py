@@ -15,7 +15,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from vocabulary_files import V1_FILE, V3_FILE, write_sentencepiece
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement
 from localmoe.errors import PromptError
 from localmoe.serving.messages import Message
@@ -82,19 +82,19 @@ FORMATS = {
 @pytest.fixture(scope="module", params=["v1", "v3", "v1-no-space", "v3-no-space"])
 def compared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[MistralFormat, MistralTokenizer, Engine]]:
+) -> Iterator[tuple[MistralFormat, MistralTokenizer, EngineProcess]]:
     """A format, its reference, and llama.cpp with the reference's vocabulary."""
     version, _, no_space = request.param.partition("-")
     file, format, reference = FORMATS[version]
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.gguf"
     write_sentencepiece(path, file, add_space_prefix=False if no_space else None)
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(path), Placement(n_threads=1), vocab_only=True)
         yield replace(format, add_space_prefix=not no_space), reference(), engine
 
 
 def test_tokens_equal_the_reference(
-    compared: tuple[MistralFormat, MistralTokenizer, Engine],
+    compared: tuple[MistralFormat, MistralTokenizer, EngineProcess],
 ) -> None:
     format, reference, engine = compared
     rng = random.Random(f"{format.version}{format.add_space_prefix}")
@@ -105,7 +105,7 @@ def test_tokens_equal_the_reference(
 
 
 def test_sampled_ids_stand_for_an_answer(
-    compared: tuple[MistralFormat, MistralTokenizer, Engine],
+    compared: tuple[MistralFormat, MistralTokenizer, EngineProcess],
 ) -> None:
     format, _, engine = compared
     question = [Message("user", "Hello")]
@@ -118,15 +118,15 @@ def test_sampled_ids_stand_for_an_answer(
 
 
 @pytest.fixture(scope="module")
-def v1_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def v1_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     path: Path = tmp_path_factory.mktemp("vocabulary") / "v1.gguf"
     write_sentencepiece(path, V1_FILE)
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(path), Placement(n_threads=1), vocab_only=True)
         yield engine
 
 
-def test_the_tokens_of_mixtral_are_the_known_ones(v1_engine: Engine) -> None:
+def test_the_tokens_of_mixtral_are_the_known_ones(v1_engine: EngineProcess) -> None:
     conversation = [
         Message("system", "You are a pirate."),
         Message("user", "Hello"),
@@ -147,19 +147,19 @@ def test_the_tokens_of_mixtral_are_the_known_ones(v1_engine: Engine) -> None:
 def test_v3_shows_what_it_encodes(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path / "v3.gguf", V3_FILE)
     messages = [Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hey ")]
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(tmp_path / "v3.gguf"), Placement(n_threads=1), vocab_only=True)
         prompt = FORMATS["v3"][1].encode([*messages, Message("user", "So?")], engine)
         assert prompt.text == "<s>[INST] Hi[/INST] Hey</s>[INST] Be brief.\n\nSo?[/INST]"
         assert engine.detokenize(prompt.tokens) == prompt.text
 
 
-def test_a_vocabulary_without_the_control_tokens_of_v3_is_refused(v1_engine: Engine) -> None:
+def test_a_vocabulary_without_the_control_tokens_of_v3_is_refused(v1_engine: EngineProcess) -> None:
     with pytest.raises(PromptError, match=r"no token \[INST\]"):
         MistralFormat("v3", bos=1, eos=2).encode([Message("user", "Hello")], v1_engine)
 
 
-def test_what_the_reference_refuses_is_refused(v1_engine: Engine) -> None:
+def test_what_the_reference_refuses_is_refused(v1_engine: EngineProcess) -> None:
     format = MistralFormat("v1", bos=1, eos=2)
     late = [Message("user", "a"), Message("assistant", "b"), Message("system", "c")]
     with pytest.raises(PromptError, match="A system message follows an answer"):

@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 from make_model import SHAPES, make_model
 
-from localmoe.engine.devices import devices, host_memory
-from localmoe.engine.model import LoadedModel
-from localmoe.engine.pinning import HostMemory, PinnedPages, address_of, can_pin, joined, mapped
+from localmoe.engine.native.llama import devices, host_memory
+from localmoe.engine.native.pinning import (
+    HostMemory,
+    PinnedPages,
+    address_of,
+    can_pin,
+    joined,
+    mapped,
+)
 from localmoe.engine.protocol import FileSpan, Placement
+from localmoe.engine.worker.model import NativeModel
 from localmoe.gguf.model_meta import read_meta
 from localmoe.planner.plan import pinned_spans
 
@@ -109,7 +116,7 @@ def test_without_a_backend_that_locks_nothing_is_locked(tiny_model: Path) -> Non
         pytest.skip("this build has a GPU")
     assert host_memory() is None
     spans = (FileSpan(str(tiny_model), 4096, 4096),)
-    model = LoadedModel(str(tiny_model), Placement(1, n_ctx=256, load_mode="pinned"), spans)
+    model = NativeModel(str(tiny_model), Placement(1, n_ctx=256, load_mode="pinned"), spans)
     assert model.n_pinned_bytes == 0
     model.free()
 

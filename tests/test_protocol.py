@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmoe.engine import codec, protocol
-from localmoe.engine.codec import ProtocolError
+from localmoe.engine import client, protocol
+from localmoe.engine.client import ProtocolError
 from localmoe.engine.protocol import (
     Delta,
     Failed,
     Generate,
     Load,
-    Piece,
     Placement,
     Request,
     Sampling,
+    TextPiece,
     Timings,
     Tokenize,
     Usage,
@@ -26,7 +26,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 ids = st.integers(0, 2**31)
 tokens = st.lists(st.integers(0, 300_000), max_size=20).map(tuple)
 messages = st.one_of(
-    st.builds(Tokenize, ids, st.lists(st.builds(Piece, texts, st.booleans())).map(tuple)),
+    st.builds(Tokenize, ids, st.lists(st.builds(TextPiece, texts, st.booleans())).map(tuple)),
     st.builds(Failed, ids, texts, texts),
     st.builds(
         Generate,
@@ -40,17 +40,17 @@ messages = st.one_of(
 
 
 def read_back(raw: bytes) -> protocol.Message | None:
-    return codec.read(io.BytesIO(raw))
+    return client.read(io.BytesIO(raw))
 
 
 @given(messages)
 def test_a_message_comes_back_as_it_was(message: protocol.Message) -> None:
-    assert read_back(codec.encode(message)) == message
+    assert read_back(client.encode(message)) == message
 
 
 @given(messages, st.data())
 def test_a_frame_that_is_cut_is_refused(message: protocol.Message, data: st.DataObject) -> None:
-    frame = codec.encode(message)
+    frame = client.encode(message)
     n = data.draw(st.integers(1, len(frame) - 1))
     with pytest.raises(ProtocolError):
         read_back(frame[:n])
@@ -73,8 +73,8 @@ def test_a_huge_frame_is_refused_before_it_is_read() -> None:
 
 def test_messages_follow_each_other() -> None:
     first, second = Load(1, "a.gguf", Placement(n_threads=2)), Failed(2, "no")
-    stream = io.BytesIO(codec.encode(first) + codec.encode(second))
-    assert [codec.read(stream), codec.read(stream), codec.read(stream)] == [
+    stream = io.BytesIO(client.encode(first) + client.encode(second))
+    assert [client.read(stream), client.read(stream), client.read(stream)] == [
         first,
         second,
         None,
@@ -87,4 +87,4 @@ def test_a_placement_counts_its_cells() -> None:
 
 def test_a_delta_keeps_its_figures() -> None:
     delta = Delta(1, finish_reason="stop", usage=Usage(3, 2, 1), timings=Timings(0.1, 2.5, 3.5))
-    assert read_back(codec.encode(delta)) == delta
+    assert read_back(client.encode(delta)) == delta

@@ -11,25 +11,25 @@ import numpy.typing as npt
 import pytest
 from make_model import SHAPES, make_model
 
-from localmoe.engine import bindings
-from localmoe.engine.bindings import ggml
-from localmoe.engine.model import LoadedModel
-from localmoe.engine.protocol import Delta, Placement, RepackMode, Request, Sampling
-from localmoe.engine.repacking import (
+from localmoe.engine.native import llama
+from localmoe.engine.native.llama import ggml
+from localmoe.engine.native.model_benchmark import repackable
+from localmoe.engine.native.repack import (
     OBJECT_BYTES,
-    Tensor,
+    GgmlTensor,
     is_plain_product,
     matrices,
     repack_type,
     repacked,
 )
-from localmoe.engine.scheduler import Scheduler
-from localmoe.engine.tuning import repackable
+from localmoe.engine.protocol import Delta, Placement, RepackMode, Request, Sampling
+from localmoe.engine.worker.model import NativeModel
+from localmoe.engine.worker.scheduler import Scheduler
 from localmoe.perf.cpu_tuning import copies_within
 
 PROMPT = list(range(300, 340))
 
-bindings.log_to(lambda level, text: None)
+llama.log_to(lambda level, text: None)
 needs_repacking = pytest.mark.skipif(repack_type() is None, reason="this build can't repack")
 
 
@@ -41,17 +41,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def weights(model: Path) -> Iterator[bindings.Model]:
-    loaded = bindings.Model(str(model))
+def weights(model: Path) -> Iterator[llama.LlamaModel]:
+    loaded = llama.LlamaModel(str(model))
     yield loaded
     loaded.free()
 
 
 def test_the_struct_is_this_builds() -> None:
-    assert ctypes.sizeof(Tensor) + OBJECT_BYTES == ggml.ggml_tensor_overhead()
+    assert ctypes.sizeof(GgmlTensor) + OBJECT_BYTES == ggml.ggml_tensor_overhead()
 
 
-def test_matrices_are_those_that_are_multiplied_with(weights: bindings.Model) -> None:
+def test_matrices_are_those_that_are_multiplied_with(weights: llama.LlamaModel) -> None:
     names = [tensor.name.decode() for tensor in matrices(weights)]
     assert len(names) == len(set(names))
     assert {"blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight", "output.weight"} <= set(names)
@@ -62,13 +62,13 @@ def test_tied_embeddings_are_left_alone(tmp_path: Path) -> None:
     """They are looked up as rows too, which repacked ones can't be."""
     from localmoe.gguf.demo import DEMO
 
-    demo = bindings.Model(str(DEMO))
+    demo = llama.LlamaModel(str(DEMO))
     assert "token_embd.weight" not in [t.name.decode() for t in matrices(demo)]
     demo.free()
 
 
 @needs_repacking
-def test_copies_are_whole_before_they_are_used(weights: bindings.Model) -> None:
+def test_copies_are_whole_before_they_are_used(weights: llama.LlamaModel) -> None:
     tensors = {t.name: t for t in matrices(weights)}
     copies = repacked(weights, "all", 99)
     one = tensors[b"blk.0.ffn_down_exps.weight"]
@@ -89,7 +89,7 @@ def test_copies_are_whole_before_they_are_used(weights: bindings.Model) -> None:
 
 @needs_repacking
 @pytest.mark.parametrize(("mode", "n_layers"), [("off", 99), ("experts", 1), ("all", 1)])
-def test_what_is_copied(weights: bindings.Model, mode: str, n_layers: int) -> None:
+def test_what_is_copied(weights: llama.LlamaModel, mode: str, n_layers: int) -> None:
     copies = repacked(weights, mode, n_layers)  # type: ignore[arg-type]
     names = {twin.name for twin in copies._twins}
     copies.free()
@@ -100,7 +100,7 @@ def test_what_is_copied(weights: bindings.Model, mode: str, n_layers: int) -> No
 
 @needs_repacking
 @pytest.mark.parametrize("mode", ["experts", "all"])
-def test_copies_are_what_the_plan_counts(weights: bindings.Model, mode: RepackMode) -> None:
+def test_copies_are_what_the_plan_counts(weights: llama.LlamaModel, mode: RepackMode) -> None:
     """Outside of layers too: the output matrix was copied beside what a plan had room for."""
     layers = repackable(matrices(weights))
     for n_layers in range(1, len(layers) + 1):
@@ -110,7 +110,7 @@ def test_copies_are_what_the_plan_counts(weights: bindings.Model, mode: RepackMo
 
 
 def logits(
-    loaded: LoadedModel, token: int, position: int, generating: bool
+    loaded: NativeModel, token: int, position: int, generating: bool
 ) -> npt.NDArray[np.float32]:
     batch = loaded.batch
     batch.tokens[0], batch.positions[0], batch.wants_logits[0] = token, position, 1
@@ -121,8 +121,8 @@ def logits(
 @needs_repacking
 def test_answers_are_what_they_were_but_for_rounding(model: Path) -> None:
     """Prompts with the file's own weights, bit for bit; answers with the copies."""
-    plain = LoadedModel(str(model), Placement(n_threads=2, n_ctx=512))
-    twice = LoadedModel(
+    plain = NativeModel(str(model), Placement(n_threads=2, n_ctx=512))
+    twice = NativeModel(
         str(model), Placement(n_threads=2, n_ctx=512, repack="all", n_repacked_layers=99)
     )
     assert twice.lacks_copies
@@ -157,7 +157,7 @@ def test_a_question_does_not_wait_long_for_copies(
     place = Placement(
         n_threads=2, n_ctx=512, repack="all", n_repacked_layers=99, repack_in_idle=in_idle
     )
-    loaded = LoadedModel(str(model), place)
+    loaded = NativeModel(str(model), place)
     scheduler = Scheduler(loaded, most_wait_s)
     scheduler.add(1, Request(tuple(PROMPT), Sampling(seed=seed), 8))
     news: list[object] = []
@@ -186,7 +186,7 @@ def test_products_that_repacked_weights_have_a_kernel_for(
 ) -> None:
     """On others llama.cpp aborts (ggml-cpu/repack.cpp)."""
     operations = {ggml.ggml_op_name(n): n for n in range(96)}
-    weights, tokens, node = Tensor(), Tensor(), Tensor()
+    weights, tokens, node = GgmlTensor(), GgmlTensor(), GgmlTensor()
     weights.ne[:] = shape
     node.op = operations[kind]
     node.src[0], node.src[1] = ctypes.addressof(weights), ctypes.addressof(tokens)

@@ -17,13 +17,14 @@ from make_model import FAMILIES, make_model
 from synthetic.families import with_layers
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine, Inbox
-from localmoe.engine.laying import WORTH_FILLING, spans
-from localmoe.engine.model import LoadedModel
-from localmoe.engine.places import Cells
+from localmoe.engine.client import EngineProcess, Inbox
+from localmoe.engine.prefix import MIN_SHARED_TOKENS, common_prefix
 from localmoe.engine.protocol import Delta, Failed, KvType, Placement, Request, Sampling
-from localmoe.engine.scheduler import Scheduler
-from localmoe.engine.waiting import MAX_PASSED, WORTH_SHARING, Queue, Waiting, common_prefix
+from localmoe.engine.worker.batch_builder import WORTH_FILLING, spans
+from localmoe.engine.worker.kv_slots import CellAccounting
+from localmoe.engine.worker.model import NativeModel
+from localmoe.engine.worker.request_queue import MAX_PASSED, QueuedRequest, RequestQueue
+from localmoe.engine.worker.scheduler import Scheduler
 from localmoe.gguf.demo import PACKAGE
 from localmoe.serving.sharing import sharing_of
 
@@ -70,19 +71,19 @@ def cached(deltas: Sequence[Delta]) -> int:
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[dict[str, LoadedModel]]:
-    models = {name: LoadedModel(str(DEMO), place) for name, place in STREAMS.items()}
+def models() -> Iterator[dict[str, NativeModel]]:
+    models = {name: NativeModel(str(DEMO), place) for name, place in STREAMS.items()}
     yield models
     for model in models.values():
         model.free()
 
 
 @pytest.fixture(params=STREAMS)
-def scheduler(request: pytest.FixtureRequest, models: dict[str, LoadedModel]) -> Scheduler:
+def scheduler(request: pytest.FixtureRequest, models: dict[str, NativeModel]) -> Scheduler:
     return fresh(models[request.param])
 
 
-def fresh(model: LoadedModel) -> Scheduler:
+def fresh(model: NativeModel) -> Scheduler:
     for sequence in range(model.placement.n_seq):
         model.keep(sequence, 0)
     return Scheduler(model)
@@ -110,9 +111,9 @@ def test_what_is_kept_serves_requests_that_come_later(scheduler: Scheduler) -> N
     assert cached(later) == 100
 
 
-def test_a_short_common_beginning_keeps_nobody_waiting(models: dict[str, LoadedModel]) -> None:
+def test_a_short_common_beginning_keeps_nobody_waiting(models: dict[str, NativeModel]) -> None:
     scheduler = fresh(models["unified"])
-    start = prompt(0, WORTH_SHARING - 1)
+    start = prompt(0, MIN_SHARED_TOKENS - 1)
     for n in range(1, 4):
         scheduler.add(n, ask(start + prompt(n, 5)))
     scheduler.step()
@@ -165,21 +166,21 @@ def shapes(scheduler: Scheduler, requests: Sequence[Request]) -> list[list[int]]
 
 
 def test_prompts_of_other_lengths_are_filled_up_and_computed_together(
-    models: dict[str, LoadedModel],
+    models: dict[str, NativeModel],
 ) -> None:
     lengths = (20, 31, 1, 26)
     requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
     assert shapes(fresh(models["alike"]), requests) == [[31] * 4]
 
 
-def test_much_filling_is_not_worth_it(models: dict[str, LoadedModel]) -> None:
+def test_much_filling_is_not_worth_it(models: dict[str, NativeModel]) -> None:
     lengths = (100, 10, 12, 90)
     requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
     assert shapes(fresh(models["alike"]), requests) == [[100], [12, 12], [90]]
 
 
 def test_a_lone_sequence_generates_beside_a_row_for_nothing(
-    models: dict[str, LoadedModel],
+    models: dict[str, NativeModel],
 ) -> None:
     scheduler = fresh(models["alike"])
     answers(scheduler, [ask(prompt(1, 100))] * N_SEQ)  # what the others hold is not to be lost
@@ -192,7 +193,7 @@ def test_a_lone_sequence_generates_beside_a_row_for_nothing(
 
 def test_few_cells_make_requests_wait_and_none_fail() -> None:
     """Cells for less than two whole requests, four places: it takes longer, that is all."""
-    model = LoadedModel(str(DEMO), replace(STREAMS["unified"], n_cells=512))
+    model = NativeModel(str(DEMO), replace(STREAMS["unified"], n_cells=512))
     requests = [ask(prompt(n, 180), max_tokens=40 + n) for n in range(1, 10)]
     requests += [ask(prompt(0, 120) + prompt(n, 50), max_tokens=None) for n in range(1, 10)]
     ended = answers(Scheduler(model), requests)
@@ -201,7 +202,7 @@ def test_few_cells_make_requests_wait_and_none_fail() -> None:
     model.free()
 
 
-def test_a_place_is_taken_as_soon_as_it_is_free(models: dict[str, LoadedModel]) -> None:
+def test_a_place_is_taken_as_soon_as_it_is_free(models: dict[str, NativeModel]) -> None:
     scheduler = fresh(models["unified"])
     for n in range(1, 9):
         scheduler.add(n, ask(prompt(n, 10), max_tokens=2 if n == 1 else 9))
@@ -214,7 +215,7 @@ def test_a_place_is_taken_as_soon_as_it_is_free(models: dict[str, LoadedModel]) 
 
 
 def test_cells_of_a_copied_beginning_are_counted_once() -> None:
-    cells = Cells(100)
+    cells = CellAccounting(100)
     cells.cut(0, 0)
     cells.extend(0, 50)
     cells.share(0, 1, 30)
@@ -273,7 +274,7 @@ REQUESTS = [
 ]
 
 
-def asked(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+def asked(engine: EngineProcess, requests: Sequence[Request]) -> list[tuple[int, ...]]:
     """Ask an engine all of them at once; their tokens."""
     inbox: Inbox = queue.SimpleQueue()
     ids = [engine.submit(request, inbox) for request in requests]
@@ -294,7 +295,7 @@ def test_answers_do_not_depend_on_company(kv_type: KvType) -> None:
     """
     flash = "on" if kv_type == "q8_0" else "off"
     place = replace(ALIKE, n_seq=7, kv_type=kv_type, flash_attention=flash)
-    with Engine(engine_environment()) as many, Engine(engine_environment()) as one:
+    with EngineProcess(engine_environment()) as many, EngineProcess(engine_environment()) as one:
         many.load(str(DEMO), place)
         one.load(str(DEMO), replace(place, n_seq=2))
         together = asked(many, REQUESTS)
@@ -304,7 +305,7 @@ def test_answers_do_not_depend_on_company(kv_type: KvType) -> None:
 
 @pytest.mark.parametrize("kind", ["unified", "streams"])
 def test_answers_in_company_are_those_given_alone(
-    models: dict[str, LoadedModel], kind: str
+    models: dict[str, NativeModel], kind: str
 ) -> None:
     """As on a GPU, where nothing is padded. Where an answer differs, its two likeliest
     tokens are as close as other micro-batches move the logits after the very same tokens."""
@@ -330,7 +331,7 @@ SHAPES = ((128, 0), (1, 0), (30, 0), (30, 98))
 
 
 def logits(
-    model: LoadedModel, tokens: tuple[int, ...], n_at_once: int, n_beside: int
+    model: NativeModel, tokens: tuple[int, ...], n_at_once: int, n_beside: int
 ) -> npt.NDArray[np.float32]:
     """What comes after these tokens, computed by micro-batches of a shape."""
     fresh(model)
@@ -343,7 +344,7 @@ def logits(
     return model.context.logits(len(part) - 1).copy()
 
 
-def lay(model: LoadedModel, at: int, sequence: int, tokens: Sequence[int], position: int) -> None:
+def lay(model: NativeModel, at: int, sequence: int, tokens: Sequence[int], position: int) -> None:
     """Put tokens of a sequence into the batch, their first at place `at`."""
     batch, end = model.batch, at + len(tokens)
     batch.tokens[at:end] = tokens
@@ -358,7 +359,7 @@ def lay(model: LoadedModel, at: int, sequence: int, tokens: Sequence[int], posit
 def test_caches_that_cannot_be_cut_answer_all_the_same(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.gguf"
     make_model(path, SMALL[kind], "Q4_K")
-    model = LoadedModel(str(path), replace(STREAMS["unified"], n_ubatch=64))
+    model = NativeModel(str(path), replace(STREAMS["unified"], n_ubatch=64))
     requests = [ask(tuple(t % 500 for t in prompt(0, 90) + prompt(n, 10))) for n in range(1, 7)]
     together = answers(Scheduler(model), requests)
     assert all(len(answer.tokens) == 6 for answer in together)
@@ -395,12 +396,12 @@ def test_a_common_prefix_is_what_both_begin_with(
     assert n >= len(common)
 
 
-def waiting(id: int, tokens: tuple[int, ...], **options: bool) -> Waiting:
-    return Waiting(id, ask(tokens, **options), 0.0)
+def waiting(id: int, tokens: tuple[int, ...], **options: bool) -> QueuedRequest:
+    return QueuedRequest(id, ask(tokens, **options), 0.0)
 
 
-def popped(waiting: Sequence[Waiting]) -> list[int]:
-    queue = Queue()
+def popped(waiting: Sequence[QueuedRequest]) -> list[int]:
+    queue = RequestQueue()
     for entry in waiting:
         queue.add(entry)
     return [queue.pop().id for _ in range(len(queue))]
@@ -425,7 +426,7 @@ def test_requests_that_want_no_sharing_keep_their_order() -> None:
 
 
 def test_nobody_is_passed_over_for_ever() -> None:
-    queue = Queue()
+    queue = RequestQueue()
     queue.add(waiting(0, prompt(0, 50) + (1,)))
     queue.add(waiting(1, prompt(1, 50)))
     assert queue.pop().id == 0

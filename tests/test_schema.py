@@ -21,27 +21,27 @@ from pydantic import BaseModel, Field, HttpUrl
 from synthetic.schemas import random_schema
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
-from localmoe.engine.number_grammar import Bounds, integers, numbers
-from localmoe.engine.protocol import Piece, Placement, Request, Sampling
-from localmoe.engine.schema_grammar import schema_grammar
-from localmoe.engine.schema_merge import KNOWN, NOT_HELD, TYPES
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Placement, Request, Sampling, TextPiece
 from localmoe.errors import UsageError
 from localmoe.gguf.demo import DEMO
-from localmoe.serving.schema import WrongForm, check_answer, check_grammar, check_schema
+from localmoe.structured.check import OutputMismatch, check_answer, check_grammar, check_schema
+from localmoe.structured.number_grammar import Bounds, integers, numbers
+from localmoe.structured.schema_grammar import schema_grammar
+from localmoe.structured.schema_merge import KNOWN, NOT_HELD, TYPES
 
 KEYWORDS = sorted([*KNOWN, *NOT_HELD, "$defs", "title"])
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Engine]:
-    with Engine(engine_environment()) as engine:
+def demo() -> Iterator[EngineProcess]:
+    with EngineProcess(engine_environment()) as engine:
         engine.load(str(DEMO), Placement(n_threads=2, n_ctx=1024))
         yield engine
 
 
 def answer_of(
-    engine: Engine,
+    engine: EngineProcess,
     schema: Any,
     seed: int,
     temperature: float = 0.7,
@@ -49,7 +49,7 @@ def answer_of(
 ) -> Any:
     """What the demo model answers to a schema, checked as every answer is."""
     text = json.dumps(schema)
-    prompt = engine.tokenize([Piece("Tell me something about yourself.")])[0]
+    prompt = engine.tokenize([TextPiece("Tell me something about yourself.")])[0]
     sampling = Sampling(temperature=temperature, seed=seed, json_schema=text)
     deltas = list(engine.generate(Request(prompt, sampling, max_tokens=max_tokens)))
     answer = "".join(delta.text for delta in deltas)
@@ -61,13 +61,13 @@ def answer_of(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_schemas_are_answered_as_they_demand(demo: Engine, seed: int) -> None:
+def test_random_schemas_are_answered_as_they_demand(demo: EngineProcess, seed: int) -> None:
     """scripts/soak/schemas.py does the same with 200 and more."""
     schema = random_schema(seed)
     Draft202012Validator(schema).validate(answer_of(demo, schema, seed))
 
 
-def test_no_raw_control_character_gets_into_a_string(demo: Engine) -> None:
+def test_no_raw_control_character_gets_into_a_string(demo: EngineProcess) -> None:
     """At a temperature that makes all tokens about equally likely."""
     form = json.dumps({"type": "string", "minLength": 200, "maxLength": 200})
     answers = []
@@ -82,7 +82,7 @@ def test_no_raw_control_character_gets_into_a_string(demo: Engine) -> None:
 @pytest.mark.parametrize(
     "value", ['say "hi"', "back\\slash", "a\\", "naïve 😀", "a\nb", {"a b": [1, "]"]}, "", 'x"y\\"']
 )
-def test_a_constant_is_given_back_as_it_is(demo: Engine, value: Any) -> None:
+def test_a_constant_is_given_back_as_it_is(demo: EngineProcess, value: Any) -> None:
     assert answer_of(demo, {"const": value}, 1) == value
     assert answer_of(demo, {"type": "object", "properties": {"k": {"enum": [value]}},
                             "required": ["k"]}, 1) == {"k": value}  # fmt: skip
@@ -114,10 +114,10 @@ def test_a_constant_is_given_back_as_it_is(demo: Engine, value: Any) -> None:
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-3},
     ],
 )  # fmt: skip
-def test_what_people_write_is_held(demo: Engine, schema: dict[str, Any]) -> None:
+def test_what_people_write_is_held(demo: EngineProcess, schema: dict[str, Any]) -> None:
     try:
         found = answer_of(demo, schema, 1, max_tokens=100)
-    except WrongForm as error:
+    except OutputMismatch as error:
         if "cut" not in error.message:  # in an open string a small model goes on for long
             raise
     else:
@@ -143,7 +143,7 @@ class Person(BaseModel):
     page: HttpUrl
 
 
-def test_a_pydantic_model_is_filled(demo: Engine) -> None:
+def test_a_pydantic_model_is_filled(demo: EngineProcess) -> None:
     found = answer_of(demo, Person.model_json_schema(), 0)
     assert Person.model_validate(found).age < 130
 
@@ -240,7 +240,7 @@ def test_hostile_schemas_are_one_line_at_once(text: str) -> None:
         {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(2000)}},
     ],
 )
-def test_large_schemas_are_answered_too(demo: Engine, schema: dict[str, Any]) -> None:
+def test_large_schemas_are_answered_too(demo: EngineProcess, schema: dict[str, Any]) -> None:
     started = time.monotonic()
     sampling = Sampling(seed=1, json_schema=json.dumps(schema))
     check_schema(json.dumps(schema))
@@ -308,14 +308,14 @@ def test_an_answer_that_is_not_what_was_asked_for_is_an_error(
     text: str, reason: str, problem: str
 ) -> None:
     schema = '{"properties": {"a": {"type": "integer"}}}'
-    with pytest.raises(WrongForm, match=problem):
+    with pytest.raises(OutputMismatch, match=problem):
         check_answer(text, reason, Sampling(json_schema=schema))
 
 
 def test_an_answer_that_was_whole_when_it_was_cut_is_one() -> None:
     check_answer('{"a": 1}', "length", Sampling(json_schema="{}"))
     check_answer("anything", "length", Sampling())
-    with pytest.raises(WrongForm, match="cut"):
+    with pytest.raises(OutputMismatch, match="cut"):
         check_answer("ab", "length", Sampling(grammar='root ::= "abc"'))
 
 
@@ -349,7 +349,7 @@ def test_a_bad_grammar_is_refused_before_a_model_is_there(grammar: str, sentence
         "root ::= [^\\n]* .",
     ],
 )
-def test_a_good_grammar_passes_and_runs(demo: Engine, grammar: str) -> None:
+def test_a_good_grammar_passes_and_runs(demo: EngineProcess, grammar: str) -> None:
     check_grammar(grammar)
     request = Request((1,), Sampling(grammar=grammar, seed=1), max_tokens=4)
     assert list(demo.generate(request))[-1].finish_reason

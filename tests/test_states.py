@@ -20,7 +20,7 @@ from make_model import FAMILIES, make_model
 from synthetic.families import Family, with_layers
 
 from localmoe.config.environment import engine_environment, sessions_folder
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement, Request, Sampling, StateRestored, StateSaved
 from localmoe.errors import EngineError
 from localmoe.gguf.demo import DEMO
@@ -41,7 +41,7 @@ class Outcome:
     n_cached: int
 
 
-def ask(engine: Engine, tokens: Sequence[int]) -> Outcome:
+def ask(engine: EngineProcess, tokens: Sequence[int]) -> Outcome:
     request = Request(tuple(tokens), Sampling(temperature=0), max_tokens=12)
     deltas = list(engine.generate(request))
     usage = deltas[-1].usage
@@ -49,8 +49,8 @@ def ask(engine: Engine, tokens: Sequence[int]) -> Outcome:
     return Outcome([t for delta in deltas for t in delta.tokens], usage.cached_tokens)
 
 
-def engine_with(place: Placement = PLACE, path: Path = DEMO) -> Engine:
-    engine = Engine(engine_environment())
+def engine_with(place: Placement = PLACE, path: Path = DEMO) -> EngineProcess:
+    engine = EngineProcess(engine_environment())
     engine.load(str(path), place)
     return engine
 
@@ -67,7 +67,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[Engine]:
+def other() -> Iterator[EngineProcess]:
     """An engine to try files on."""
     with engine_with() as engine:
         yield engine
@@ -90,7 +90,7 @@ def test_an_answer_is_the_same_with_what_was_held_in_a_file(saved: Path) -> None
     assert again.n_cached == len(PROMPT) - 1
 
 
-def test_only_the_conversations_beginning_is_kept(tmp_path: Path, other: Engine) -> None:
+def test_only_the_conversations_beginning_is_kept(tmp_path: Path, other: EngineProcess) -> None:
     ask(other, MORE)
     done = other.save_state(str(tmp_path / "x"), "demo", (*MORE[:200], 7, 7, 7), ROOM)
     assert done.n_tokens == 200
@@ -131,7 +131,9 @@ def test_two_sequences_of_a_unified_cache_stay_in_their_cells(saved: Path) -> No
         assert ask(engine, MORE).tokens == expected
 
 
-def test_another_models_state_is_not_used(saved: Path, other: Engine, tiny_model: Path) -> None:
+def test_another_models_state_is_not_used(
+    saved: Path, other: EngineProcess, tiny_model: Path
+) -> None:
     assert other.restore_state(str(saved), "demo:Q4").reason == "it is of another model file"
     with engine_with(path=tiny_model) as engine:  # the key is the client's word; llama.cpp checks
         assert engine.restore_state(str(saved), "demo").n_tokens == 0
@@ -160,7 +162,7 @@ def damages(raw: bytes) -> dict[str, bytes]:
     }
 
 
-def test_a_damaged_state_is_not_used(saved: Path, other: Engine, tmp_path: Path) -> None:
+def test_a_damaged_state_is_not_used(saved: Path, other: EngineProcess, tmp_path: Path) -> None:
     path = tmp_path / "damaged"
     for how, raw in damages(saved.read_bytes()).items():
         path.write_bytes(raw)
@@ -172,7 +174,9 @@ def test_a_damaged_state_is_not_used(saved: Path, other: Engine, tmp_path: Path)
     assert other.restore_state(str(saved), "demo").n_tokens == len(PROMPT)
 
 
-def test_what_is_not_worth_it_or_too_large_is_not_written(tmp_path: Path, other: Engine) -> None:
+def test_what_is_not_worth_it_or_too_large_is_not_written(
+    tmp_path: Path, other: EngineProcess
+) -> None:
     path = tmp_path / "x"
     ask(other, PROMPT)
     assert other.save_state(str(path), "demo", PROMPT[:20], ROOM).n_tokens == 0
@@ -233,9 +237,9 @@ def test_a_full_disk_leaves_the_state_before_it(saved: Path, tmp_path: Path) -> 
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
         "import os, sys\n"
-        "from localmoe.engine.client import Engine\n"
+        "from localmoe.engine.client import EngineProcess\n"
         "from localmoe.engine.protocol import Placement, Request, Sampling\n"
-        "engine = Engine(dict(os.environ))\n"
+        "engine = EngineProcess(dict(os.environ))\n"
         "engine.load(sys.argv[1], Placement(n_threads=2, n_ctx=1024))\n"
         "tokens = tuple(range(300, 600))\n"
         "list(engine.generate(Request(tokens, Sampling(temperature=0), max_tokens=1)))\n"
@@ -277,7 +281,7 @@ def killed_while_saving(large: Path, path: Path, delay_s: float) -> None:
 
 
 def test_a_kill_while_a_state_is_written_leaves_the_old_one(
-    saved: Path, large: Path, other: Engine, tmp_path: Path
+    saved: Path, large: Path, other: EngineProcess, tmp_path: Path
 ) -> None:
     path, left = tmp_path / "one.state", []
     for delay_s in (0.0, 0.001, 0.003, 0.01):

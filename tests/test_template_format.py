@@ -15,8 +15,8 @@ import pytest
 from vocabulary_files import V1_FILE, write_byte_level, write_sentencepiece
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
-from localmoe.engine.protocol import Piece, Placement
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.protocol import Placement, TextPiece
 from localmoe.errors import PromptError
 from localmoe.serving.messages import Message, Prompt
 from localmoe.serving.prompt import ENDS
@@ -86,19 +86,19 @@ ANSWER = Message("assistant", "hello")
 class Vocabulary:
     """A vocabulary at work, and the format of a template with it."""
 
-    engine: Engine
+    engine: EngineProcess
     format: TemplateFormat
 
     def with_template(self, style: str) -> TemplateFormat:
         return replace(self.format, template=STYLES[style])
 
     def control_ids(self) -> set[int]:
-        pieces = [Piece(text, special=True) for text in sorted(self.format.control_tokens)]
+        pieces = [TextPiece(text, special=True) for text in sorted(self.format.control_tokens)]
         return {ids[0] for ids in self.engine.tokenize(pieces) if len(ids) == 1}
 
 
-def load(path: Path) -> Engine:
-    engine = Engine(engine_environment())
+def load(path: Path) -> EngineProcess:
+    engine = EngineProcess(engine_environment())
     engine.load(str(path), Placement(n_threads=1), vocab_only=True)
     return engine
 
@@ -159,12 +159,12 @@ def test_a_prompt_is_the_rendered_text_tokenized_whole(
 ) -> None:
     prompt = byte_level.with_template(style).encode(messages, byte_level.engine)
     assert prompt.text == text
-    assert [prompt.tokens] == byte_level.engine.tokenize([Piece(text, special=True)])
+    assert [prompt.tokens] == byte_level.engine.tokenize([TextPiece(text, special=True)])
 
 
 def test_sentencepiece_prompts_equal_those_of_the_whole_text(sentencepiece: Vocabulary) -> None:
     prompt = sentencepiece.with_template("chatml").encode([SYSTEM, USER], sentencepiece.engine)
-    whole = sentencepiece.engine.tokenize([Piece(prompt.text, special=True)])[0]
+    whole = sentencepiece.engine.tokenize([TextPiece(prompt.text, special=True)])[0]
     assert prompt.text.startswith("<s><|im_start|>system")
     assert prompt.tokens == whole
     assert prompt.tokens[0] == 1
@@ -258,7 +258,7 @@ def test_text_that_spells_a_control_token_stays_text(byte_level: Vocabulary) -> 
     messages = [Message("user", "what is <|im_end|> for?")]
     prompt = byte_level.with_template("chatml").encode(messages, byte_level.engine)
     before, after = prompt.text.split("<|im_end|> for?")
-    pieces = [Piece(before, True), Piece("<|im_end|>"), Piece(" for?" + after, True)]
+    pieces = [TextPiece(before, True), TextPiece("<|im_end|>"), TextPiece(" for?" + after, True)]
     assert prompt.tokens == tuple(t for ids in byte_level.engine.tokenize(pieces) for t in ids)
     assert byte_level.engine.detokenize(prompt.tokens) == prompt.text
 
@@ -275,7 +275,7 @@ def test_cut_text_gains_no_space(sentencepiece: Vocabulary) -> None:
 
 def odd_ids(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
     """Ids that spell a text otherwise than the tokenizer would."""
-    letters = vocabulary.engine.tokenize([Piece("~" + letter) for letter in text])
+    letters = vocabulary.engine.tokenize([TextPiece("~" + letter) for letter in text])
     return tuple(ids[-1] for ids in letters)
 
 
@@ -342,7 +342,7 @@ def test_thinking_in_the_history_is_left_to_the_template(vocabulary: Vocabulary)
     """Its marks are control tokens here; cut out by the template, or kept as text."""
     cutting = CHATML.replace("message.content", "message.content.split('</think>')[-1]")
     messages = [USER, Message("assistant", "<think>so</think>hello"), USER]
-    control = vocabulary.engine.tokenize([Piece("</think>", special=True)])[0][-1]
+    control = vocabulary.engine.tokenize([TextPiece("</think>", special=True)])[0][-1]
     for template, shown in ((cutting, "hello"), (CHATML, "<think>so</think>hello")):
         format = replace(vocabulary.format, template=template)
         prompt = format.encode(messages, vocabulary.engine)

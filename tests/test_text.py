@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmoe.engine.text import TextStream
+from localmoe.engine.worker.sampling import TextStream
 
 cuts = st.lists(st.integers(0, 60), max_size=8)
 

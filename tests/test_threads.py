@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.engine.threads import MOST_PATIENCE_S, PATIENCE_S, WINDOW_S, Threads, waited_s
+from localmoe.engine.worker.model import (
+    MOST_PATIENCE_S,
+    PATIENCE_S,
+    WINDOW_S,
+    ThreadGovernor,
+    waited_s,
+)
 
 
 class Machine:
@@ -20,7 +26,7 @@ class Machine:
 
     def __init__(self, n_most: int) -> None:
         self.now, self.waited, self.n_programs = 100.0, 0.0, 0
-        self.threads = Threads(n_most, lambda: self.waited, lambda: self.now)
+        self.threads = ThreadGovernor(n_most, lambda: self.waited, lambda: self.now)
         self.n_cores = n_most
 
     def compute(self, seconds: float) -> set[int]:

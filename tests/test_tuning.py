@@ -11,10 +11,10 @@ from make_model import SHAPES, make_model
 from pydantic import TypeAdapter
 from test_cli import localmoe
 
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
+from localmoe.engine.native.model_benchmark import clearly_fastest
 from localmoe.engine.protocol import Placement
 from localmoe.engine.rates import MARGIN, RepackableLayer, StepTime, Tuning
-from localmoe.engine.tuning import clearly_fastest
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.hardware.machine import Machine
@@ -262,7 +262,7 @@ def test_a_model_that_could_not_be_timed_is_tried_again_but_not_for_ever(tmp_pat
 # ---- timed ----
 
 
-def test_a_model_is_timed_by_its_first_layers(engine: Engine) -> None:
+def test_a_model_is_timed_by_its_first_layers(engine: EngineProcess) -> None:
     found = engine.tune(str(DEMO), [2, 1], 30.0)
     assert [t.n_threads for t in found.times[:2]] == [2, 1]
     assert {t.n_tokens for t in found.times if not t.repacked} >= {1, 4, 8, 16, 32, 512, 1024}
@@ -276,7 +276,7 @@ def test_a_model_is_timed_by_its_first_layers(engine: Engine) -> None:
     assert loaded.n_ctx > 0
 
 
-def test_what_there_is_no_time_for_is_left_out(engine: Engine) -> None:
+def test_what_there_is_no_time_for_is_left_out(engine: EngineProcess) -> None:
     found = engine.tune(str(DEMO), [2, 1], 0.0)
     assert [(t.n_threads, t.n_tokens, t.repacked) for t in found.times] == [(2, 1, False)]
     assert best_threads(found) == 2

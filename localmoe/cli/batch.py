@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
     from ..catalog.resolve import ModelResolver, ResolvedModel
     from ..config.settings import Settings
-    from ..engine.client import Engine
+    from ..engine.client import EngineProcess
     from ..loading import OpenModel
     from ..planner.request import BatchShape
     from ..serving.answer import Markers
@@ -308,7 +308,7 @@ class BatchCommand:
         finally:
             self._finder.close()  # its engine would hold memory beside the model's
 
-    def _engine(self) -> Engine:
+    def _engine(self) -> EngineProcess:
         """An engine with the model loaded; another call ends the one before."""
         from ..loading import load_found
 

@@ -96,7 +96,7 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
     A file larger than the memory that is free is only opened: reading it would take too long.
     """
     from ..config.environment import engine_environment
-    from ..engine.client import Engine
+    from ..engine.client import EngineProcess
     from ..engine.protocol import Placement, Request, Sampling
     from ..hardware.machine import this_machine
 
@@ -104,7 +104,7 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
     placement = Placement(n_threads=machine.n_cores, n_ctx=TRY_OUT_CONTEXT)
     fits = conversion.n_bytes <= machine.ram_available_bytes
     try:
-        with Engine(engine_environment(), on_log) as engine:
+        with EngineProcess(engine_environment(), on_log) as engine:
             if not fits:
                 engine.probe(str(path), placement)
                 return False

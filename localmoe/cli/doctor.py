@@ -93,10 +93,10 @@ def ask_llama(
     env: Mapping[str, str], timeout_s: float = ENGINE_TIMEOUT_S
 ) -> tuple[DeviceList | None, str]:
     """The devices that llama.cpp sees, or why it doesn't say. With a bad driver it may hang."""
-    from ..engine.client import Engine
+    from ..engine.client import EngineProcess
     from ..errors import EngineError
 
-    with Engine(env) as engine:
+    with EngineProcess(env) as engine:
         late = threading.Timer(timeout_s, engine.kill)
         late.daemon = True
         late.start()

@@ -108,7 +108,7 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
     settings = load_settings(said, model=model, called=option_name)
     if settings.json_schema is not None or settings.grammar is not None:
         from ..engine.protocol import Sampling
-        from ..serving.schema import check_sampling
+        from ..structured.check import check_sampling
 
         check_sampling(Sampling(json_schema=settings.json_schema, grammar=settings.grammar))
     return settings

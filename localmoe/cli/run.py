@@ -98,9 +98,9 @@ def answered(
     Raises LocalMoeError.
     """
     from ..serving.answer import Answer
-    from ..serving.schema import check_answer, has_form
+    from ..structured.check import check_answer, is_structured
 
-    waits = as_json or (has_form(options.sampling) and not sys.stdout.isatty())
+    waits = as_json or (is_structured(options.sampling) and not sys.stdout.isatty())
     encoded = loaded.model.encode(conversation)
     answer = Answer()
     with closing(loaded.model.answer(encoded, options)) as deltas:

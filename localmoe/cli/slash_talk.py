@@ -99,9 +99,9 @@ def checked_text(repl: Repl, path: Path) -> str:
 
 
 def count(repl: Repl, text: str) -> int:
-    from ..engine.protocol import Piece
+    from ..engine.protocol import TextPiece
 
-    (tokens,) = repl.ready().chat.model.engine.tokenize([Piece(text)])
+    (tokens,) = repl.ready().chat.model.engine.tokenize([TextPiece(text)])
     return len(tokens)
 
 

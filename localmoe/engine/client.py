@@ -1,4 +1,10 @@
-"""The parent side of the process boundary: start an engine process, talk to it, and bury it.
+"""Messages as bytes: JSON in a frame of a four-byte big-endian length and that many bytes of UTF-8.
+
+Never pickle: the engine reads untrusted files.
+
+What the end of an engine process means, as a sentence and what to do about it.
+
+The parent side of the process boundary: start an engine process, talk to it, and bury it.
 
 The engine may die at any moment; then everything under way, and everything asked afterwards,
 raises one EngineError that says why.
@@ -10,16 +16,19 @@ import contextlib
 import itertools
 import os
 import queue
+import signal
+import struct
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import BinaryIO, TypeVar, cast
+from typing import Annotated, BinaryIO, TypeVar, cast
+
+from pydantic import Field, TypeAdapter
 
 from ..errors import EngineError, ModelFileError, RequestError
-from . import codec
-from .exits import engine_died
+from . import client
 from .protocol import (
     BandwidthsMeasured,
     BufferSizes,
@@ -35,17 +44,18 @@ from .protocol import (
     ListDevices,
     Load,
     Loaded,
+    LoadProgress,
     MeasureBandwidth,
-    Piece,
+    Message,
     Placement,
     Probe,
     Probed,
-    Progress,
     Request,
     RestoreState,
     SaveState,
     StateRestored,
     StateSaved,
+    TextPiece,
     ToEngine,
     Tokenize,
     Tokenized,
@@ -53,6 +63,127 @@ from .protocol import (
     Tuned,
 )
 from .rates import Bandwidths, Tuning
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+_codec: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+class ProtocolError(Exception):
+    """Bytes that are not a message."""
+
+
+def encode(message: Message) -> bytes:
+    """A message as a frame."""
+    payload = _codec.dump_json(message, exclude_defaults=False)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def read(stream: BinaryIO) -> Message | None:
+    """The next message of a blocking stream; None at its end.
+
+    Raises ProtocolError where a frame is cut short, too large or not a message.
+    """
+    head = stream.read(_LENGTH.size)
+    if not head:
+        return None
+    if len(head) < _LENGTH.size:
+        raise ProtocolError("a frame was cut short")
+    (n_bytes,) = _LENGTH.unpack(head)
+    if n_bytes > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {n_bytes} bytes; at most {MAX_FRAME_BYTES} are allowed")
+    payload = stream.read(n_bytes)
+    if len(payload) < n_bytes:
+        raise ProtocolError("a frame was cut short")
+    try:
+        return _codec.validate_json(payload)
+    except ValueError as error:
+        raise ProtocolError(f"not a message: {error}") from error
+
+
+# NTSTATUS values that Windows gives as exit codes, as the signals they correspond to
+WINDOWS_STATUS = {
+    0xC0000005: "SIGSEGV",
+    0xC000001D: "SIGILL",
+    0xC0000006: "SIGBUS",
+    0xC0000409: "SIGABRT",
+    3: "SIGABRT",
+}
+
+SENTENCES = {
+    "SIGABRT": (
+        "llama.cpp gave up",
+        "The model file may be damaged, or memory ran out: try another quant or a smaller -c.",
+    ),
+    "SIGSEGV": (
+        "llama.cpp crashed (invalid memory access)",
+        "The model file may be damaged: check it against its sha256, or try another file.",
+    ),
+    "SIGBUS": (
+        "llama.cpp could not read the model file any more",
+        "The file was cut short or its disk failed while it was in use: check the file.",
+    ),
+    "SIGILL": (
+        "llama.cpp was built for a processor with more features than this one",
+        "Rebuild it here: pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python"
+        " llama-cpp-python",
+    ),
+    "SIGKILL": (
+        "The engine was killed, most likely because memory ran out",
+        "Try a smaller quant, a smaller -c, or close other programs.",
+    ),
+    "SIGTERM": ("The engine was asked to stop from outside", "Run the command again."),
+}
+
+# Lines of a native log that name a cause, the best first
+CAUSES = (
+    "GGML_ASSERT",
+    "CUDA error",
+    "out of memory",
+    "what():",
+    "Assertion",
+    "Fatal Python error",
+)
+BAD_ALLOC = "std::bad_alloc"
+"""How C++ says that no memory could be had."""
+
+
+def engine_died(returncode: int | None, log: Sequence[str]) -> EngineError:
+    """The error for an engine that ended with this code; `log` is the end of what it printed."""
+    name = signal_name(returncode)
+    cause = native_cause(log)
+    if name in SENTENCES:
+        message, hint = SENTENCES[name]
+    else:
+        message = f"The engine stopped unexpectedly ({name or f'exit code {returncode}'})"
+        hint = "Run again with -v to see llama.cpp's log."
+        cause = cause or (log[-1].strip() if log else "")
+    return EngineError(f"{message}{f': {cause}' if cause else ''}.", hint)
+
+
+def signal_name(returncode: int | None) -> str:
+    """The signal that ended a process, as its POSIX name; empty where none did."""
+    if returncode is None:
+        return ""
+    if sys.platform == "win32":
+        return WINDOWS_STATUS.get(returncode & 0xFFFFFFFF, "")
+    if returncode >= 0:
+        return ""
+    try:
+        return signal.Signals(-returncode).name
+    except ValueError:
+        return f"signal {-returncode}"
+
+
+def native_cause(log: Sequence[str]) -> str:
+    """The line of a native log that says why, without the path of its source file."""
+    for mark in CAUSES:
+        for line in reversed(log):
+            if mark in line:
+                cause = line[line.index(mark) :].strip().rstrip(".")[:160]
+                return "memory ran out" if BAD_ALLOC in cause else cause
+    return ""
+
 
 N_LOG_LINES = 400
 STOP_SECONDS = 2.0
@@ -62,7 +193,7 @@ Answer = TypeVar("Answer", bound=FromEngine)
 Inbox = queue.SimpleQueue["FromEngine | EngineError"]
 
 
-class Engine:
+class EngineProcess:
     """An engine process. `env` is its whole environment; `on_log` is given its native log lines."""
 
     def __init__(self, env: Mapping[str, str], on_log: Callable[[str], None] | None = None) -> None:
@@ -74,7 +205,7 @@ class Engine:
         self._log: deque[str] = deque(maxlen=N_LOG_LINES)
         self._death: EngineError | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "localmoe.engine.worker"],
+            [sys.executable, "-m", "localmoe.engine.worker.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -88,7 +219,7 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,14 +254,14 @@ class Engine:
         with self._ask(lambda id: Load(id, path, placement, vocab_only, tuple(pinned))) as inbox:
             while True:
                 answer = self._next(inbox)
-                if isinstance(answer, Progress) and on_progress:
+                if isinstance(answer, LoadProgress) and on_progress:
                     on_progress(answer.fraction)
                 elif isinstance(answer, Failed):
                     reason = f"{os.path.basename(path)} can't be loaded: {answer.message}."
                     raise EngineError(
                         reason, answer.hint or "Run it with -v to see llama.cpp's log."
                     )
-                elif not isinstance(answer, Progress):
+                elif not isinstance(answer, LoadProgress):
                     return expect(Loaded, answer, EngineError)
 
     def probe(self, path: str, placement: Placement) -> BufferSizes:
@@ -154,7 +285,7 @@ class Engine:
         with self._ask(lambda id: Tune(id, path, tuple(n_threads), limit_s)) as inbox:
             return expect(Tuned, self._next(inbox), EngineError).tuning
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         """Token ids of each piece apart, with no token added before or after."""
         with self._ask(lambda id: Tokenize(id, tuple(pieces))) as inbox:
             return list(expect(Tokenized, self._next(inbox), RequestError).tokens)
@@ -250,7 +381,7 @@ class Engine:
         if self._death:
             raise self._death
         assert self._process.stdin is not None
-        frame = codec.encode(message)
+        frame = client.encode(message)
         try:
             with self._lock:
                 self._process.stdin.write(frame)
@@ -275,8 +406,8 @@ class Engine:
     def _listen(self) -> None:
         """Give each message to who asked for it, until there is an end of it."""
         stdout = cast(BinaryIO, self._process.stdout)
-        with contextlib.suppress(codec.ProtocolError, OSError):
-            while (message := codec.read(stdout)) is not None:
+        with contextlib.suppress(client.ProtocolError, OSError):
+            while (message := client.read(stdout)) is not None:
                 self._deliver(cast(FromEngine, message))
         self._threads[1].join(STOP_SECONDS)  # the last words
         self._death = engine_died(self._wait(), self.log)

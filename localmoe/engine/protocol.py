@@ -1,13 +1,9 @@
-"""The messages about states of sequences in files (engine/states.py), a part of the protocol.
+"""The messages between a client and its engine process, as plain data.
 
-A state may be larger than what a pipe should carry: the engine process reads and writes its file
-by itself.
-
-The messages between a client and the engine process; codec.py writes and reads them.
-
-A message is a frozen dataclass. Every message to the engine carries an id chosen by the client, and
-every answer repeats it, so that one connection can have many requests under way, and one engine can
-come to serve several connections.
+A message is a frozen dataclass, which client.py frames as JSON. Every message to the engine
+carries an id chosen by the client, and every answer repeats it, so one connection can have many
+requests under way. A state may be larger than a pipe should carry: the engine process reads and
+writes its file by itself.
 """
 
 from __future__ import annotations
@@ -87,7 +83,7 @@ class Placement:
     `n_gpu_layers` counts as llama.cpp does: the last layers, and the output matrix as one more.
     Experts of `cpu_expert_layers` (whole layers) and `cpu_expert_tensors` (by name) stay in RAM.
     `repack` says of which matrices of the first `n_repacked_layers` layers there is a second copy,
-    repacked, to generate with (engine/repacking.py); `repack_in_idle`, where that takes long.
+    repacked, to generate with (engine/native/repack.py); `repack_in_idle`, where that takes long.
     `n_ctx` is for one sequence; the cache holds `n_ctx_total` cells. Where `kv_unified`, all share
     them, and `n_cells` may be less than every sequence would fill; 0 is as many.
     From `offload_min_batch` tokens on a GPU computes with experts in RAM, which are copied to it;
@@ -190,7 +186,7 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class VocabFacts:
     """Facts of the loaded vocabulary; -1 stands for a token that there is not."""
 
     n_vocab: int
@@ -222,7 +218,7 @@ class BufferSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """Text to encode by itself; only with `special` does it spell control tokens."""
 
     text: str
@@ -271,7 +267,7 @@ class Tokenize:
     """Encode each piece apart, with no token added before or after."""
 
     id: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     type: Literal["tokenize"] = "tokenize"
 
 
@@ -339,7 +335,7 @@ class Tune:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class LoadProgress:
     """How much of a model is loaded, 0 to 1."""
 
     id: int
@@ -353,7 +349,7 @@ class Loaded:
     `n_pinned_bytes` lie where a GPU copies them at full speed."""
 
     id: int
-    vocabulary: Vocabulary
+    vocabulary: VocabFacts
     n_ctx: int
     load_s: float
     n_pinned_bytes: int = 0
@@ -414,7 +410,7 @@ class Delta:
     While a prompt is computed, deltas without text tell how far it is. Text lags behind tokens
     where a character or a stop string may be going on: then `is_held`. The last one has a finish
     reason, usage and timings; `stopped_by` is the stop string that ended the answer (and is not in
-    its text). `kind` and `anew` are not the engine's: serving sets them (answer.py, again.py).
+    its text). `kind` and `anew` are not the engine's: serving sets them (answer.py, retry.py).
     After one with `anew`, what came before of the answer is void: its engine died, and it begins
     once more.
     """
@@ -447,7 +443,7 @@ class Failed:
 Measuring = Probe | ListDevices | MeasureBandwidth | Tune
 ToEngine = Load | Tokenize | Detokenize | Generate | Cancel | Measuring | StateWish
 FromEngine = (
-    Progress
+    LoadProgress
     | Loaded
     | Probed
     | Tokenized

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engine.client import Engine
+from ..engine.client import EngineProcess
 from ..engine.protocol import Delta, Placement
 from ..engine.rates import Tuning
 from ..gguf.model_meta import ModelMeta
@@ -38,7 +38,9 @@ class Calibration:
         self._key = key
         self._bandwidths, self._records = BandwidthStore(folder), SpeedStore(folder)
 
-    def speeds(self, meta: ModelMeta, n_threads: int, engine: Engine | None = None) -> Speeds:
+    def speeds(
+        self, meta: ModelMeta, n_threads: int, engine: EngineProcess | None = None
+    ) -> Speeds:
         """What forecasts for a model are made from. With an engine, which must not be the one that
         runs the model, what isn't known yet is measured: a second, once."""
         known, records = self._bandwidths.read(self._key), self._records.read(self._key)

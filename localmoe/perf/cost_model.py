@@ -14,7 +14,8 @@ The time of a step (one micro-batch of a prompt, or one token of every sequence)
 * operations that cost time whatever their size, and round trips between a GPU and RAM;
 * what the engine itself takes.
 
-Every rate is measured (engine/bandwidth.py) or, where it isn't, by formula (rates.py). What
+Every rate is measured (engine/native/device_benchmark.py)
+or, where it isn't, by formula (rates.py). What
 runs really got corrects the rest (speed_records.py).
 """
 

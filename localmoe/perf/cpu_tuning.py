@@ -1,7 +1,8 @@
 """What a model's own timing on this CPU decides: threads, micro-batch, repacked copies. Pure, but
 for the folder that keeps it.
 
-Timed once for a machine, build and model (engine/tuning.py). What is decided differs from the
+Timed once for a machine, build and model
+(engine/native/model_benchmark.py). What is decided differs from the
 plain choice only where it is faster by more than such short timings are wrong.
 """
 

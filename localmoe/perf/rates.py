@@ -1,6 +1,7 @@
 """A machine's rates: kept between runs, looked up for a device, and by formula where unmeasured.
 
-They are measured by engine/bandwidth.py once for each machine and build, and kept in a file beside
+They are measured by engine/native/device_benchmark.py once for each machine and build, and kept
+in a file beside
 the other measurements.
 """
 

@@ -1,6 +1,7 @@
 """The loop for a machine that is here: plan, let the engine measure that placement, correct.
 
-A probe lays a placement out without allocating anything (engine/probe.py), in tens of milliseconds;
+A probe lays a placement out without allocating anything
+(engine/worker/memory_probe.py), in tens of milliseconds;
 what it finds is kept, so that the next plan of this model on this machine needs none.
 """
 

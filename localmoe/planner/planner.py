@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config.environment import engine_environment, state_folder
 from ..config.settings import Settings
-from ..engine.client import Engine
+from ..engine.client import EngineProcess
 from ..engine.protocol import DeviceList, Request, Sampling
 from ..engine.rates import Tuning
 from ..errors import DoesNotFit, EngineError
@@ -83,7 +83,7 @@ class Planner:
         settings: Settings,
         workload: Workload = "run",
         on_warning: Callable[[str], None] | None = None,
-        engine: Engine | None = None,
+        engine: EngineProcess | None = None,
         crowd: BatchShape | None = None,
         n_prompt: int | None = None,
     ) -> None:
@@ -96,7 +96,10 @@ class Planner:
             load_mode=settings.load_mode == "auto",
             kv_type="kv_type" not in settings.model_fields_set,
         )
-        self._engine, self._owns_engine = engine or Engine(engine_environment()), engine is None
+        self._engine, self._owns_engine = (
+            engine or EngineProcess(engine_environment()),
+            engine is None,
+        )
         self._devices: DeviceList | None = None
         try:
             self.here = self._look()
@@ -197,7 +200,7 @@ class Planner:
         wanted = self._request.n_threads
         n_threads = (wanted,) if wanted else threads_to_try(self.here.n_cores)
         try:
-            with Engine(engine_environment()) as engine:
+            with EngineProcess(engine_environment()) as engine:
                 tuning = engine.tune(str(path), n_threads, LIMIT_S)
         except EngineError:
             tuning = UNTUNED
@@ -314,7 +317,7 @@ def warn(machine: Machine, on_warning: Callable[[str], None] | None) -> None:
             on_warning(f"{finding.what} {finding.how_to_mend}{command}")
 
 
-def measured_overhead(machine: Machine, store: MeasuredStore, prober: Engine) -> Measured:
+def measured_overhead(machine: Machine, store: MeasuredStore, prober: EngineProcess) -> Measured:
     """What this machine's GPUs lose to contexts and libraries; measured once, on the demo model.
 
     The demo model runs on the GPUs for a moment, and the driver says how much more than its
@@ -334,7 +337,7 @@ def measured_overhead(machine: Machine, store: MeasuredStore, prober: Engine) ->
     return known
 
 
-def machine_while_running(path: Path, plan: Plan, engine: Engine) -> Machine:
+def machine_while_running(path: Path, plan: Plan, engine: EngineProcess) -> Machine:
     """The machine with a plan loaded and used for a whole micro-batch and some tokens."""
     engine.load(str(path), plan.placement)
     prompt = tuple(range(300, 300 + CALIBRATION_TOKENS))

@@ -28,7 +28,8 @@ class PlanRequest:
     """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
 
     `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
-    `alike` asks that answers don't depend on the requests beside them (engine/laying.py).
+    `alike` asks that answers don't depend on the requests beside
+    them (engine/worker/batch_builder.py).
     `n_cells` above 0 asks for one cache of so many tokens that all sequences share; else each has
     room for its own `n_ctx`. Tensors of experts above `largest_in_ram` are kept off RAM.
     """

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..engine.protocol import Delta, Piece, Request, Sampling
+from ..engine.protocol import Delta, Request, Sampling, TextPiece
 from .messages import Message, Tokenizer
 
 Kind = Literal["text", "thinking"]
@@ -76,7 +76,7 @@ def find_markers(special: frozenset[str], tokenizer: Tokenizer) -> Markers | Non
     for texts in (HARMONY, *BRACKETS):
         if not special.issuperset(texts):
             continue
-        encoded = tokenizer.tokenize([Piece(text, special=True) for text in texts])
+        encoded = tokenizer.tokenize([TextPiece(text, special=True) for text in texts])
         if all(len(ids) == 1 for ids in encoded):
             ids = [encoded_ids[0] for encoded_ids in encoded]
             return HarmonyMarkers(*ids) if texts == HARMONY else ThinkMarkers(*ids)

@@ -17,8 +17,8 @@ from typing import Generic, Protocol, TypeVar
 from ..engine.client import Inbox
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..errors import EngineError
+from ..structured.check import OutputMismatch, check_answer
 from .answer import Answer, Markers, whole
-from .schema import WrongForm, check_answer
 
 MAX_AHEAD = 1024
 MAX_TOKENS_AHEAD = 1 << 19
@@ -73,7 +73,7 @@ def _checked(question: _Question[Key], answer: Answer) -> Outcome[Key]:
     reason = answer.last.finish_reason if answer.last else None
     try:
         check_answer(answer.text, reason, question.request.sampling)
-    except WrongForm as error:
+    except OutputMismatch as error:
         return Outcome(question.key, code="wrong_form", message=str(error))
     return Outcome(question.key, answer)
 

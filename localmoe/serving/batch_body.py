@@ -14,9 +14,9 @@ from typing import Any
 
 from ..engine.protocol import Sampling
 from ..errors import UsageError
+from ..structured.check import check_sampling
 from .chat import AnswerOptions
 from .messages import NOT_TEXT
-from .schema import check_sampling
 
 
 class ItemError(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..engine.rendering import Renderer
 from ..errors import EngineError, PromptError, RequestError
 from .batch_body import ItemError
@@ -29,7 +29,7 @@ MAX_DEATHS_IN_A_ROW = 5
 class Vocabulary(Protocol):
     """A tokenizer that also goes back; engine.client.Engine is one."""
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]: ...
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
 
     def detokenize(self, tokens: Sequence[int]) -> str: ...
 
@@ -51,7 +51,7 @@ class LastingVocabulary:
         self._engine: VocabularyEngine | None = None
         self._n_deaths_in_a_row = 0
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         return self._ask(lambda engine: engine.tokenize(pieces))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -109,7 +109,7 @@ class Encoder:
     def _tokens(self, request: BatchRequest) -> tuple[int, ...]:
         if request.is_chat:
             return self.format.encode(request.messages, self.vocabulary).tokens
-        return text_begins(self.format) + self.vocabulary.tokenize([Piece(request.text)])[0]
+        return text_begins(self.format) + self.vocabulary.tokenize([TextPiece(request.text)])[0]
 
     def _too_long(self, n_tokens: int) -> ItemError:
         return ItemError(
@@ -125,7 +125,7 @@ class Encoder:
         wanted = request.options.max_tokens or self.n_ctx // 4
         room = self.n_ctx - min(wanted, self.n_ctx // 2)
         text, put_back = cuttable(request)
-        ids = self.vocabulary.tokenize([Piece(text)])[0]
+        ids = self.vocabulary.tokenize([TextPiece(text)])[0]
         tokens, n_kept = whole, len(ids)
         for _ in range(N_TRIES):  # where a text is cut, its neighbours may become other tokens
             n_kept -= len(tokens) - room

@@ -11,9 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
-from ..engine.protocol import Delta, Piece, Request, Sampling
+from ..engine.protocol import Delta, Request, Sampling, TextPiece
+from ..engine.retry import retry_on_crash
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
-from .again import lasting
 from .answer import Answer, Markers, begins_inside, split
 from .context import (
     LEAST_ANSWER,
@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Engine(Protocol):
     """What a conversation needs of an engine; a real one is engine.client.Engine."""
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]: ...
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
 
     def generate(self, request: Request) -> Generator[Delta, None, None]: ...
 
@@ -190,7 +190,7 @@ class Chat:
             return self.model.answer(self._fitted(question), options)
 
         try:
-            for delta in lasting(begin, self._come_back):
+            for delta in retry_on_crash(begin, self._come_back):
                 answer.add(delta)
                 yield delta
         except (PromptError, RequestError):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..errors import PromptError
 
 ROLES = ("system", "user", "assistant")
@@ -31,7 +31,7 @@ OTHER_ROLES = {
 class Tokenizer(Protocol):
     """A model's vocabulary at work; engine.client.Engine is one."""
 
-    def tokenize(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         """Ids of each piece apart, nothing added; only `special` pieces spell control tokens."""
         ...
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..errors import PromptError
 from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
 
 JOIN = "\n\n"
 BEGIN, END = "[INST]", "[/INST]"
-Part = tuple[int, ...] | Piece
+Part = tuple[int, ...] | TextPiece
 """Ids that are known, or text that has yet to become ids."""
 
 
@@ -62,7 +62,7 @@ class MistralFormat:
     def _user(self, content: str) -> list[Part]:
         if self.version == "v1":
             return [self._text(f"{BEGIN} {content} {END}")]
-        return [Piece(BEGIN, special=True), self._text(content), Piece(END, special=True)]
+        return [TextPiece(BEGIN, special=True), self._text(content), TextPiece(END, special=True)]
 
     def _shown_user(self, content: str) -> str:
         return f" {BEGIN} {content} {END}" if self.version == "v1" else f"{BEGIN} {content}{END}"
@@ -75,9 +75,9 @@ class MistralFormat:
         """V3 takes spaces off the end of an answer, and V1 does not."""
         return turn.content if self.version == "v1" else turn.content.rstrip(" ")
 
-    def _text(self, text: str) -> Piece:
+    def _text(self, text: str) -> TextPiece:
         """SentencePiece puts a space before every text it encodes, and so has llama.cpp to."""
-        return Piece(text if self.add_space_prefix or not text else f" {text}")
+        return TextPiece(text if self.add_space_prefix or not text else f" {text}")
 
 
 def conversation_turns(messages: Sequence[Message]) -> tuple[str, list[Message]]:
@@ -107,10 +107,10 @@ def _joined(messages: Sequence[Message]) -> Iterator[Message]:
 
 
 def _ids(parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[int]:
-    pieces = [part for part in parts if isinstance(part, Piece)]
+    pieces = [part for part in parts if isinstance(part, TextPiece)]
     encoded = zip(pieces, tokenizer.tokenize(pieces), strict=True)
     for part in parts:
-        if not isinstance(part, Piece):
+        if not isinstance(part, TextPiece):
             yield from part
             continue
         piece, ids = next(encoded)

@@ -12,20 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..errors import PromptError
 from .messages import Tokenizer
 
 ANCHOR = "\U0010fffd"
 Ids = tuple[int, ...]
-Part = Piece | Ids
+Part = TextPiece | Ids
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A piece; it `goes_on` if a space would come before it that the whole text doesn't have."""
 
-    piece: Piece
+    piece: TextPiece
     goes_on: bool = False
 
 
@@ -36,23 +36,23 @@ def encode_parts(
 
     `puts_space`: the tokenizer puts a space before each text, and after the `control` tokens.
     """
-    there = [p for p in parts if (p.text if isinstance(p, Piece) else p)]
+    there = [p for p in parts if (p.text if isinstance(p, TextPiece) else p)]
     ends = tuple(text for text in control if text)
     cuts = [
         Cut(part, puts_space and not (before is None or after_control(before, ends)))
         for before, part in zip([None, *there], there, strict=False)
-        if isinstance(part, Piece)
+        if isinstance(part, TextPiece)
     ]
     encoded = iter(encode_cuts(cuts, tokenizer, puts_space))
     ids: list[int] = []
     for part in there:
-        ids += next(encoded) if isinstance(part, Piece) else part
+        ids += next(encoded) if isinstance(part, TextPiece) else part
     return ids
 
 
 def after_control(before: Part, control: tuple[str, ...]) -> bool:
     """Whether what comes next follows a control token."""
-    return isinstance(before, Piece) and before.special and before.text.endswith(control)
+    return isinstance(before, TextPiece) and before.special and before.text.endswith(control)
 
 
 def encode_cuts(cuts: Sequence[Cut], tokenizer: Tokenizer, puts_space: bool) -> list[Ids]:
@@ -64,9 +64,9 @@ def encode_cuts(cuts: Sequence[Cut], tokenizer: Tokenizer, puts_space: bool) -> 
     plain = [cut.piece.text for cut in cuts if not cut.piece.special]
     anchor, *encoded = tokenizer.tokenize(
         [
-            Piece(ANCHOR),
+            TextPiece(ANCHOR),
             *(replace(cut.piece, text=ANCHOR * cut.goes_on + cut.piece.text) for cut in cuts),
-            *(Piece(text, special=True) for text in plain),
+            *(TextPiece(text, special=True) for text in plain),
         ]
     )
     control = dict(zip(plain, encoded[len(cuts) :], strict=True))
@@ -80,7 +80,7 @@ def encode_cuts(cuts: Sequence[Cut], tokenizer: Tokenizer, puts_space: bool) -> 
     return result
 
 
-def without_anchor(ids: Ids, anchor: Ids, piece: Piece, tokenizer: Tokenizer) -> Ids:
+def without_anchor(ids: Ids, anchor: Ids, piece: TextPiece, tokenizer: Tokenizer) -> Ids:
     """What follows the anchor; where a vocabulary merged it all the same, the piece by itself."""
     if ids[: len(anchor)] == anchor:
         return ids[len(anchor) :]
@@ -96,9 +96,9 @@ def break_up(cut: Cut, tokenizer: Tokenizer, puts_space: bool) -> Ids:
             "Take it out.",
         )
     goes_on = [cut.goes_on, *[puts_space] * (len(text) - 1)]
-    apart = [Piece(ANCHOR * on + letter) for on, letter in zip(goes_on, text, strict=True)]
-    anchor, *encoded = tokenizer.tokenize([Piece(ANCHOR), *apart])
+    apart = [TextPiece(ANCHOR * on + letter) for on, letter in zip(goes_on, text, strict=True)]
+    anchor, *encoded = tokenizer.tokenize([TextPiece(ANCHOR), *apart])
     ids: list[int] = []
     for on, letter, found in zip(goes_on, text, encoded, strict=True):
-        ids += without_anchor(found, anchor, Piece(letter), tokenizer) if on else found
+        ids += without_anchor(found, anchor, TextPiece(letter), tokenizer) if on else found
     return tuple(ids)

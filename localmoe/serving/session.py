@@ -1,7 +1,8 @@
 """Chats on disk: a folder of them, and one that is going on.
 
 A session is a file of text (transcript.py), NAME.jsonl, and beside it, where a chat ended well, the
-state of the model's cache (states.py), NAME.state, which only saves time. One process at a time has
+state of the model's cache (engine/worker/state_files.py), NAME.state, which only saves time.
+One process at a time has
 a session, behind a lock. Everything is for its owner alone: files 0600 in a folder 0700.
 """
 

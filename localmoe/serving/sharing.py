@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..engine.waiting import common_prefix
+from ..engine.prefix import common_prefix
 
 UNIFIED_SHARE = 0.5
 """Where so much of all prompts is shared, a unified cache beside a GPU: it is there once."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..engine.rendering import Renderer, RenderError, Rendering, RenderJob, render
 from ..errors import PromptError
 from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
@@ -154,7 +154,7 @@ class Layout:
     spelled: Sequence[Span]
     sampled: Sequence[tuple[Span, tuple[int, ...]]]
 
-    def parts(self) -> Iterator[Piece | tuple[int, ...]]:
+    def parts(self) -> Iterator[TextPiece | tuple[int, ...]]:
         """The prompt in order: template text, plain text, and ids."""
         done = 0
         for span, ids in self.sampled:
@@ -163,15 +163,15 @@ class Layout:
             done = span.end
         yield from self._pieces(Span(done, len(self.text)))
 
-    def _pieces(self, within: Span) -> Iterator[Piece]:
+    def _pieces(self, within: Span) -> Iterator[TextPiece]:
         done = within.start
         for start, end in self.spelled:
             start, end = max(start, done), min(end, within.end)
             if start < end:
-                yield Piece(self.text[done:start], special=True)
-                yield Piece(self.text[start:end])
+                yield TextPiece(self.text[done:start], special=True)
+                yield TextPiece(self.text[start:end])
                 done = end
-        yield Piece(self.text[done : within.end], special=True)
+        yield TextPiece(self.text[done : within.end], special=True)
 
 
 def fold_system(messages: list[Message]) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engine.protocol import Piece
+from ..engine.protocol import TextPiece
 from ..errors import PromptError
 from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
 
@@ -30,7 +30,7 @@ class TextFormat:
         begins = () if self.bos is None else (self.bos,)
         text = said[0].content
         shown = text if self.bos is None else self.bos_text + text
-        return Prompt(shown, begins + tokenizer.tokenize([Piece(text)])[0])
+        return Prompt(shown, begins + tokenizer.tokenize([TextPiece(text)])[0])
 
 
 def no_template() -> PromptError:

@@ -146,14 +146,14 @@ def run_self(contender: str, job: Job) -> float:
 def engine(job: Job) -> None:
     """localmoe's engine as `localmoe batch` uses it on a CPU."""
     from localmoe.config.environment import engine_environment
-    from localmoe.engine.client import Engine, Inbox
+    from localmoe.engine.client import EngineProcess, Inbox
     from localmoe.engine.protocol import Delta, Placement, Request, Sampling
 
     placement = Placement(
         n_threads=job["threads"], n_ctx=N_CTX, n_seq=job["n_seq"],
         flash_attention="off", alike=True,
     )  # fmt: skip
-    with Engine(engine_environment()) as moe:
+    with EngineProcess(engine_environment()) as moe:
         moe.load(job["model"], placement)
         inbox: Inbox = queue.SimpleQueue()
         for prompt in job["prompts"]:

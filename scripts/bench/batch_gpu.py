@@ -51,7 +51,7 @@ from localmoe.catalog.model_name import ModelName
 from localmoe.catalog.resolve import ResolvedModel
 from localmoe.cli.batch_files import crowd_of
 from localmoe.config.settings import Settings, load_settings, parse_size
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Delta, Request, Sampling
 from localmoe.gguf.model_meta import read_meta
 from localmoe.loading import load_found, open_vocabulary
@@ -347,7 +347,7 @@ class Clock:
         self._probe_times: list[tuple[float, int]] = []
         self._ends: list[tuple[float, Delta]] = []
 
-    def listening(self, engine: Engine) -> Any:
+    def listening(self, engine: EngineProcess) -> Any:
         return Listening(engine, self)
 
     def streams_next(self) -> bool:
@@ -409,7 +409,7 @@ class Clock:
 class Listening:
     """An engine whose messages a clock hears. One request is streamed."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: EngineProcess, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
 

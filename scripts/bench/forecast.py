@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localmoe.config.environment import engine_environment
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement, Request, Sampling, Timings, Usage
 from localmoe.engine.rates import Bandwidths
 from localmoe.gguf.model_meta import ModelMeta, read_meta
@@ -36,11 +36,11 @@ QUIET = 0.03
 RATES = """
 import json, sys
 from dataclasses import asdict
-from localmoe.engine import bindings
-from localmoe.engine.bandwidth import measure
-bindings.log_to(lambda level, text: None)
+from localmoe.engine.native import llama
+from localmoe.engine.native.device_benchmark import measure
+llama.log_to(lambda level, text: None)
 threads, types = json.loads(sys.argv[1])
-print(json.dumps(asdict(measure(bindings.ggml, threads, types))))
+print(json.dumps(asdict(measure(llama.ggml, threads, types))))
 """
 
 
@@ -128,7 +128,7 @@ def run(path: Path, placement: Placement, cells: list[Cell], tries: int) -> dict
     """The cells of one placement, each the least disturbed of some tries."""
     draw = random.Random(0)
     facts: dict[Cell, Fact] = {}
-    with Engine(engine_environment()) as engine:
+    with EngineProcess(engine_environment()) as engine:
         n_vocab = engine.load(str(path), placement).vocabulary.n_vocab
         held = tuple(draw.randrange(300, n_vocab) for _ in range(4096))
         for cell in cells:
@@ -141,7 +141,7 @@ def run(path: Path, placement: Placement, cells: list[Cell], tries: int) -> dict
     return facts
 
 
-def answer(engine: Engine, tokens: tuple[int, ...]) -> Fact:
+def answer(engine: EngineProcess, tokens: tuple[int, ...]) -> Fact:
     request = Request(tokens, Sampling(temperature=0.0), max_tokens=N_GENERATED)
     started, before = time.perf_counter(), others_s(process_s(engine.pid))
     for delta in engine.generate(request):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
-from localmoe.engine.client import Engine
+from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Request, Sampling
 from localmoe.errors import LocalMoeError
 from localmoe.gguf.model_meta import ModelMeta, read_meta
@@ -58,10 +58,10 @@ def cell(path: Path, meta: ModelMeta, settings: dict[str, object], n_ubatch: int
     name = "{vram:>8} {ctx_size:>6} {kv_type:<5}".format(**settings)
     before = used_bytes()
     try:
-        with Engine(env) as prober:
+        with EngineProcess(env) as prober:
             chosen = load_settings({**settings, "ubatch_size": n_ubatch})
             plan = plan_to_load(path, meta, chosen, prober)
-        with Engine(env) as engine:
+        with EngineProcess(env) as engine:
             started = time.perf_counter()
             engine.load(str(path), plan.placement)
             load_s = time.perf_counter() - started
@@ -73,7 +73,7 @@ def cell(path: Path, meta: ModelMeta, settings: dict[str, object], n_ubatch: int
     return report(f"{name} {n_ubatch:>5}", plan, meta, measured, load_s)
 
 
-def use(engine: Engine, meta: ModelMeta, n_ubatch: int) -> None:
+def use(engine: EngineProcess, meta: ModelMeta, n_ubatch: int) -> None:
     """A whole micro-batch of random tokens, and some tokens after it."""
     tokens = tuple(random.Random(0).choices(range(300, meta.tokenizer.n_vocab), k=n_ubatch + 8))
     for _ in engine.generate(Request(tokens, Sampling(temperature=0), max_tokens=16)):

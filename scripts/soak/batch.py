@@ -228,7 +228,7 @@ def memory_report(command: Sequence[str], folder: Path, n_gib: float) -> str:
 def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
     """Run a batch on the demo model, one request at a time, sharing nothing."""
     from localmoe.config.environment import engine_environment
-    from localmoe.engine.client import Engine
+    from localmoe.engine.client import EngineProcess
     from localmoe.engine.protocol import Placement, Sampling
     from localmoe.gguf.demo import PACKAGE
     from localmoe.gguf.model_meta import read_meta
@@ -244,8 +244,8 @@ def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
 
     meta = read_meta(PACKAGE / "models" / "demo" / "demo.gguf")
 
-    def engine_of() -> Engine:
-        engine = Engine(engine_environment())
+    def engine_of() -> EngineProcess:
+        engine = EngineProcess(engine_environment())
         engine.load(str(meta.paths[0]), Placement(n_threads=1, n_ctx=256))
         return engine
 

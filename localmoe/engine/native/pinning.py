@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .protocol import FileSpan
+from ..protocol import FileSpan
 
 MAPS = Path("/proc/self/maps")
 

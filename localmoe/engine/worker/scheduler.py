@@ -8,17 +8,17 @@ it when its request is done, so that later requests can go on from there.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
-from .bindings import NativeError
-from .laying import Laid, Layout
-from .model import LoadedModel
-from .places import Places
-from .protocol import Delta, Failed, FinishReason, Request, Timings, Usage
-from .sampling import GrammarDeadEnd, Sampler
-from .states import States
-from .text import TextStream
-from .waiting import WORTH_SHARING, Queue, Waiting, common_prefix
+from ..native.llama import NativeError
+from ..prefix import MIN_SHARED_TOKENS, common_prefix
+from ..protocol import Delta, Failed, FinishReason, Request, Timings, Usage
+from .batch_builder import BatchBuilder, DecodeBatch
+from .kv_slots import KvSlots
+from .model import NativeModel
+from .request_queue import QueuedRequest, RequestQueue
+from .sampling import GrammarDeadEnd, Sampler, TextStream
+from .sequence import Sequence
+from .state_files import StateFiles
 
 MOST_WAIT_S = 0.5
 """How long a person's question waits for copies of the weights that are made only once."""
@@ -32,60 +32,18 @@ class RequestRefused(Exception):
         self.hint = hint
 
 
-@dataclass(slots=True)
-class Run:
-    """A request being answered in a sequence of the cache.
-
-    `tokens` are the prompt's and then the sampled ones; the first `n_done` are in the cache.
-    `n_drawn` counts what was sampled, the end-of-text token too. Times are seconds of one clock.
-    """
-
-    id: int
-    request: Request
-    sequence: int
-    sampler: Sampler
-    text: TextStream
-    tokens: list[int]
-    n_cached: int
-    n_done: int
-    arrived: float
-    started: float
-    # requests that begin alike, each with how many tokens: they wait until those are computed
-    followers: list[tuple[int, Waiting]] = field(default_factory=list)
-    n_drawn: int = 0
-    first_token: float = 0.0
-    last_token: float = 0.0
-    copying_s: float = 0.0  # since the first token
-    # of a request that isn't streamed: the text, and sampled tokens, that no delta has told yet
-    untold: str = ""
-    n_told: int = 0
-
-    @property
-    def n_prompt(self) -> int:
-        return len(self.request.tokens)
-
-    @property
-    def n_sampled(self) -> int:
-        return len(self.tokens) - self.n_prompt
-
-    @property
-    def n_waiting(self) -> int:
-        """Tokens that the cache doesn't hold yet: the rest of the prompt, or the last sampled."""
-        return len(self.tokens) - self.n_done
-
-
 class Scheduler:
     """Answers requests on a loaded model, as many at once as it has sequences."""
 
-    def __init__(self, model: LoadedModel, most_wait_s: float = MOST_WAIT_S) -> None:
+    def __init__(self, model: NativeModel, most_wait_s: float = MOST_WAIT_S) -> None:
         self._model = model
         self._most_wait_s = most_wait_s
-        self._queue = Queue()
-        self._running: dict[int, Run] = {}
-        self._places = Places(model)
-        self.states = States(model, self._places)
+        self._queue = RequestQueue()
+        self._running: dict[int, Sequence] = {}
+        self._places = KvSlots(model)
+        self.states = StateFiles(model, self._places)
         self._lacks_room = False  # until a run ends
-        self._layout = Layout(model, self._places)
+        self._layout = BatchBuilder(model, self._places)
         self._eog = frozenset(model.facts().eog)
         self._computing_prompt_of: int | None = None
 
@@ -96,7 +54,7 @@ class Scheduler:
     def add(self, id: int, request: Request) -> None:
         """Queue a request. Raises RequestRefused where it could never be answered."""
         self._check(request)
-        self._queue.add(Waiting(id, request, time.perf_counter()))
+        self._queue.add(QueuedRequest(id, request, time.perf_counter()))
 
     def cancel(self, id: int, *, only_waiting: bool = False) -> list[Delta]:
         """End a request; gives its last delta, or nothing where it has ended already.
@@ -203,7 +161,7 @@ class Scheduler:
             n_following += len(run.followers)
         return n_following
 
-    def _leader_of(self, waiting: Waiting) -> tuple[int, Run] | None:
+    def _leader_of(self, waiting: QueuedRequest) -> tuple[int, Sequence] | None:
         """The run that is about to compute how this request begins, and how much of it."""
         if not (waiting.request.share and self._model.can_share):
             return None
@@ -216,10 +174,10 @@ class Scheduler:
                 n_most, leader = n, run
         for held in self._places.free.values():
             n_computed = max(n_computed, common_prefix(held, tokens))
-        is_worth_it = n_most - n_computed >= WORTH_SHARING
+        is_worth_it = n_most - n_computed >= MIN_SHARED_TOKENS
         return (n_most, leader) if leader and is_worth_it else None
 
-    def _start(self, waiting: Waiting) -> Failed | None:
+    def _start(self, waiting: QueuedRequest) -> Failed | None:
         """Give a request a place, or put it back where there is no room; says why it can't run."""
         request, n_prompt = waiting.request, len(waiting.request.tokens)
         n_most = min(self._model.n_ctx, n_prompt + (request.max_tokens or self._model.n_ctx))
@@ -236,7 +194,7 @@ class Scheduler:
             return None
         sequence, n_kept = place
         skip_space = request.starts_text and self._model.vocab.is_spm
-        self._running[waiting.id] = Run(
+        self._running[waiting.id] = Sequence(
             id=waiting.id,
             request=request,
             sequence=sequence,
@@ -250,7 +208,7 @@ class Scheduler:
         )
         return None
 
-    def _take_follower(self, id: int) -> Waiting | None:
+    def _take_follower(self, id: int) -> QueuedRequest | None:
         for run in self._running.values():
             for follower in run.followers:
                 if follower[1].id == id:
@@ -260,7 +218,7 @@ class Scheduler:
 
     # ---- computing ----
 
-    def _compute(self, laid: Laid) -> bool:
+    def _compute(self, laid: DecodeBatch) -> bool:
         """Decode the batch; False where `interrupt` ended it and nothing was computed."""
         self._model.context.allow()
         if len(laid.parts) == 1 and laid.parts[0].run.n_sampled == 0:
@@ -278,10 +236,10 @@ class Scheduler:
 
     # ---- answering ----
 
-    def _progress(self, run: Run) -> Delta | None:
+    def _progress(self, run: Sequence) -> Delta | None:
         return Delta(run.id, prompt_tokens=run.n_done) if run.request.stream else None
 
-    def _sample(self, run: Run, index: int) -> Delta | Failed | None:
+    def _sample(self, run: Sequence, index: int) -> Delta | Failed | None:
         """Draw the next token; gives what is to be told of it now."""
         try:
             token = run.sampler.sample(self._model.context, index)
@@ -314,7 +272,9 @@ class Scheduler:
             is_held=run.text.is_holding,
         )
 
-    def _untold(self, run: Run, text: str, tokens: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    def _untold(
+        self, run: Sequence, text: str, tokens: tuple[int, ...]
+    ) -> tuple[str, tuple[int, ...]]:
         """What is new, with all that was gathered of a request that isn't streamed."""
         if run.request.stream:
             return text, tokens
@@ -323,7 +283,7 @@ class Scheduler:
         return text, tokens
 
     def _finish(
-        self, run: Run, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
+        self, run: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
     ) -> Delta:
         text, tokens = self._untold(run, text + run.text.finish(), tokens)
         self._release(run)
@@ -339,7 +299,7 @@ class Scheduler:
             timings=timings_of(run),
         )
 
-    def _release(self, run: Run) -> None:
+    def _release(self, run: Sequence) -> None:
         run.sampler.free()
         del self._running[run.id]
         self._places.give_back(run.sequence, run.tokens[: run.n_done])
@@ -348,7 +308,7 @@ class Scheduler:
             self._queue.add(waiting)
 
 
-def timings_of(run: Run) -> Timings:
+def timings_of(run: Sequence) -> Timings:
     """The speeds of a run: its prompt up to the first token, its answer from there on."""
     if not run.first_token:
         return Timings(0.0, 0.0, 0.0)

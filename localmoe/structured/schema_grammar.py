@@ -2,7 +2,7 @@
 
 Draft 2020-12. Every keyword is either held by the grammar or refused by its name, with its place
 in the schema; nothing is left out silently. Where a schema allows more than a grammar can say
-simply, the grammar allows less: no properties that a schema doesn't name, ASCII digits for \\d.
+simply, the grammar allows less: no properties that a schema doesn't name, ASCII digits for \d.
 llama-cpp-python's converter (llama_cpp/llama_grammar.py) is not used: it drops bounds, formats and
 required names that it doesn't know, and its strings may hold raw control characters, which no
 parser takes.
@@ -25,8 +25,8 @@ from .schema_merge import (
     NUMBERS,
     check_keywords,
     merged,
-    refusal,
     resolve,
+    schema_error,
     without_notes,
 )
 from .schema_rules import FORMAT_LENGTHS, FORMATS, Rules, quoted
@@ -90,13 +90,13 @@ class _Grammar:
         if self._n_schemas > MAX_SCHEMAS:
             raise UsageError(f"The JSON schema has more than {MAX_SCHEMAS} parts.")
         if self._depth >= MAX_DEPTH:
-            raise refusal(path, f"is nested deeper than {MAX_DEPTH}")
+            raise schema_error(path, f"is nested deeper than {MAX_DEPTH}")
         if schema is True:
             return "value"
         if schema is False:
-            raise refusal(path, "allows nothing at all")
+            raise schema_error(path, "allows nothing at all")
         if not isinstance(schema, dict):
-            raise refusal(path, "is neither an object nor true")
+            raise schema_error(path, "is neither an object nor true")
         check_keywords(schema, path)
         self._depth += 1
         name = self._combined(without_notes(schema), path)
@@ -128,7 +128,7 @@ class _Grammar:
                 part = merged(rest, self._plain(part, inner), inner)
             found.append(self._schema(part, inner))
         if not found:
-            raise refusal(path, "allows nothing at all")
+            raise schema_error(path, "allows nothing at all")
         return self._rules.add(" | ".join(dict.fromkeys(found)))
 
     def _plain(self, part: Any, path: Path) -> dict[str, Any]:
@@ -136,13 +136,13 @@ class _Grammar:
         if part is True:
             return {}
         if not isinstance(part, dict):
-            raise refusal(path, "allows nothing at all")
+            raise schema_error(path, "allows nothing at all")
         check_keywords(part, path)
         plain = without_notes(part)
         seen: set[str] = set()
         while "$ref" in plain:
             if plain["$ref"] in seen:
-                raise refusal(path, "refers to itself")
+                raise schema_error(path, "refers to itself")
             seen.add(plain["$ref"])
             target, target_path = resolve(self._root, plain.pop("$ref"), path)
             plain = merged(plain, self._plain(target, target_path), path)
@@ -153,7 +153,7 @@ class _Grammar:
         if len(schema) > 1:
             return self._schema(self._plain(schema, path), path)
         if ref in self._under_way:
-            raise refusal(path, "refers to itself")
+            raise schema_error(path, "refers to itself")
         if ref not in self._refs:
             name = self._refs[ref] = f"ref{len(self._refs)}"
             target, target_path = resolve(self._root, ref, path)
@@ -200,13 +200,13 @@ class _Grammar:
         rest = {name: schema[name] for name in schema.keys() - {"enum", "const", "type"}}
         besides = sorted(rest.keys() - COUNTS - NUMBERS)
         if besides:
-            raise refusal(path, f'has "{besides[0]}" beside "enum" or "const"')
+            raise schema_error(path, f'has "{besides[0]}" beside "enum" or "const"')
         if rest:
             from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
             values = [v for v in values if Draft202012Validator(rest).is_valid(v)]
         if not values:
-            raise refusal(path, "allows nothing at all")
+            raise schema_error(path, "allows nothing at all")
         return self._rules.one_of(json.dumps(value, ensure_ascii=False) for value in values)
 
     # ---- numbers and strings ----
@@ -218,13 +218,13 @@ class _Grammar:
             return str(schema["type"])
         for name, value in given.items():
             if abs(value) > MAX_BOUND or (value and abs(value) < 1 / MAX_BOUND):
-                raise refusal((*path, name), "is beyond what a grammar counts to")
+                raise schema_error((*path, name), "is beyond what a grammar counts to")
         low, low_open = _tighter(given.get("minimum"), given.get("exclusiveMinimum"), 1)
         high, high_open = _tighter(given.get("maximum"), given.get("exclusiveMaximum"), -1)
         bounds = Bounds(low, high, low_open, high_open)
         found = (integers if schema["type"] == "integer" else numbers)(bounds)
         if not found:
-            raise refusal(path, f"allows no {schema['type']} at all")
+            raise schema_error(path, f"allows no {schema['type']} at all")
         return self._rules.add(" | ".join(found))
 
     def _string(self, schema: dict[str, Any], path: Path) -> str:
@@ -237,11 +237,11 @@ class _Grammar:
         forms = [name for name in ("pattern", "format") if name in schema]
         if len(forms) + counted > 1:
             other = forms[1:] or lengths
-            raise refusal((*path, other[0]), f'can\'t be held beside "{forms[0]}"')
+            raise schema_error((*path, other[0]), f'can\'t be held beside "{forms[0]}"')
         if "format" in schema:
             if schema["format"] not in FORMATS:
                 known = ", ".join(FORMATS)
-                raise refusal((*path, "format"), "can't be held", f"Formats held: {known}.")
+                raise schema_error((*path, "format"), "can't be held", f"Formats held: {known}.")
             return self._rules.add(f'"\\"" {FORMATS[schema["format"]]} "\\""')
         if "pattern" in schema:
             try:
@@ -249,7 +249,7 @@ class _Grammar:
                     f'"\\"" {pattern_rule(schema["pattern"], self._rules.add)} "\\""'
                 )
             except PatternRefused as error:
-                raise refusal((*path, "pattern"), f"can't be held: it has {error}") from None
+                raise schema_error((*path, "pattern"), f"can't be held: it has {error}") from None
         if not counted:
             return "string"
         return self._rules.add(f'"\\"" {self._rules.times("char", low, high)} "\\""')
@@ -269,7 +269,7 @@ class _Grammar:
         elif first and "items" not in schema:
             high = low  # a tuple: what comes after it is not asked for
         if high is not None and low > high:
-            raise refusal((*path, "minItems"), "asks for more items than may be there")
+            raise schema_error((*path, "minItems"), "asks for more items than may be there")
         separator = ' "," ws '
         if high == 0:
             return self._rules.add(f'"[" ws {separator.join(names)} {"ws " if names else ""}"]"')
@@ -290,7 +290,9 @@ class _Grammar:
             if name in properties:
                 continue
             if additional is False:
-                raise refusal((*path, "required"), f"names {ascii(name)}, which may not be there")
+                raise schema_error(
+                    (*path, "required"), f"names {ascii(name)}, which may not be there"
+                )
             properties[name] = additional
         _check_count(schema, properties, required, path)
         if not properties and "additionalProperties" not in schema:
@@ -354,9 +356,9 @@ def _counts(
 ) -> tuple[int, int | None]:
     low, high = int(schema.get(lowest, 0)), schema.get(highest)
     if high is not None and low > high:
-        raise refusal((*path, lowest), f'is more than "{highest}"')
+        raise schema_error((*path, lowest), f'is more than "{highest}"')
     if low > MAX_COUNTED:
-        raise refusal((*path, lowest), f"is more than {MAX_COUNTED}, which no answer holds")
+        raise schema_error((*path, lowest), f"is more than {MAX_COUNTED}, which no answer holds")
     return low, None if high is None or high > MAX_COUNTED else int(high)
 
 
@@ -369,6 +371,6 @@ def _check_count(
         schema.get("additionalProperties") is False
     )  # fmt: skip
     if schema.get("minProperties", 0) > len(required):
-        raise refusal((*path, "minProperties"), "can't be held", 'Name them in "required".')
+        raise schema_error((*path, "minProperties"), "can't be held", 'Name them in "required".')
     if "maxProperties" in schema and not (is_closed and schema["maxProperties"] >= len(properties)):
-        raise refusal((*path, "maxProperties"), "can't be held", "List the properties.")
+        raise schema_error((*path, "maxProperties"), "can't be held", "List the properties.")

@@ -17,11 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .model import LoadedModel
-from .places import Places
+from .kv_slots import KvSlots
+from .model import NativeModel
 
 if TYPE_CHECKING:
-    from .scheduler import Run
+    from .sequence import Sequence
+
 
 WORTH_FILLING = 4
 """Streams in a row without a token, up to which rows are put there so that those on both sides go
@@ -31,40 +32,40 @@ WORTH_PADDING = 48
 """Rows behind a shorter prompt, up to which it goes together with a longer one: so many cost what
 a second pass through the weights would."""
 
-FILLER = 0
+PADDING_TOKEN = 0
 """The token of rows that nobody asked for; any will do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchSlice:
     """What a run has of a batch: so many tokens, the last of which is its number `last`."""
 
-    run: Run
+    run: Sequence
     n_tokens: int
     last: int
 
 
 @dataclass(slots=True)
-class Laid:
+class DecodeBatch:
     """A batch of `n_rows` tokens. `padding` has, by sequence, the first position that isn't its own
     and is to be forgotten again."""
 
-    parts: list[Part] = field(default_factory=list)
+    parts: list[BatchSlice] = field(default_factory=list)
     n_rows: int = 0
     padding: dict[int, int] = field(default_factory=dict)
 
 
-class Layout:
+class BatchBuilder:
     """Lays the batches of a model whose sequences are `places`."""
 
-    def __init__(self, model: LoadedModel, places: Places) -> None:
+    def __init__(self, model: NativeModel, places: KvSlots) -> None:
         self._model = model
         self._places = places
         self._is_prompts_turn = False
         # a recurrent state can't be had back from before a row that nobody asked for
         self._is_alike = model.placement.alike and model.can_share
 
-    def lay(self, running: Iterable[Run]) -> Laid:
+    def lay(self, running: Iterable[Sequence]) -> DecodeBatch:
         """A token of each generating sequence, and as much of prompts as goes with them."""
         runs = list(running)
         generating = [run for run in runs if run.n_sampled]
@@ -74,7 +75,7 @@ class Layout:
             prompts_first = not any(run.request.stream for run in generating)
             self._is_prompts_turn = prompts_first or not self._is_prompts_turn
             generating, prompts = ([], prompts) if self._is_prompts_turn else (generating, [])
-        laid = Laid()
+        laid = DecodeBatch()
         if not self._is_alike:
             self._lay_generating(generating, laid)
             self._lay_prompts(prompts, laid)
@@ -84,19 +85,19 @@ class Layout:
             self._lay_prompts_alike(prompts, laid)
         return laid
 
-    def forget_padding(self, laid: Laid) -> None:
+    def forget_padding(self, laid: DecodeBatch) -> None:
         for sequence, start in laid.padding.items():
             self._model.context.remove(sequence, start)
 
     # ---- as llama.cpp takes it ----
 
-    def _lay_generating(self, runs: list[Run], laid: Laid) -> None:
+    def _lay_generating(self, runs: list[Sequence], laid: DecodeBatch) -> None:
         # in order, as only streams next to each other are computed together
         runs = sorted(runs, key=lambda run: run.sequence)[: self._model.placement.n_ubatch]
         for run in runs:
             self._put(laid, run, 1)
 
-    def _lay_prompts(self, runs: list[Run], laid: Laid) -> None:
+    def _lay_prompts(self, runs: list[Sequence], laid: DecodeBatch) -> None:
         """As much of prompts as the micro-batch still holds."""
         for run in runs:
             n = min(run.n_waiting, self._model.placement.n_ubatch - laid.n_rows)
@@ -106,7 +107,9 @@ class Layout:
 
     # ---- whatever is beside ----
 
-    def _lay_generating_alike(self, runs: list[Run], all_runs: list[Run], laid: Laid) -> None:
+    def _lay_generating_alike(
+        self, runs: list[Sequence], all_runs: list[Sequence], laid: DecodeBatch
+    ) -> None:
         generating = {run.sequence: run for run in runs}
         ends = {run.sequence: run.n_done for run in all_runs}
         for span in spans(sorted(generating), self._model.placement.n_seq):
@@ -119,7 +122,7 @@ class Layout:
                 laid.padding[sequence] = end
                 self._put_filler(laid, sequence, 1, wants_logits=True)
 
-    def _lay_prompts_alike(self, runs: list[Run], laid: Laid) -> None:
+    def _lay_prompts_alike(self, runs: list[Sequence], laid: DecodeBatch) -> None:
         """As much of the first prompt as there is room for, and those beside that go with it."""
         together, n_each = self._together(runs)
         for run in together:
@@ -133,7 +136,7 @@ class Layout:
             beside = ends[0] + 1 if ends[0] + 1 < laid.n_rows else ends[0] - 1
             self._model.batch.wants_logits[beside] = 1
 
-    def _together(self, runs: list[Run]) -> tuple[list[Run], int]:
+    def _together(self, runs: list[Sequence]) -> tuple[list[Sequence], int]:
         """Prompts in streams next to each other, the first among them, and how many tokens each."""
         waiting = {run.sequence: run for run in runs}
         together = [runs[0]]
@@ -146,7 +149,7 @@ class Layout:
                 run = waiting.get(run.sequence + step)
         return sorted(together, key=lambda run: run.sequence), n_each
 
-    def _length_with(self, other: Run, together: list[Run], n_each: int) -> int:
+    def _length_with(self, other: Sequence, together: list[Sequence], n_each: int) -> int:
         """How many tokens of each where one more goes along; 0 where that isn't worth it."""
         longest = max(n_each, other.n_waiting)
         n_padding = (longest - n_each) * len(together) + longest - other.n_waiting
@@ -158,7 +161,7 @@ class Layout:
 
     # ---- the batch ----
 
-    def _put(self, laid: Laid, run: Run, n_tokens: int) -> None:
+    def _put(self, laid: DecodeBatch, run: Sequence, n_tokens: int) -> None:
         batch, at, end = self._model.batch, laid.n_rows, laid.n_rows + n_tokens
         n_done = run.n_done
         batch.tokens[at:end] = run.tokens[n_done : n_done + n_tokens]
@@ -166,15 +169,15 @@ class Layout:
         batch.sequences[at:end] = run.sequence
         batch.wants_logits[at:end] = 0
         batch.wants_logits[end - 1] = n_tokens == run.n_waiting
-        laid.parts.append(Part(run, n_tokens, end - 1))
+        laid.parts.append(BatchSlice(run, n_tokens, end - 1))
         laid.n_rows = end
 
     def _put_filler(
-        self, laid: Laid, sequence: int, n_rows: int, *, wants_logits: bool = False
+        self, laid: DecodeBatch, sequence: int, n_rows: int, *, wants_logits: bool = False
     ) -> None:
         batch, at, end = self._model.batch, laid.n_rows, laid.n_rows + n_rows
         start = laid.padding[sequence]
-        batch.tokens[at:end] = FILLER
+        batch.tokens[at:end] = PADDING_TOKEN
         batch.positions[at:end] = range(start, start + n_rows)
         batch.sequences[at:end] = sequence
         batch.wants_logits[at:end] = wants_logits

@@ -3,6 +3,8 @@
 Structs and constants are those of the pinned minor version of llama-cpp-python (pyproject.toml);
 tests hold their fields. What owns native memory here has a `free`; nothing frees itself. Errors
 come as NativeError with llama.cpp's own words, gathered from its log.
+
+The devices of this build, and how their backends lock host memory (ggml-backend.h).
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 import numpy.typing as npt
 
-from .protocol import KvType, Sampling, Vocabulary
-from .signatures import declare
+from ..protocol import Device, KvType, Sampling, VocabFacts
+from .ggml import declare
+from .pinning import HostMemory
 
 # enum ggml_log_level (ggml.h)
 LOG_ERROR = 4
@@ -85,7 +88,7 @@ class TensorOverride(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
-class Model:
+class LlamaModel:
     """A loaded model, or with `vocab_only` its vocabulary.
 
     `cpu_patterns` are regular expressions (std::regex_search) of tensors that stay in RAM.
@@ -110,7 +113,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = LOAD_MODES["pinned" if no_alloc else load_mode]  # mmap would abort
         params.no_alloc = no_alloc
-        params.use_extra_bufts = False  # repacked copies are engine/repacking.py's
+        params.use_extra_bufts = False  # repacked copies are engine/native/repack.py's
         # llama.cpp reads these while it loads: they must live until then
         overrides = _tensor_overrides(cpu_patterns)
         split = (ctypes.c_float * C.llama_max_devices())(*tensor_split)
@@ -151,8 +154,8 @@ class Vocab:
         self.is_spm: bool = C.llama_vocab_type(handle) == C.LLAMA_VOCAB_TYPE_SPM
         self._pieces: dict[int, bytes] = {}
 
-    def facts(self) -> Vocabulary:
-        return Vocabulary(
+    def facts(self) -> VocabFacts:
+        return VocabFacts(
             n_vocab=self.n_tokens,
             bos=C.llama_vocab_bos(self.handle),
             eos=C.llama_vocab_eos(self.handle),
@@ -193,7 +196,7 @@ class Vocab:
 # ---- context -------------------------------------------------------------------------------------
 
 
-class Batch:
+class LlamaBatch:
     """Room for tokens of one decode, filled through numpy views of what llama.cpp reads.
 
     `tokens`, `positions`, `sequences` (int32) and `wants_logits` (int8) have `capacity` places.
@@ -220,7 +223,7 @@ def _pointer(array: npt.NDArray[Any], c_type: Any) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(c_type))
 
 
-class Context:
+class LlamaContext:
     """The KV cache and the buffers to compute with, for `n_seq` sequences of `n_ctx` tokens each.
 
     With `n_cells` the cache is unified: all sequences share so many cells.
@@ -231,7 +234,7 @@ class Context:
 
     def __init__(
         self,
-        model: Model,
+        model: LlamaModel,
         *,
         n_ctx: int,
         n_seq: int,
@@ -270,7 +273,7 @@ class Context:
         self.n_ctx: int = C.llama_n_ctx_seq(handle)
         self.n_cells: int = C.llama_n_ctx(handle)
 
-    def decode(self, batch: Batch, n_tokens: int) -> int:
+    def decode(self, batch: LlamaBatch, n_tokens: int) -> int:
         """Compute the first `n_tokens` of a batch: DECODE_OK, _NO_ROOM, _ABORTED or an error."""
         batch.native.n_tokens = n_tokens
         return int(C.llama_decode(self.handle, batch.native))
@@ -357,7 +360,7 @@ def grammar_sampler(vocab: Vocab, grammar: str) -> Any:
     return sampler
 
 
-def sample(chain: Any, context: Context, index: int) -> int:
+def sample(chain: Any, context: LlamaContext, index: int) -> int:
     """Draw the next token from the logits at `index`, and tell the chain of it."""
     return int(C.llama_sampler_sample(chain, context.handle, index))
 
@@ -387,3 +390,49 @@ class Candidates:
     @property
     def all_refused(self) -> bool:
         return not np.isfinite(self._rows["logit"]).any()
+
+
+# enum ggml_backend_dev_type (ggml-backend.h)
+DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+REGISTER = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_size_t)
+UNREGISTER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def devices() -> tuple[Device, ...]:
+    """Every device of this build, the CPU among them."""
+    return tuple(_device(handle) for handle in _handles())
+
+
+def host_memory() -> HostMemory | None:
+    """How pages in RAM are locked for the GPUs; None where no backend of this build can.
+
+    CUDA and HIP can; their function does nothing without GGML_CUDA_REGISTER_HOST (ggml-cuda.cu).
+    """
+    for handle in _handles():
+        backend = ggml.ggml_backend_dev_backend_reg(handle)
+        register, unregister = (
+            ggml.ggml_backend_reg_get_proc_address(backend, name)
+            for name in (
+                b"ggml_backend_register_host_buffer",
+                b"ggml_backend_unregister_host_buffer",
+            )
+        )
+        if register and unregister:
+            return HostMemory(REGISTER(register), UNREGISTER(unregister))
+    return None
+
+
+def _handles() -> list[int]:
+    return [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+
+
+def _device(handle: int) -> Device:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        name=ggml.ggml_backend_dev_name(handle).decode("utf-8", "replace"),
+        description=ggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
+        kind=cast(Any, DEVICE_KINDS.get(ggml.ggml_backend_dev_type(handle), "other")),
+        total_bytes=total.value,
+        free_bytes=free.value,
+    )

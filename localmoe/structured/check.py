@@ -1,6 +1,6 @@
 """The form that an answer must have: checked before anything is loaded, and once it is there.
 
-While it is made, an answer is held to its schema by a grammar (engine/schema_grammar.py). It is
+While it is made, an answer is held to its schema by a grammar (structured/schema_grammar.py). It is
 checked all the same: a grammar can't stop an answer from being cut short.
 """
 
@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from ..engine.protocol import Sampling
-from ..engine.schema_grammar import schema_grammar
-from ..engine.schema_rules import MAX_GROUPS
 from ..errors import LocalMoeError, UsageError
+from .schema_grammar import schema_grammar
+from .schema_rules import MAX_GROUPS
 
 MAX_SCHEMA_CHARS = 4 << 20
 MAX_GRAMMAR_CHARS = 4 << 20
@@ -25,7 +25,7 @@ NOT_NAMES = re.compile(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]')
 NAME = re.compile(r"(?<![a-zA-Z0-9_{,-])[a-zA-Z][a-zA-Z0-9_-]*")
 
 
-class WrongForm(LocalMoeError):
+class OutputMismatch(LocalMoeError):
     """An answer that isn't what its schema demands."""
 
 
@@ -77,7 +77,7 @@ def check_sampling(sampling: Sampling) -> None:
         check_grammar(sampling.grammar)
 
 
-def has_form(sampling: Sampling) -> bool:
+def is_structured(sampling: Sampling) -> bool:
     """Whether an answer must have a form."""
     return sampling.json_schema is not None or sampling.grammar is not None
 
@@ -90,7 +90,9 @@ def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> No
     """
     is_cut = finish_reason not in ("stop", None)
     if sampling.grammar is not None and is_cut:
-        raise WrongForm("The answer was cut before the grammar's end.", "Give it more tokens: -n.")
+        raise OutputMismatch(
+            "The answer was cut before the grammar's end.", "Give it more tokens: -n."
+        )
     if sampling.json_schema is None:
         return
     try:
@@ -100,14 +102,14 @@ def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> No
             raise ValueError("a number that might go on")
     except (ValueError, RecursionError) as error:
         if is_cut:
-            raise WrongForm(
+            raise OutputMismatch(
                 "The answer was cut before its JSON was whole.",
                 "Give it more tokens (-n, -c), or bound strings and lists in the schema.",
             ) from None
-        raise WrongForm(f"The answer is not JSON: {str(error)[:100]}.") from None
+        raise OutputMismatch(f"The answer is not JSON: {str(error)[:100]}.") from None
     problem = _validator(sampling.json_schema)(value)
     if problem:
-        raise WrongForm(f"The answer does not validate: {problem}.")
+        raise OutputMismatch(f"The answer does not validate: {problem}.")
 
 
 @lru_cache(maxsize=256)

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from . import bindings
-from .bindings import ggml
-from .protocol import RepackMode
+from ..protocol import RepackMode
+from . import llama
+from .llama import ggml
 
 REPACK_TYPE = b"CPU_REPACK"  # ggml_backend_cpu_repack_buffer_type_get_name (repack.cpp)
 FILE_TYPES = (b"CPU", b"CPU_Mapped")  # names of buffers that hold weights as they are (llama-mmap)
@@ -34,7 +34,7 @@ N_SOURCES = 10  # GGML_MAX_SRC (ggml.h)
 _handle, _size = ctypes.c_void_p, ctypes.c_size_t
 
 
-class Tensor(ctypes.Structure):
+class GgmlTensor(ctypes.Structure):
     """struct ggml_tensor (ggml/include/ggml.h)."""
 
     _fields_ = [
@@ -48,7 +48,7 @@ class Tensor(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorStorage:
     """Where a tensor's bytes are, and by which kernels they are read."""
 
     buffer: int
@@ -56,30 +56,30 @@ class Place:
     extra: int | None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Place:
+    def of(cls, tensor: GgmlTensor) -> TensorStorage:
         return cls(tensor.buffer, tensor.data, tensor.extra)
 
-    def give(self, tensor: Tensor) -> None:
+    def give(self, tensor: GgmlTensor) -> None:
         tensor.buffer, tensor.data, tensor.extra = self.buffer, self.data, self.extra
 
 
-class Twin:
+class RepackedWeight:
     """A matrix of the model and room for its repacked copy, which `fill` makes."""
 
-    def __init__(self, tensor: Tensor, buffer_type: int) -> None:
+    def __init__(self, tensor: GgmlTensor, buffer_type: int) -> None:
         self.tensor = tensor
         self.name: str = tensor.name.decode()
         self.n_bytes = size_of(tensor)
-        self.file = Place.of(tensor)
+        self.file = TensorStorage.of(tensor)
         self._buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, self.n_bytes)
         if not self._buffer:
             raise MemoryError
         ggml.ggml_backend_buffer_set_usage(self._buffer, WEIGHTS_USAGE)
-        self._copy = Tensor.from_buffer_copy(tensor)
+        self._copy = GgmlTensor.from_buffer_copy(tensor)
         self._copy.buffer = self._copy.data = self._copy.extra = None
         base = ggml.ggml_backend_buffer_get_base(self._buffer)
         ggml.ggml_backend_tensor_alloc(self._buffer, ctypes.addressof(self._copy), base)
-        self.repacked = Place.of(self._copy)
+        self.repacked = TensorStorage.of(self._copy)
 
     @property
     def can_be(self) -> bool:
@@ -96,10 +96,10 @@ class Twin:
         ggml.ggml_backend_buffer_free(self._buffer)
 
 
-class Repacked:
+class RepackedWeights:
     """The copies of a model's matrices: made a few at a time, used when all are there."""
 
-    def __init__(self, twins: Sequence[Twin] = ()) -> None:
+    def __init__(self, twins: Sequence[RepackedWeight] = ()) -> None:
         self._twins = list(twins)
         self._waiting = iter(self._twins)
         self.is_whole = not self._twins
@@ -122,7 +122,7 @@ class Repacked:
         started = time.perf_counter()
         if some:
             with ThreadPoolExecutor(n_threads) as pool:
-                list(pool.map(Twin.fill, some))
+                list(pool.map(RepackedWeight.fill, some))
         self._made_s += time.perf_counter() - started
         self._made_bytes += sum(twin.n_bytes for twin in some)
         self.is_whole = len(some) < n_threads
@@ -146,31 +146,31 @@ class Repacked:
         self._twins.clear()
 
 
-def repacked(model: bindings.Model, mode: RepackMode, n_layers: int) -> Repacked:
+def repacked(model: llama.LlamaModel, mode: RepackMode, n_layers: int) -> RepackedWeights:
     """Room for copies of the matrices of a model's first layers; what is outside of layers counts
     as one more. Nothing where RAM has no room."""
     if mode == "off" or repack_type() is None:
-        return Repacked()
+        return RepackedWeights()
     weights = matrices(model)
     n_all = n_layers_of(weights)
     wanted = [tensor for tensor in weights if is_wanted(tensor, mode, n_layers, n_all)]
-    made: list[Twin] = []
+    made: list[RepackedWeight] = []
     try:
         for twin in twins(wanted):
             made.append(twin)
     except MemoryError:
         for twin in made:
             twin.free()
-        return Repacked()
-    return Repacked(made)
+        return RepackedWeights()
+    return RepackedWeights(made)
 
 
-def size_of(tensor: Tensor) -> int:
+def size_of(tensor: GgmlTensor) -> int:
     """A tensor's bytes."""
     return int(ggml.ggml_nbytes(ctypes.addressof(tensor)))
 
 
-def is_wanted(tensor: Tensor, mode: RepackMode, n_layers: int, n_all: int) -> bool:
+def is_wanted(tensor: GgmlTensor, mode: RepackMode, n_layers: int, n_all: int) -> bool:
     """Whether a matrix is to be copied; those outside of the `n_all` layers count as one more."""
     layer = layer_of(tensor)
     if mode == "experts" and EXPERTS not in tensor.name.decode():
@@ -178,22 +178,22 @@ def is_wanted(tensor: Tensor, mode: RepackMode, n_layers: int, n_all: int) -> bo
     return (n_all if layer is None else layer) < n_layers
 
 
-def n_layers_of(weights: Iterable[Tensor]) -> int:
+def n_layers_of(weights: Iterable[GgmlTensor]) -> int:
     return 1 + max((n for t in weights if (n := layer_of(t)) is not None), default=-1)
 
 
-def layer_of(tensor: Tensor) -> int | None:
+def layer_of(tensor: GgmlTensor) -> int | None:
     """The layer of a weight called `blk.N.`; None outside of layers."""
     parts = tensor.name.decode().split(".")
     return int(parts[1]) if parts[0] == "blk" and parts[1].isdigit() else None
 
 
-def twins(tensors: Iterable[Tensor]) -> Iterator[Twin]:
+def twins(tensors: Iterable[GgmlTensor]) -> Iterator[RepackedWeight]:
     """Those that can be repacked. Their memory is taken from the system when they are filled."""
     buffer_type = repack_type()
     for tensor in tensors if buffer_type else ():
         assert buffer_type
-        twin = Twin(tensor, buffer_type)
+        twin = RepackedWeight(tensor, buffer_type)
         if twin.can_be:
             yield twin
         else:
@@ -205,7 +205,7 @@ def repack_type() -> int | None:
 
     There may be others: for AMX, which isn't used here (docs/notes/repacking.md).
     """
-    if ggml.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + OBJECT_BYTES:
+    if ggml.ggml_tensor_overhead() != ctypes.sizeof(GgmlTensor) + OBJECT_BYTES:
         return None  # another version's struct
     device = ggml.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     found = ggml.ggml_backend_reg_get_proc_address(
@@ -220,47 +220,47 @@ def repack_type() -> int | None:
     return None
 
 
-def matrices(model: bindings.Model, names: set[bytes] | None = None) -> list[Tensor]:
+def matrices(model: llama.LlamaModel, names: set[bytes] | None = None) -> list[GgmlTensor]:
     """Weights in RAM that are multiplied with and used for nothing else, in their order.
 
     The graph of one token has them all; it is laid out and shown, and its computation given up.
     `names` is given the names of its nodes.
     """
-    products: dict[int, Tensor] = {}
+    products: dict[int, GgmlTensor] = {}
     others: set[int] = set()
 
     def note(address: int, _: bool) -> bool:
-        node = Tensor.from_address(address)
+        node = GgmlTensor.from_address(address)
         if names is not None:
             names.add(node.name)
         for i, source in enumerate(node.src):
             if source and i == 0 and is_plain_product(node):
-                products.setdefault(source, Tensor.from_address(source))
+                products.setdefault(source, GgmlTensor.from_address(source))
             elif source:
                 others.add(source)
         return False
 
-    context = bindings.Context(
+    context = llama.LlamaContext(
         model, n_ctx=N_TRIED, n_seq=1, n_batch=N_TRIED, n_ubatch=N_TRIED, n_threads=1,
         kv_type="f16", flash_attention="auto", on_node=note,
     )  # fmt: skip
     context.abort()
-    context.decode(bindings.Batch(1), 1)
+    context.decode(llama.LlamaBatch(1), 1)
     context.free()
     return [t for at, t in products.items() if at not in others and is_file_weight(t)]
 
 
-def is_plain_product(node: Tensor) -> bool:
+def is_plain_product(node: GgmlTensor) -> bool:
     """A product that repacked weights have a kernel for: of one matrix, or of one for each expert
     (supports_op, ggml/src/ggml-cpu/repack.cpp; it asserts on others)."""
     kind = ggml.ggml_op_name(node.op)
     if kind not in PRODUCTS or not node.src[0] or not node.src[1]:
         return False
-    weights, tokens = (Tensor.from_address(node.src[i]) for i in (0, 1))
+    weights, tokens = (GgmlTensor.from_address(node.src[i]) for i in (0, 1))
     n_matrices = weights.ne[3] if kind == EXPERT_PRODUCT else weights.ne[2] * weights.ne[3]
     return bool(n_matrices == 1 and tokens.type == F32)
 
 
-def is_file_weight(tensor: Tensor) -> bool:
+def is_file_weight(tensor: GgmlTensor) -> bool:
     name = tensor.buffer and ggml.ggml_backend_buffer_name(tensor.buffer)
     return name in FILE_TYPES and bytes(tensor.name).endswith(b".weight")

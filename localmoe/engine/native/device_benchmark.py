@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .graphs import (
+from ..rates import CPU, Bandwidths, DeviceRates, ProductRate
+from .ggml import (
     ACTIVATION_FILL,
     F16,
     F32,
     I32,
     WEIGHT_FILL,
-    Bench,
+    GraphBenchmark,
     GraphError,
     best_seconds,
     devices_of,
     weight_types,
 )
-from .rates import CPU, Bandwidths, DeviceRates, ProductRate
 
 CPU_KIND, GPU_KINDS = 0, (1, 2)  # enum ggml_backend_dev_type (ggml-backend.h)
 MIB = 1 << 20
@@ -69,9 +69,9 @@ def measure(
     products: list[ProductRate] = []
     for device, name, kind in devices_of(library):
         if kind == CPU_KIND:
-            place = Place(library, device, CPU, n_threads, scale)
+            place = DeviceBenchmark(library, device, CPU, n_threads, scale)
         elif kind in GPU_KINDS:
-            place = Place(library, device, name, (0,), scale)
+            place = DeviceBenchmark(library, device, name, (0,), scale)
         else:
             continue
         with contextlib.suppress(GraphError):
@@ -82,7 +82,7 @@ def measure(
     return Bandwidths(tuple(devices), tuple(products))
 
 
-class Place:
+class DeviceBenchmark:
     """A device and what can be timed there: the CPU with several numbers of threads, a GPU with
     the number 0."""
 
@@ -96,13 +96,13 @@ class Place:
         self._scale = scale
         self._is_gpu = name != CPU
 
-    def _bench(self) -> Bench:
-        return Bench(self._library, self._device)
+    def _bench(self) -> GraphBenchmark:
+        return GraphBenchmark(self._library, self._device)
 
     def _size(self, n_bytes: int) -> int:
         return max(MIB, int(n_bytes * self._scale))
 
-    def _seconds(self, bench: Bench, graph: int) -> list[float]:
+    def _seconds(self, bench: GraphBenchmark, graph: int) -> list[float]:
         """Of one computation of a graph, for each number of threads."""
         found = []
         for n in self._n_threads:
@@ -175,7 +175,7 @@ class Place:
         few_flops = 0.0 if self._is_gpu else min(few, many)
         return ProductRate(self._name, n_threads, type_name, bytes_per_s, many, few_flops)
 
-    def _weights(self, bench: Bench, type_number: int) -> list[int]:
+    def _weights(self, bench: GraphBenchmark, type_number: int) -> list[int]:
         """Experts of several layers, in all more than a cache holds."""
         shape = WIDTH[self._is_gpu], HEIGHT[self._is_gpu], N_EXPERTS
         weights = [bench.tensor(type_number, *shape)]
@@ -252,7 +252,7 @@ class Place:
 class EvenProduct:
     """A product of a layer's experts with some tokens, spread evenly over them."""
 
-    def __init__(self, bench: Bench, weights: int, n_tokens: int, width: int) -> None:
+    def __init__(self, bench: GraphBenchmark, weights: int, n_tokens: int, width: int) -> None:
         self._bench = bench
         self._tokens = bench.tensor(F32, width, 1, n_tokens)
         self._experts = bench.tensor(I32, N_USED, n_tokens)
@@ -265,7 +265,7 @@ class EvenProduct:
         write_array(self._bench, self._experts, self._numbers)
 
 
-def write_array(bench: Bench, tensor: int, values: npt.NDArray[Any]) -> None:
+def write_array(bench: GraphBenchmark, tensor: int, values: npt.NDArray[Any]) -> None:
     bench.write(tensor, values.ctypes.data, values.nbytes)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 
-from ..engine.protocol import Delta
 from ..errors import EngineError, RequestError
+from .protocol import Delta
 
 N_AGAIN = 2
 """How often a question is asked again. What kills three engines running is no accident."""
 
 
-def lasting(
+def retry_on_crash(
     ask: Callable[[], Generator[Delta, None, None]],
     come_back: Callable[[EngineError, bool], None],
 ) -> Generator[Delta, None, None]:

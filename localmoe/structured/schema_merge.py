@@ -1,5 +1,6 @@
 """The keywords of a JSON schema: which there are, which a grammar can't hold, how two schemas
-become one."""
+become one.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ HIGHEST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minPropertie
 LOWEST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 
 
-def refusal(path: Path, problem: str, hint: str = "") -> UsageError:
+def schema_error(path: Path, problem: str, hint: str = "") -> UsageError:
     """The error for what stands at `path` in the schema."""
     place = "/".join(["#", *(part.replace("~", "~0").replace("/", "~1") for part in path)])
     shown = place if len(place) <= 100 else f"{place[:50]}...{place[-47:]}"
@@ -67,19 +68,19 @@ def check_keywords(schema: dict[str, Any], path: Path) -> None:
     for name, value in schema.items():
         if name in NOTES or name.startswith("x-"):
             if name == "$id" and path:
-                raise refusal((*path, name), "changes what references mean", "Leave it out.")
+                raise schema_error((*path, name), "changes what references mean", "Leave it out.")
         elif name in NOT_HELD:
             if not any(value is neutral or (value == neutral and type(value) is type(neutral))
                        for neutral in NOT_HELD[name]):  # fmt: skip
-                raise refusal((*path, name), "can't be held while answering", "Leave it out.")
+                raise schema_error((*path, name), "can't be held while answering", "Leave it out.")
         elif name not in KNOWN:
             near = difflib.get_close_matches(name[:40], [*KNOWN, *NOT_HELD, *NOTES], n=1)
             hint = f"Did you mean {near[0]}?" if near else "Leave it out."
-            raise refusal((*path, name), "is no keyword that is known", hint)
+            raise schema_error((*path, name), "is no keyword that is known", hint)
         else:
             problem = _problem(name, value)
             if problem:
-                raise refusal((*path, name), problem)
+                raise schema_error((*path, name), problem)
 
 
 def _problem(name: str, value: Any) -> str | None:
@@ -167,7 +168,7 @@ def resolve(root: Any, ref: str, path: Path) -> tuple[Any, Path]:
     """What a reference within the schema points at, and its place. Raises UsageError."""
     if ref != "#" and not ref.startswith("#/"):
         hint = 'References look like "#/$defs/name".'
-        raise refusal((*path, "$ref"), f"points outside the schema: {ascii(ref)[:60]}", hint)
+        raise schema_error((*path, "$ref"), f"points outside the schema: {ascii(ref)[:60]}", hint)
     parts = [unquote(p).replace("~1", "/").replace("~0", "~") for p in ref.split("/")[1:]]
     target = root
     for part in parts:
@@ -176,7 +177,7 @@ def resolve(root: Any, ref: str, path: Path) -> tuple[Any, Path]:
         else:
             target = target.get(part) if isinstance(target, dict) else None
         if target is None:
-            raise refusal((*path, "$ref"), f"points at nothing: {ascii(ref)[:60]}")
+            raise schema_error((*path, "$ref"), f"points at nothing: {ascii(ref)[:60]}")
     return target, tuple(parts)
 
 
@@ -186,7 +187,9 @@ def merged(a: dict[str, Any], b: dict[str, Any], path: Path) -> dict[str, Any]:
         if one.get("additionalProperties", True) is not True and (
             other.get("properties", {}).keys() - one.get("properties", {}).keys()
         ):
-            raise refusal(path, 'has "additionalProperties" beside properties of another schema')
+            raise schema_error(
+                path, 'has "additionalProperties" beside properties of another schema'
+            )
     found = dict(a)
     for name, value in b.items():
         found[name] = _both(name, found[name], value, path) if name in found else value
@@ -213,7 +216,7 @@ def _both(name: str, a: Any, b: Any, path: Path) -> Any:
         return _common_types(a, b, path)
     if name == "enum":
         return [value for value in a if value in b]
-    raise refusal(path, f'says "{name}" twice, and differently')
+    raise schema_error(path, f'says "{name}" twice, and differently')
 
 
 def _common_types(a: Any, b: Any, path: Path) -> list[str]:
@@ -222,5 +225,5 @@ def _common_types(a: Any, b: Any, path: Path) -> list[str]:
     if "number" in ours and "integer" in theirs or "integer" in ours and "number" in theirs:
         common.append("integer")
     if not common:
-        raise refusal(path, "allows nothing at all")
+        raise schema_error(path, "allows nothing at all")
     return list(dict.fromkeys(common))

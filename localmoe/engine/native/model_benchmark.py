@@ -14,9 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import psutil
 
-from . import bindings
-from .rates import MARGIN, RepackableLayer, StepTime, Tuning
-from .repacking import Repacked, Tensor, is_wanted, layer_of, matrices, n_layers_of, size_of, twins
+from ..rates import MARGIN, RepackableLayer, StepTime, Tuning
+from . import llama
+from .repack import (
+    GgmlTensor,
+    RepackedWeights,
+    is_wanted,
+    layer_of,
+    matrices,
+    n_layers_of,
+    size_of,
+    twins,
+)
 
 LAYER_BYTES = 192 << 20
 """So much of the model is timed at least: more than a cache holds, little beside the model."""
@@ -35,20 +44,22 @@ LAYER_OUTPUT = "l_out-{layer}"  # cb(cur, "l_out", il) in src/models of llama.cp
 def tune(path: str, n_threads: Sequence[int], limit_s: float) -> Tuning:
     """Time a model. The first of `n_threads` is timed first; what `limit_s` leaves no time for
     is left out. Raises NativeError where it can't be loaded, or has no layers to stop behind."""
-    model, others = bindings.Model(path), Others()
+    model, others = llama.LlamaModel(path), CpuContention()
     try:
         names: set[bytes] = set()
         weights = matrices(model, names)
         n_layers = enough_layers(weights)
         if LAYER_OUTPUT.format(layer=n_layers - 1).encode() not in names:
-            raise bindings.NativeError("the layers of this model have no common end")
+            raise llama.NativeError("the layers of this model have no common end")
         stopwatch = Stopwatch(model, n_layers, time.perf_counter() + limit_s)
         for n in n_threads:
             stopwatch.time(n, 1)
         best = clearly_fastest(stopwatch.times)
         stopwatch.time(best, *FEW[1:])
         n_all = n_layers_of(weights)
-        copies = Repacked(list(twins(t for t in weights if is_wanted(t, "all", n_layers, n_all))))
+        copies = RepackedWeights(
+            list(twins(t for t in weights if is_wanted(t, "all", n_layers, n_all)))
+        )
         started = time.perf_counter()
         copies.make_all(best)
         rate = copies.n_bytes / (time.perf_counter() - started)
@@ -69,7 +80,7 @@ def clearly_fastest(times: Sequence[StepTime]) -> int:
     return best.n_threads if times[0].seconds > MARGIN * best.seconds else times[0].n_threads
 
 
-def enough_layers(weights: Sequence[Tensor]) -> int:
+def enough_layers(weights: Sequence[GgmlTensor]) -> int:
     """How many of the first layers have LAYER_BYTES; all of a small model's."""
     n_bytes, n_layers = 0, 1
     for tensor in weights:
@@ -80,7 +91,7 @@ def enough_layers(weights: Sequence[Tensor]) -> int:
     return n_layers
 
 
-def repackable(weights: Sequence[Tensor]) -> tuple[RepackableLayer, ...]:
+def repackable(weights: Sequence[GgmlTensor]) -> tuple[RepackableLayer, ...]:
     """What of each layer can be repacked; the last entry is what belongs to none."""
     found: dict[int, list[int]] = {}
     n_layers = n_layers_of(weights)
@@ -93,7 +104,7 @@ def repackable(weights: Sequence[Tensor]) -> tuple[RepackableLayer, ...]:
     return tuple(RepackableLayer(*found.get(n, (0, 0))) for n in range(n_layers + 1))
 
 
-class Others:
+class CpuContention:
     """What other programs do on this machine from now on."""
 
     def __init__(self) -> None:
@@ -118,7 +129,7 @@ class Others:
 class Stopwatch:
     """Times decodes that end behind the last of some layers."""
 
-    model: bindings.Model
+    model: llama.LlamaModel
     n_layers: int
     deadline: float
     times: list[StepTime] = field(default_factory=list)
@@ -128,9 +139,9 @@ class Stopwatch:
         last = LAYER_OUTPUT.format(layer=self.n_layers - 1).encode()
 
         def on_node(address: int, ask: bool) -> bool:
-            return ask and Tensor.from_address(address).name == last
+            return ask and GgmlTensor.from_address(address).name == last
 
-        context = bindings.Context(
+        context = llama.LlamaContext(
             self.model, n_ctx=N_CTX, n_seq=1, n_batch=N_CTX, n_ubatch=max(n_tokens),
             n_threads=n_threads, kv_type="f16", flash_attention="auto", on_node=on_node,
         )  # fmt: skip
@@ -138,27 +149,27 @@ class Stopwatch:
         context.decode(batch, min(WARM_UP, max(n_tokens)))
         for n in n_tokens:
             if time.perf_counter() < self.deadline or not self.times:
-                seconds = best_seconds(context, batch, n)
+                seconds = best_step_seconds(context, batch, n)
                 self.times.append(StepTime(n_threads, n, repacked, seconds))
         context.free()
 
 
-def any_tokens(n: int, n_vocab: int) -> bindings.Batch:
+def any_tokens(n: int, n_vocab: int) -> llama.LlamaBatch:
     """A batch of different tokens, which are routed to different experts."""
-    batch = bindings.Batch(n)
+    batch = llama.LlamaBatch(n)
     batch.positions[:] = np.arange(n)
     batch.tokens[:] = (FIRST_TOKEN + STRIDE * np.arange(n)) % n_vocab
     return batch
 
 
-def best_seconds(context: bindings.Context, batch: bindings.Batch, n_tokens: int) -> float:
+def best_step_seconds(context: llama.LlamaContext, batch: llama.LlamaBatch, n_tokens: int) -> float:
     """The shortest of some tries."""
     best, spent, n_tries = float("inf"), 0.0, 0
     while n_tries == 0 or (spent < REPEATED_S and n_tries < MOST_TRIES):
         context.remove(0, 0)
         started = time.perf_counter()
-        if context.decode(batch, n_tokens) != bindings.DECODE_OK:
-            raise bindings.NativeError("the model can't be computed with")
+        if context.decode(batch, n_tokens) != llama.DECODE_OK:
+            raise llama.NativeError("the model can't be computed with")
         seconds = time.perf_counter() - started
         best, spent, n_tries = min(best, seconds), spent + seconds, n_tries + 1
     return best

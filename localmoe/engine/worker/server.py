@@ -1,6 +1,7 @@
 """The child side of the process boundary: takes messages from stdin, answers on stdout.
 
-Started as `python -m localmoe.engine.worker`. One thread reads, so that a cancel reaches a decode
+Started as `python -m localmoe.engine.worker.server`. One thread reads, so that a cancel reaches
+a decode
 that is under way and the end of the parent ends this process; the main thread computes.
 """
 
@@ -18,12 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from . import bindings, codec
-from .bandwidth import measure
-from .devices import devices
-from .model import LoadedModel, ModelError
-from .probe import probe
-from .protocol import (
+from .. import client
+from ..native import llama
+from ..native.device_benchmark import measure
+from ..native.llama import devices
+from ..native.model_benchmark import tune
+from ..protocol import (
     BandwidthsMeasured,
     Cancel,
     Detokenize,
@@ -35,11 +36,11 @@ from .protocol import (
     ListDevices,
     Load,
     Loaded,
+    LoadProgress,
     MeasureBandwidth,
     Message,
     Probe,
     Probed,
-    Progress,
     RestoreState,
     SaveState,
     StateRestored,
@@ -49,8 +50,9 @@ from .protocol import (
     Tune,
     Tuned,
 )
+from .memory_probe import probe
+from .model import ModelError, NativeModel
 from .scheduler import RequestRefused, Scheduler
-from .tuning import tune
 
 PROGRESS_STEP = 0.01
 """Loading is reported each time that this much more of a model is there."""
@@ -88,14 +90,14 @@ class Worker:
         self._reader = reader
         self._writer = writer
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._vocab: bindings.Vocab | None = None
-        self._model: LoadedModel | None = None
+        self._vocab: llama.Vocab | None = None
+        self._model: NativeModel | None = None
         self._scheduler: Scheduler | None = None
         self._reasons: list[str] = []
 
     def run(self) -> None:
         """Serve until the process is ended from outside or by the end of its input."""
-        bindings.log_to(self._log)
+        llama.log_to(self._log)
         threading.Thread(target=self._listen, daemon=True).start()
         while True:
             self._handle_waiting()
@@ -105,8 +107,8 @@ class Worker:
     # ---- messages ----
 
     def _listen(self) -> None:
-        with contextlib.suppress(codec.ProtocolError, OSError):
-            while (message := codec.read(self._reader)) is not None:
+        with contextlib.suppress(client.ProtocolError, OSError):
+            while (message := client.read(self._reader)) is not None:
                 self._inbox.put(message)
                 if isinstance(message, Cancel) and not message.only_waiting and self._scheduler:
                     self._scheduler.interrupt(message.id)
@@ -126,7 +128,7 @@ class Worker:
     def _answer(self, message: Message) -> list[FromEngine]:
         try:
             return self._dispatch(message)
-        except (ModelError, bindings.NativeError) as error:
+        except (ModelError, llama.NativeError) as error:
             return [Failed(message.id, self._reason() or str(error))]
         except RequestRefused as error:
             return [Failed(message.id, str(error), error.hint)]
@@ -152,7 +154,7 @@ class Worker:
                 scheduler = self._scheduler
                 return [*scheduler.cancel(id, only_waiting=only_waiting)] if scheduler else []
             case MeasureBandwidth(id, n_threads, types):
-                return [BandwidthsMeasured(id, measure(bindings.ggml, n_threads, types))]
+                return [BandwidthsMeasured(id, measure(llama.ggml, n_threads, types))]
             case Tune(id, path, n_threads, limit_s):
                 return [Tuned(id, tune(path, n_threads, limit_s))]
             case SaveState(id, path, key, tokens, room_bytes):
@@ -162,13 +164,13 @@ class Worker:
                 states = loaded(self._scheduler).states
                 return [StateRestored(id, *states.restore(Path(path), key))]
             case ListDevices(id):
-                return [DeviceList(id, devices(), bindings.system_info())]
+                return [DeviceList(id, devices(), llama.system_info())]
             case _:
                 raise RequestRefused(f"The engine can't be asked for {message.type!r}.")
 
     def _send(self, messages: list[FromEngine]) -> None:
         if messages:
-            self._writer.write(b"".join(map(codec.encode, messages)))
+            self._writer.write(b"".join(map(client.encode, messages)))
             self._writer.flush()
 
     # ---- work ----
@@ -177,10 +179,10 @@ class Worker:
         started = time.perf_counter()
         self._reasons.clear()
         if load.vocab_only:
-            vocab = self._vocab = bindings.Model(load.path, vocab_only=True).vocab
+            vocab = self._vocab = llama.LlamaModel(load.path, vocab_only=True).vocab
             return Loaded(load.id, vocab.facts(), 0, time.perf_counter() - started)
         report = self._progress_of(load.id)
-        model = self._model = LoadedModel(load.path, load.placement, load.pinned, report)
+        model = self._model = NativeModel(load.path, load.placement, load.pinned, report)
         self._vocab, self._scheduler = model.vocab, Scheduler(model)
         took_s = time.perf_counter() - started
         return Loaded(load.id, model.facts(), model.n_ctx, took_s, model.n_pinned_bytes)
@@ -192,7 +194,7 @@ class Worker:
             nonlocal reported
             if fraction - reported >= PROGRESS_STEP or fraction >= 1.0 > reported:
                 reported = fraction
-                self._send([Progress(id, fraction)])
+                self._send([LoadProgress(id, fraction)])
 
         return report
 
@@ -207,7 +209,7 @@ class Worker:
 
     def _log(self, level: int, text: str) -> None:
         sys.stderr.write(text)
-        if level == bindings.LOG_ERROR and len(self._reasons) < N_REASONS:
+        if level == llama.LOG_ERROR and len(self._reasons) < N_REASONS:
             self._reasons.append(text.strip())
 
     def _reason(self) -> str:

@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .model import LoadedModel
-from .waiting import WORTH_SHARING, common_prefix
+from ..prefix import MIN_SHARED_TOKENS, common_prefix
+from .model import NativeModel
 
 
-class Places:
+class KvSlots:
     """The sequences of a model's cache; `free` are those that nothing runs in, oldest first, with
     the tokens that the cache still holds of them."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: NativeModel) -> None:
         self._model = model
-        self._cells = Cells(model.n_cells)
+        self._cells = CellAccounting(model.n_cells)
         self.free: dict[int, list[int]] = {n: [] for n in range(model.placement.n_seq)}
 
     def take(
@@ -102,7 +102,7 @@ class Places:
 
     def _is_worth_copying(self, n_more: int) -> bool:
         return self._model.can_share and n_more >= (
-            1 if self._model.placement.kv_unified else WORTH_SHARING
+            1 if self._model.placement.kv_unified else MIN_SHARED_TOKENS
         )
 
     def _bring(self, sequence: int, source: int, n_tokens: int) -> int:
@@ -130,7 +130,7 @@ class Places:
         return True
 
 
-class Cells:
+class CellAccounting:
     """Which cells of the cache are whose; those of a copied beginning are several sequences'.
 
     llama.cpp chooses the cells and does not tell which; only their number is the same here. Where

@@ -37,11 +37,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..files import replace_file, sync
-from .bindings import ggml
-from .model import LoadedModel
-from .places import Places
-from .waiting import WORTH_SHARING, common_prefix
+from ...files import replace_file, sync
+from ..native.llama import ggml
+from ..prefix import MIN_SHARED_TOKENS, common_prefix
+from .kv_slots import KvSlots
+from .model import NativeModel
 
 MAGIC = b"LMSTATE1"
 FRONT = struct.Struct("=8sIIIQ")
@@ -52,15 +52,15 @@ MAX_HEAD_BYTES = 1 << 16
 MAX_FRONT_BYTES = 256 << 20
 
 
-class Unfit(Exception):
+class StateMismatch(Exception):
     """A state that can't be written, or doesn't suit; the message says why."""
 
 
-class States:
+class StateFiles:
     """Takes states of a model's sequences to files and back. Nothing it does raises an error: what
     can't be is 0 tokens and a reason."""
 
-    def __init__(self, model: LoadedModel, places: Places) -> None:
+    def __init__(self, model: NativeModel, places: KvSlots) -> None:
         self._model = model
         self._places = places
 
@@ -71,7 +71,7 @@ class States:
         of the file, and why there is none."""
         try:
             return self._save(path, key, tokens, room_bytes)
-        except Unfit as error:
+        except StateMismatch as error:
             return 0, 0, str(error)
         except OSError as error:
             return 0, 0, f"{path} can't be written: {error.strerror}"
@@ -80,12 +80,14 @@ class States:
         """Hold again what a file has: how many tokens, and why none."""
         try:
             with path.open("rb") as file, contextlib.closing(open_state(file)) as state:
-                state.check(key, layout_of(self._model))
+                state.check(key, state_layout_of(self._model))
                 if len(state.tokens) >= self._model.n_ctx:
-                    raise Unfit(f"{len(state.tokens)} tokens are more than the context holds")
+                    raise StateMismatch(
+                        f"{len(state.tokens)} tokens are more than the context holds"
+                    )
                 state.check_data()
                 return self._hold(state), ""
-        except Unfit as error:
+        except StateMismatch as error:
             return 0, str(error)
         except OSError as error:
             return 0, f"{path} can't be read: {error.strerror}"
@@ -97,14 +99,16 @@ class States:
         n_held = {n: common_prefix(found, tokens) for n, found in held.items()}
         sequence = max(n_held, key=lambda n: n_held[n], default=-1)
         n_tokens = n_held.get(sequence, 0)
-        if n_tokens < WORTH_SHARING:
-            raise Unfit(f"only {n_tokens} of its tokens are held")
+        if n_tokens < MIN_SHARED_TOKENS:
+            raise StateMismatch(f"only {n_tokens} of its tokens are held")
         can_cut = self._model.can_share and context.first_position(sequence) == 0
         if n_tokens < len(held[sequence]) and not can_cut:
-            raise Unfit(f"what is held can't be cut to the {n_tokens} tokens in common")
+            raise StateMismatch(f"what is held can't be cut to the {n_tokens} tokens in common")
         self._places.shorten(sequence, n_tokens)
         data_bytes = ggml.llama_state_seq_get_size(context.handle, sequence)
-        layout = Layout.of(key, layout_of(self._model), tokens[:n_tokens], data_bytes)
+        layout = StateFileLayout.of(
+            key, state_layout_of(self._model), tokens[:n_tokens], data_bytes
+        )
         if layout.n_bytes > room_bytes:
             return 0, layout.n_bytes, "there is no room for it"
 
@@ -114,14 +118,14 @@ class States:
                 context.handle, _pointer(data), data_bytes, sequence
             )
             if n_written != data_bytes:
-                raise Unfit(f"llama.cpp gave {n_written} bytes of {data_bytes}")
+                raise StateMismatch(f"llama.cpp gave {n_written} bytes of {data_bytes}")
             front = layout.front(checksums(data))
             whole[: len(front)] = np.frombuffer(front, np.uint8)
 
         write_file(path, layout.n_bytes, fill)
         return n_tokens, layout.n_bytes, ""
 
-    def _hold(self, state: State) -> int:
+    def _hold(self, state: OpenStateFile) -> int:
         """Let a free sequence have it, at the cost of what that holds. Raises Unfit."""
         context = self._model.context
 
@@ -133,11 +137,11 @@ class States:
             return bool(taken == len(state.data)) and is_all
 
         if not self._places.fill(state.tokens, fill):
-            raise Unfit("llama.cpp refused it")
+            raise StateMismatch("llama.cpp refused it")
         return len(state.tokens)
 
 
-def layout_of(model: LoadedModel) -> dict[str, Any]:
+def state_layout_of(model: NativeModel) -> dict[str, Any]:
     """All that a state's bytes depend on beside the model's file.
 
     Not the size of the context, unless its rotary factors are others for a longer one (llama.cpp,
@@ -155,7 +159,7 @@ def layout_of(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _is_long(model: LoadedModel) -> bool:
+def _is_long(model: NativeModel) -> bool:
     handle = ggml.llama_get_model(model.context.handle)
     architecture = _fact(handle, "general.architecture")
     n_trained = _fact(handle, f"{architecture}.rope.scaling.original_context_length")
@@ -173,7 +177,7 @@ def _fact(handle: Any, name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class StateFileLayout:
     """Where things lie in a file that is about to be written."""
 
     head: bytes
@@ -184,7 +188,7 @@ class Layout:
     @classmethod
     def of(
         cls, key: str, layout: dict[str, Any], tokens: tuple[int, ...], data_bytes: int
-    ) -> Layout:
+    ) -> StateFileLayout:
         head = json.dumps({"key": key, "layout": layout}, sort_keys=True).encode()
         ids = np.array(tokens, np.int32).tobytes()
         return cls(head, ids, data_at(len(head), len(tokens), data_bytes), data_bytes)
@@ -212,7 +216,7 @@ def n_blocks(n_bytes: int) -> int:
 
 
 @dataclass(slots=True)
-class State:
+class OpenStateFile:
     """A file that was opened and whose front is sound; close it."""
 
     head: dict[str, Any]
@@ -223,46 +227,46 @@ class State:
     def check(self, key: str, layout: dict[str, Any]) -> None:
         """Raises Unfit where it is another model's, or laid out in another way."""
         if self.head.get("key") != key:
-            raise Unfit("it is of another model file")
+            raise StateMismatch("it is of another model file")
         found = self.head.get("layout")
         if not isinstance(found, dict) or found != layout:
             old = found if isinstance(found, dict) else {}
             names = [name for name in layout if old.get(name) != layout[name]]
-            raise Unfit(f"it was made with another {', '.join(names) or 'layout'}")
+            raise StateMismatch(f"it was made with another {', '.join(names) or 'layout'}")
 
     def check_data(self) -> None:
         """Raises Unfit where a byte is not as it was written."""
         if not np.array_equal(checksums(self.data), self.sums):
-            raise Unfit("it is damaged")
+            raise StateMismatch("it is damaged")
 
     def close(self) -> None:
         self.data = np.zeros(0, np.uint8)  # the mapping goes with the last who looks at it
 
 
-def open_state(file: BinaryIO) -> State:
+def open_state(file: BinaryIO) -> OpenStateFile:
     """Read the front of a file and map its data. Raises Unfit for what isn't a whole state."""
     n_file = os.fstat(file.fileno()).st_size
     start = file.read(FRONT.size)
     if len(start) < FRONT.size or not start.startswith(MAGIC):
-        raise Unfit("it is no state")
+        raise StateMismatch("it is no state")
     _, checksum, n_head, n_tokens, data_bytes = FRONT.unpack(start)
     n_body = n_head + 4 * (n_tokens + n_blocks(data_bytes))
     at = data_at(n_head, n_tokens, data_bytes)
     if n_head > MAX_HEAD_BYTES or n_body > MAX_FRONT_BYTES or n_file != at + data_bytes:
-        raise Unfit("it is cut short")
+        raise StateMismatch("it is cut short")
     body = file.read(n_body)
     if zlib.crc32(start[CHECKED_FROM:] + body) != checksum or not n_tokens or not data_bytes:
-        raise Unfit("it is damaged")
+        raise StateMismatch("it is damaged")
     try:
         head = json.loads(body[:n_head])
     except (ValueError, RecursionError):
-        raise Unfit("it is damaged") from None
+        raise StateMismatch("it is damaged") from None
     numbers = np.frombuffer(body, np.uint32, offset=n_head)
     tokens, sums = numbers[:n_tokens].tolist(), numbers[n_tokens:]
     whole = mmap.mmap(file.fileno(), n_file, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_WILLNEED"):
         whole.madvise(mmap.MADV_WILLNEED)
-    return State(head, tokens, sums, np.frombuffer(whole, np.uint8, offset=at))
+    return OpenStateFile(head, tokens, sums, np.frombuffer(whole, np.uint8, offset=at))
 
 
 def checksums(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:

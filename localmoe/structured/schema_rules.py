@@ -10,7 +10,7 @@ from .number_grammar import ANY_INTEGER, ANY_NUMBER
 
 MAX_GRAMMAR_CHARS = 2 << 20
 MAX_GROUPS = 4000
-"""As many as the engine takes (bindings.py): llama.cpp's parser recurses on groups."""
+"""As many as the engine takes (engine/native/llama.py): llama.cpp's parser recurses on groups."""
 CHUNK = 500
 """llama.cpp refuses {n} above some 2,000 (src/llama-grammar.cpp, MAX_REPETITION_THRESHOLD)."""
 

@@ -1,4 +1,12 @@
-"""A loaded model and its context, by Placement: what it computes, what its cache still holds."""
+"""How many compute threads a step gets: all that were planned, fewer while others want the cores.
+
+llama.cpp's threads wait for each other after every operation. Where another program has one of
+their cores, all of them wait for that one, and a thread less is several times as fast
+(docs/notes/busy-machine.md). How long threads waited for a core is what the kernel counts for each
+of them (Linux, Documentation/scheduler/sched-stats.rst).
+
+A loaded model and its context, by Placement: what it computes, what its cache still holds.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +16,71 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
-from . import bindings
-from .devices import host_memory
-from .pinning import PinnedPages, can_pin
-from .protocol import FileSpan, Placement, Vocabulary
-from .repacking import repacked
-from .threads import Threads
+from ..native import llama
+from ..native.llama import host_memory
+from ..native.pinning import PinnedPages, can_pin
+from ..native.repack import repacked
+from ..protocol import FileSpan, Placement, VocabFacts
+
+WINDOW_S = 0.25
+"""How long it is looked before anything is decided."""
+MUCH = 0.15
+"""Seconds that threads waited in a second, all together, from which on cores are wanted by others:
+a busy program takes half of a core from a thread, an idle machine a hundredth."""
+PATIENCE_S, MOST_PATIENCE_S = 2.0, 60.0
+"""After how long all threads are tried again; each time in vain it is twice as long."""
+TASKS = Path("/proc/self/task")
+
+
+def waited_s(tasks: Path = TASKS) -> float:
+    """Seconds that this process's threads have been ready to run without a core; 0 where the
+    system does not tell. Threads come and go, so it may fall."""
+    nanoseconds = 0
+    with suppress(OSError):  # no such system
+        for task in tasks.iterdir():
+            with suppress(OSError, ValueError, IndexError):  # a thread that has just ended
+                nanoseconds += int((task / "schedstat").read_text().split()[1])
+    return nanoseconds / 1e9
+
+
+class ThreadGovernor:
+    """The number of threads for the next step, by what was lost in those before."""
+
+    def __init__(
+        self,
+        n_most: int,
+        waited: Callable[[], float] = waited_s,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.n = self._n_most = n_most
+        self._n_least = max(1, n_most // 2)
+        self._waited, self._clock = waited, clock
+        self._patience_s, self._lowered_at = PATIENCE_S, -MOST_PATIENCE_S
+        self._seconds, self._before = 0.0, waited()
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long, with `n` threads."""
+        self._seconds += seconds
+        if self._seconds >= WINDOW_S:
+            waited = self._waited()
+            self._decide((waited - self._before) / self._seconds)
+            self._seconds, self._before = 0.0, waited
+
+    def _decide(self, lost: float) -> None:
+        """`lost` are seconds in a second; one busy program takes about half of them."""
+        since = self._clock() - self._lowered_at
+        if lost >= MUCH and self.n > self._n_least:
+            if self.n == self._n_most:
+                is_still_busy = since < 2 * self._patience_s
+                longer = min(2 * self._patience_s, MOST_PATIENCE_S)
+                self._patience_s = longer if is_still_busy else PATIENCE_S
+            self.n = max(self._n_least, self.n - max(1, round(2 * lost)))
+            self._lowered_at = self._clock()
+        elif self.n < self._n_most and since >= self._patience_s:
+            self.n = self._n_most
+
 
 # Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
 EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -28,7 +94,7 @@ class ModelError(Exception):
     """The model can't be loaded or can't compute; the message is llama.cpp's own reason."""
 
 
-class LoadedModel:
+class NativeModel:
     """A model in memory, ready to compute for `placement.n_seq` sequences.
 
     Load mode "pinned" maps the file and locks those pages of it that a GPU copies (`pinned`).
@@ -54,7 +120,7 @@ class LoadedModel:
         self.placement = placement
         if placement.alike:
             os.putenv(ONE_KERNEL, "1")
-        self._model = open_model(path, placement, on_progress)
+        self._model = load_model(path, placement, on_progress)
         self._pages.pin(pinned)
         self._repacked = repacked(self._model, placement.repack, placement.n_repacked_layers)
         self.vocab = self._model.vocab
@@ -64,8 +130,8 @@ class LoadedModel:
         self.n_cells = self.context.n_cells
         # a recurrent state is that of a whole sequence: no beginning can be had of it
         self.can_share = not self._model.is_recurrent
-        self.batch = bindings.Batch(placement.n_ubatch)
-        self._threads = Threads(placement.n_threads)
+        self.batch = llama.LlamaBatch(placement.n_ubatch)
+        self._threads = ThreadGovernor(placement.n_threads)
         # on a CPU flash attention divides a sequence among threads, so their number moves its sums
         # (use_split_kv_path, ggml/src/ggml-cpu/ops.cpp); nothing else depends on it
         self._wants_all_threads = not placement.n_gpu_layers and placement.flash_attention != "off"
@@ -74,7 +140,7 @@ class LoadedModel:
     def n_pinned_bytes(self) -> int:
         return self._pages.n_bytes
 
-    def facts(self) -> Vocabulary:
+    def facts(self) -> VocabFacts:
         return self.vocab.facts()
 
     @property
@@ -105,12 +171,12 @@ class LoadedModel:
         started = time.perf_counter()
         status = self.context.decode(self.batch, n_tokens)
         self._threads.stepped(time.perf_counter() - started)
-        if status == bindings.DECODE_OK:
+        if status == llama.DECODE_OK:
             return True
         self._forget(n_tokens)
-        if status == bindings.DECODE_ABORTED:
+        if status == llama.DECODE_ABORTED:
             return False
-        if status == bindings.DECODE_NO_ROOM:
+        if status == llama.DECODE_NO_ROOM:
             raise ModelError("the KV cache has no room for the batch")
         raise ModelError(f"llama_decode failed with status {status}")
 
@@ -150,15 +216,15 @@ class LoadedModel:
         self._model.free()
 
 
-def open_model(
+def load_model(
     path: str,
     placement: Placement,
     on_progress: Callable[[float], None] | None = None,
     *,
     no_alloc: bool = False,
-) -> bindings.Model:
+) -> llama.LlamaModel:
     """The weights, placed; with `no_alloc`, as if they were."""
-    return bindings.Model(
+    return llama.LlamaModel(
         path,
         n_gpu_layers=placement.n_gpu_layers,
         load_mode=placement.load_mode,
@@ -169,9 +235,9 @@ def open_model(
     )
 
 
-def open_context(model: bindings.Model, placement: Placement) -> bindings.Context:
+def open_context(model: llama.LlamaModel, placement: Placement) -> llama.LlamaContext:
     """The KV cache and the compute buffers of a placement."""
-    return bindings.Context(
+    return llama.LlamaContext(
         model,
         n_ctx=placement.n_ctx,
         n_seq=placement.n_seq,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from . import bindings
-from .model import open_context, open_model
-from .protocol import BufferSizes, Placement
+from ..native import llama
+from ..protocol import BufferSizes, Placement
+from .model import load_model, open_context
 
 COMPUTE = re.compile(r"(\S+)\s+compute buffer size\s+=\s+([\d.]+) MiB")
 OUTPUT = re.compile(r"(\S+)\s+output buffer size\s+=\s+([\d.]+) MiB")
@@ -22,10 +22,10 @@ MIB = 1 << 20
 
 def probe(path: str, placement: Placement) -> BufferSizes:
     """Sizes of the buffers of a placement, in bytes. Raises NativeError where llama.cpp refuses."""
-    model = open_model(path, placement, no_alloc=True)
+    model = load_model(path, placement, no_alloc=True)
     lines: list[str] = []
     try:
-        with bindings.overheard(lines):
+        with llama.overheard(lines):
             context = open_context(model, placement)
         context.free()
     finally:

@@ -1,0 +1,150 @@
+"""From the bytes of tokens to text that can be shown: whole characters, no stop string.
+
+One request's sampler: a chain of llama.cpp's samplers, and a grammar beside it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ...errors import UsageError
+from ...structured.schema_grammar import schema_grammar
+from ..native import llama
+from ..protocol import Sampling
+
+
+class TextStream:
+    """Takes bytes as they are sampled, gives text as soon as it is certain.
+
+    A character split over tokens waits for its last byte; what may be the beginning of a stop
+    string waits until it is one or isn't. With `skip_space`, one space at the very beginning is
+    left out: a SentencePiece vocabulary spells the first word of a text with it.
+    """
+
+    def __init__(self, stop: Sequence[str] = (), *, skip_space: bool = False) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = [text for text in stop if text]
+        self._skip_space = skip_space
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def feed(self, raw: bytes) -> str:
+        """More bytes; gives the text that they make certain. Sets `stopped_by` at a stop string."""
+        return self._take(self._decoder.decode(raw))
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether text that was fed hasn't come out yet."""
+        return bool(self._held or self._decoder.getstate()[0])
+
+    def finish(self) -> str:
+        """No more bytes of this text come: what was still held back of it."""
+        text = self._take(self._decoder.decode(b"", final=True))
+        if self.stopped_by is None:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _take(self, text: str) -> str:
+        if self._skip_space and text:
+            self._skip_space = False
+            text = text.removeprefix(" ")
+        if not self._stop or self.stopped_by is not None:
+            return text if self.stopped_by is None else ""
+        self._held += text
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, self.stopped_by = min(found)
+        else:
+            at = len(self._held) - self._undecided()
+        certain, self._held = self._held[:at], self._held[at:]
+        return certain
+
+    def _undecided(self) -> int:
+        """How many characters at the end may begin a stop string."""
+        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+        for n in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-n:]) for stop in self._stop):
+                return n
+        return 0
+
+
+RANDOM_SEED = 0xFFFFFFFF
+"""The one seed that means "draw one" to llama.cpp (LLAMA_DEFAULT_SEED, include/llama.h)."""
+
+
+class GrammarDeadEnd(Exception):
+    """No token of the vocabulary goes on as the grammar demands."""
+
+
+@lru_cache(maxsize=64)
+def grammar_of(json_schema: str) -> str:
+    """The grammar of a schema. Raises NativeError on what no grammar can hold."""
+    try:
+        return schema_grammar(json_schema)
+    except UsageError as error:
+        raise llama.NativeError(str(error)) from None
+
+
+class Sampler:
+    """Draws one token after the other; kept for the life of a request.
+
+    The likeliest token is looked up here: a chain makes a list of all 32,000 candidates first, and
+    64 sequences on a GPU wait for that as long as for a tenth of their step.
+
+    The chain runs without the grammar first: mostly its choice is allowed, and checking one token
+    is far cheaper than 32,000. Only a refused choice is drawn again among the allowed ones
+    (as llama.cpp does, common/sampling.cpp).
+    """
+
+    def __init__(self, vocab: llama.Vocab, sampling: Sampling, prompt: Sequence[int]) -> None:
+        grammar = sampling.grammar
+        if sampling.json_schema is not None:
+            grammar = grammar_of(sampling.json_schema)
+        self._grammar = llama.grammar_sampler(vocab, grammar) if grammar else None
+        penalized = sampling.repeat_penalty != 1.0
+        self._is_greedy = sampling.temperature <= 0 and not penalized and grammar is None
+        seed = (
+            secrets.randbelow(RANDOM_SEED) if sampling.seed is None else sampling.seed % RANDOM_SEED
+        )
+        self._chain = llama.sampler_chain(vocab, sampling, seed)
+        if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n > 0:
+            for token in prompt[-sampling.repeat_last_n :]:
+                llama.accept(self._chain, token)
+
+    def sample(self, context: llama.LlamaContext, index: int) -> int:
+        """The next token, from the logits of the batch's token at `index`."""
+        if self._is_greedy:
+            return int(context.logits(index).argmax())
+        if self._grammar is None:
+            return llama.sample(self._chain, context, index)
+        token = self._sample_allowed(context, index)
+        llama.accept(self._chain, token)
+        llama.accept(self._grammar, token)
+        return token
+
+    def _sample_allowed(self, context: llama.LlamaContext, index: int) -> int:
+        logits = context.logits(index)
+        tokens = np.arange(len(logits), dtype=np.int32)
+        candidates = llama.Candidates(logits, tokens)
+        llama.apply(self._chain, candidates.native)
+        choice = candidates.selected
+        single = llama.Candidates(logits[[choice]], tokens[[choice]])
+        llama.apply(self._grammar, single.native)
+        if not single.all_refused:
+            return choice
+        candidates = llama.Candidates(logits, tokens)
+        llama.apply(self._grammar, candidates.native)
+        if candidates.all_refused:
+            raise GrammarDeadEnd("no token goes on as the grammar demands")
+        llama.apply(self._chain, candidates.native)
+        return candidates.selected
+
+    def free(self) -> None:
+        llama.free_sampler(self._chain)
+        if self._grammar is not None:
+            llama.free_sampler(self._grammar)
