@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .api import LocalMoE, Reply
+    from .batch.runner import BatchResult
     from .engine.protocol import Delta
     from .errors import LocalMoeError
-    from .serving.batch import BatchResult
 
 __version__ = "0.1.0"
 __all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]

@@ -19,17 +19,17 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from .batch.encoder import Encoder, RestartingVocabulary
+from .batch.requests import Defaults
+from .batch.runner import BatchResult, answers
 from .config.settings import load_settings
 from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
 from .engine.retry import retry_on_crash
 from .errors import EngineError, LocalMoeError, UsageError
 from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
-from .serving.answer import Answer
-from .serving.batch import BatchResult, answers
-from .serving.batch_input import Defaults
-from .serving.batch_prompt import Encoder, LastingVocabulary
-from .serving.messages import Message, parse_messages
+from .prompt.messages import Message, parse_messages
+from .prompt.reasoning import Answer
 from .structured.check import check_answer, check_sampling
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class LocalMoE:
         """
         loaded = self._loaded
         chosen = loaded.options(self._with(dict(options)))
-        vocabulary = LastingVocabulary(lambda: open_vocabulary(loaded.meta.paths[0]))
+        vocabulary = RestartingVocabulary(lambda: open_vocabulary(loaded.meta.paths[0]))
         encoder = Encoder(loaded.model.format, vocabulary, loaded.model.n_ctx)
         defaults = Defaults(chosen, self._settings.system)
         with closing(vocabulary):

@@ -16,6 +16,7 @@ from .callbacks import LoadCallbacks
 from .catalog.catalog import ModelSpec
 from .catalog.model_name import ModelName
 from .catalog.resolve import ModelResolver, ResolvedModel, check_runs
+from .chat.chat import AnswerOptions, ChatModel
 from .config.environment import engine_environment
 from .config.settings import Settings
 from .engine.client import EngineProcess, check_path
@@ -29,11 +30,9 @@ from .planner.plan import SMALLEST_N_CTX, Memory, Plan, pinned_spans
 from .planner.planner import Planner
 from .planner.request import BatchShape
 from .planner.search import Workload
-from .serving.answer import HarmonyMarkers, Markers, find_markers
-from .serving.chat import AnswerOptions, Model
-from .serving.messages import PromptFormat
-from .serving.prompt import NO_THINKING, TemplateFacts, prompt_format
-from .serving.text_format import TextFormat, no_template
+from .prompt.formats import NO_THINKING, TemplateFacts, TextFormat, no_template, prompt_format
+from .prompt.messages import PromptFormat
+from .prompt.reasoning import HarmonyMarkers, ReasoningTokens, find_reasoning_tokens
 
 MAX_REPEAT_LAST_N = 1 << 16
 # general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
@@ -70,7 +69,7 @@ class OpenModel:
 
     meta: ModelMeta
     plan: Plan
-    model: Model
+    model: ChatModel
     engine: EngineProcess
     loaded: Loaded
     speed_log: SpeedLog
@@ -174,11 +173,11 @@ def load_once(
         engine.kill()
         raise
     log = planner.speed_log(meta, plan)
-    markers = find_markers(special_tokens(meta), engine)
+    markers = find_reasoning_tokens(special_tokens(meta), engine)
     remark = unstoppable(meta.chat_template, markers) if settings.think == "off" else ""
     if remark and watch.note:
         watch.note(remark)
-    model = Model(engine, format, loaded.n_ctx, log.add, markers)
+    model = ChatModel(engine, format, loaded.n_ctx, log.add, markers)
     return OpenModel(meta, plan, model, engine, loaded, log, found.spec)
 
 
@@ -275,7 +274,7 @@ def special_tokens(meta: ModelMeta) -> frozenset[str]:
     return frozenset(meta.tokenizer.control_tokens).union(meta.tokenizer.user_tokens)
 
 
-def unstoppable(template: str, markers: Markers | None) -> str:
+def unstoppable(template: str, markers: ReasoningTokens | None) -> str:
     """What to tell a person who wants no thinking of a model that can't be asked for that."""
     if isinstance(markers, HarmonyMarkers):
         return "This model always thinks; its reasoning effort is set to low instead."
@@ -353,7 +352,7 @@ class EngineReloader:
     def __post_init__(self) -> None:
         self._n_oom_kills = oom_kills(sources())
 
-    def __call__(self, error: EngineError) -> Model:
+    def __call__(self, error: EngineError) -> ChatModel:
         loaded = self.loaded
         loaded.engine.kill()
         loaded.engine.close()

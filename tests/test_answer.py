@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabulary_files import write_byte_level
 
+from localmoe.chat.chat import AnswerOptions, ChatModel
 from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece
@@ -19,19 +20,18 @@ from localmoe.engine.worker.sampling import TextStream
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta
 from localmoe.loading import open_vocabulary, unstoppable
-from localmoe.serving.answer import (
+from localmoe.prompt.formats import NO_THINKING, TemplateFacts, prompt_format
+from localmoe.prompt.messages import Message, Prompt
+from localmoe.prompt.mistral import MistralFormat
+from localmoe.prompt.reasoning import (
     Answer,
     HarmonyMarkers,
-    Markers,
+    ReasoningTokens,
     ThinkMarkers,
-    find_markers,
-    split,
-    whole,
+    find_reasoning_tokens,
+    join_reasoning,
+    split_reasoning,
 )
-from localmoe.serving.chat import AnswerOptions, Model
-from localmoe.serving.messages import Message, Prompt
-from localmoe.serving.mistral import MistralFormat
-from localmoe.serving.prompt import NO_THINKING, TemplateFacts, prompt_format
 
 OPEN, CLOSE = 1, 2
 THINK = ThinkMarkers(OPEN, CLOSE)
@@ -59,7 +59,7 @@ class Stream:
                 self.tokens.append(token)
         return self
 
-    def deltas(self, markers: Markers) -> Iterator[Delta]:
+    def deltas(self, markers: ReasoningTokens) -> Iterator[Delta]:
         text = TextStream(self.stop)
         yield Delta(1, prompt_tokens=5)
         for token in self.tokens:
@@ -71,14 +71,14 @@ class Stream:
             yield Delta(1, out, (token,), is_held=text.is_holding)
         yield Delta(1, text.finish(), finish_reason="stop")
 
-    def answer(self, markers: Markers, *, is_open: bool = False) -> Answer:
+    def answer(self, markers: ReasoningTokens, *, is_open: bool = False) -> Answer:
         answer = Answer()
-        for delta in split(self.deltas(markers), markers, is_open=is_open):
+        for delta in split_reasoning(self.deltas(markers), markers, is_open=is_open):
             answer.add(delta)
         assert answer.last is not None
         return answer
 
-    def whole(self, markers: Markers, prompt: tuple[int, ...] = (5,)) -> Answer:
+    def whole(self, markers: ReasoningTokens, prompt: tuple[int, ...] = (5,)) -> Answer:
         """The answer from deltas as an unstreamed request has them: one at each marker."""
         gathered, text, tokens = list[Delta](), "", ()
         for delta in self.deltas(markers):
@@ -86,7 +86,7 @@ class Stream:
             if delta.finish_reason or set(delta.tokens) & set(markers.ids):
                 gathered.append(replace(delta, text=text, tokens=tokens))
                 text, tokens = "", ()
-        return whole(gathered, markers, Request(prompt))
+        return join_reasoning(gathered, markers, Request(prompt))
 
     def spelled(self, tokens: Sequence[int]) -> str:
         return b"".join(self.pieces[token] for token in tokens).decode("utf-8", "replace")
@@ -153,7 +153,7 @@ def test_text_that_was_held_back_keeps_its_kind() -> None:
 
 def test_every_delta_is_of_one_kind_and_none_is_lost() -> None:
     stream = Stream().say("Well", OPEN, "Hm", CLOSE, "Yes")
-    deltas = list(split(stream.deltas(THINK), THINK))
+    deltas = list(split_reasoning(stream.deltas(THINK), THINK))
     assert [(d.kind, d.text) for d in deltas if d.text] == [
         ("text", "Well"), ("thinking", "Hm"), ("text", "Yes"),
     ]  # fmt: skip
@@ -199,7 +199,7 @@ def test_left_early_tokens_and_text_agree_or_the_text_counts(
     stream = Stream(("stop",)).say(*said)
     answer = Answer()
     for _, delta in zip(
-        range(n), split(stream.deltas(THINK), THINK, is_open=is_open), strict=False
+        range(n), split_reasoning(stream.deltas(THINK), THINK, is_open=is_open), strict=False
     ):
         answer.add(delta)
     message = answer.message()
@@ -278,7 +278,7 @@ class Fake:
 
 def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -> None:
     engine = Fake(Stream().say("{}"))
-    model = Model(engine, MistralFormat("v1", 1, 2), 100, markers=THINK)  # type: ignore[arg-type]
+    model = ChatModel(engine, MistralFormat("v1", 1, 2), 100, markers=THINK)  # type: ignore[arg-type]
     prompt = Prompt("", (5, OPEN))
     bound = AnswerOptions(Sampling(json_schema="{}"))
     assert {d.kind for d in model.answer(prompt, bound) if d.text} == {"text"}
@@ -303,14 +303,14 @@ def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -
     ],
 )
 def test_the_markers_are_those_of_the_vocabulary(
-    tmp_path: Path, control: list[str], markers: Markers | None
+    tmp_path: Path, control: list[str], markers: ReasoningTokens | None
 ) -> None:
     special = write_byte_level(tmp_path / "words.gguf", control)
     engine = open_vocabulary(tmp_path / "words.gguf")
     try:
-        assert find_markers(frozenset(special), engine) == markers
+        assert find_reasoning_tokens(frozenset(special), engine) == markers
         # as a template's text without a token of that name, it is text
-        assert find_markers(frozenset(), engine) is None
+        assert find_reasoning_tokens(frozenset(), engine) is None
     finally:
         engine.close()
 
@@ -408,7 +408,7 @@ THINK_IDS = ThinkMarkers(258, 259)
     ],
 )
 def test_what_can_not_be_turned_off_is_said(
-    template: str, markers: Markers | None, says: str
+    template: str, markers: ReasoningTokens | None, says: str
 ) -> None:
     remark = unstoppable(template, markers)
     assert says in remark
@@ -426,7 +426,7 @@ def test_the_engine_lets_text_out_at_a_marker() -> None:
         prompt = format.encode([Message("user", "Hi! How are you today?")], engine)
         greedy = AnswerOptions(Sampling(temperature=0), 24)
         plain = Answer()
-        for delta in Model(engine, format, 256).answer(prompt, greedy):
+        for delta in ChatModel(engine, format, 256).answer(prompt, greedy):
             plain.add(delta)
         once = [t for t in plain.tokens if plain.tokens.count(t) == 1]
         assert len(once) >= 4
@@ -436,7 +436,7 @@ def test_the_engine_lets_text_out_at_a_marker() -> None:
         before = plain.tokens[: plain.tokens.index(once[1])]
         held = engine.detokenize(before)[-1] + "never"
         options = AnswerOptions(greedy.sampling, 24, (held,))
-        for delta in Model(engine, format, 256, markers=markers).answer(prompt, options):
+        for delta in ChatModel(engine, format, 256, markers=markers).answer(prompt, options):
             answer.add(delta)
         assert answer.tokens == plain.tokens
         assert answer.text

@@ -15,9 +15,17 @@ from typing import Any
 import pytest
 from soak import batch as soak
 
+from localmoe.batch import dispatch, runner
+from localmoe.batch.dispatch import Dispatcher, Outcome, StopFlag
+from localmoe.batch.encoder import Encoder
+from localmoe.batch.manifest import Manifest, input_file
+from localmoe.batch.pending import PendingRequests
+from localmoe.batch.requests import Defaults
+from localmoe.batch.responses import FileOutput, StreamOutput
 from localmoe.callbacks import LoadCallbacks
 from localmoe.catalog.model_name import ModelName
 from localmoe.catalog.resolve import ResolvedModel
+from localmoe.chat.chat import AnswerOptions
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings
 from localmoe.engine.client import EngineProcess, Inbox
@@ -38,14 +46,6 @@ from localmoe.gguf.model_meta import read_meta
 from localmoe.gguf.reader import read_header
 from localmoe.gguf.writer import encode_header, raw_entries
 from localmoe.loading import format_of, load_to_talk
-from localmoe.serving import asking, batch
-from localmoe.serving.asking import Asking, Outcome, Stop
-from localmoe.serving.backlog import Backlog
-from localmoe.serving.batch_input import Defaults
-from localmoe.serving.batch_output import FileOutput, StreamOutput
-from localmoe.serving.batch_prompt import Encoder
-from localmoe.serving.chat import AnswerOptions
-from localmoe.serving.manifest import Manifest, input_file
 
 GREEDY = Sampling(temperature=0)
 DEFAULTS = Defaults(AnswerOptions(GREEDY, max_tokens=3))
@@ -84,29 +84,32 @@ class Run:
     encoder: Encoder
     engine_of: Callable[[], Any]
     source: bytes = b""
-    checked: batch.Checked = field(default_factory=batch.Checked)
+    checked: runner.InputCheck = field(default_factory=runner.InputCheck)
 
     @property
     def path(self) -> Path:
         return self.folder / "out.jsonl"
 
     def __call__(
-        self, stop: Stop | None = None, *, ordered: bool = False, **options: Any
-    ) -> batch.Progress:
+        self, stop: StopFlag | None = None, *, ordered: bool = False, **options: Any
+    ) -> runner.BatchProgress:
         stream = io.BytesIO(self.source)
         manifest = Manifest(input_file("in.jsonl", stream), {"model file": "demo"})
         anyway = options.pop("resume_anyway", False)
         on_progress = options.pop("on_progress", None)
-        with FileOutput(self.path, manifest, resume_anyway=anyway) as out, Backlog() as backlog:
-            batch.recover(out, backlog, **options)
-            self.checked = batch.check_input(
+        with (
+            FileOutput(self.path, manifest, resume_anyway=anyway) as out,
+            PendingRequests() as backlog,
+        ):
+            runner.recover(out, backlog, **options)
+            self.checked = runner.check_input(
                 stream, "json", DEFAULTS, lambda: self.encoder, backlog, out
             )
             if out.changes:
-                batch.drop_superseded(out, backlog)
-            run_options = batch.RunOptions("demo", share=False)
-            stop = stop or Stop()
-            done = batch.run_batch(backlog, out, self.engine_of, run_options, stop, on_progress)
+                runner.drop_superseded(out, backlog)
+            run_options = runner.RunOptions("demo", share=False)
+            stop = stop or StopFlag()
+            done = runner.run_batch(backlog, out, self.engine_of, run_options, stop, on_progress)
             if ordered:
                 out.put_in_order(backlog)
         return done
@@ -263,8 +266,8 @@ class Poisoned(FakeEngine):
         return id
 
 
-def outcomes(asking: Asking[int]) -> list[Outcome[int]]:
-    return [outcome for group in asking.outcomes() for outcome in group]
+def outcomes(dispatcher: Dispatcher[int]) -> list[Outcome[int]]:
+    return [outcome for group in dispatcher.outcomes() for outcome in group]
 
 
 def requests(n: int) -> Iterator[tuple[int, Request]]:
@@ -272,17 +275,17 @@ def requests(n: int) -> Iterator[tuple[int, Request]]:
 
 
 def test_all_are_answered_by_an_engine_that_lives() -> None:
-    found = outcomes(Asking(requests(3000), FakeEngine))
+    found = outcomes(Dispatcher(requests(3000), FakeEngine))
     assert [outcome.key for outcome in found] == list(range(3000))
 
 
 def test_no_more_are_under_way_than_memory_allows() -> None:
     engine = FakeEngine(holds_back=True)
     long = ((n, Request((n,) * 100_000)) for n in range(100))
-    asking_ = Asking(long, lambda: engine)
-    groups = asking_.outcomes()
+    dispatcher = Dispatcher(long, lambda: engine)
+    groups = dispatcher.outcomes()
     next(groups)
-    assert len(engine.under_way) == asking.MAX_TOKENS_AHEAD // 100_000 + 1
+    assert len(engine.under_way) == dispatch.MAX_TOKENS_AHEAD // 100_000 + 1
 
 
 @pytest.mark.parametrize("poison", [{0}, {5}, {5, 6, 7}, {5, 1500, 2999}, {0, 40, 80, 120, 160}])
@@ -294,7 +297,7 @@ def test_what_an_engine_dies_of_ends_alone(poison: set[int]) -> None:
         engines.append(Poisoned(frozenset(poison)))
         return engines[-1]
 
-    found = outcomes(Asking(requests(3000), engine_of))
+    found = outcomes(Dispatcher(requests(3000), engine_of))
     assert sorted(outcome.key for outcome in found) == list(range(3000))
     assert {outcome.key for outcome in found if outcome.answer is None} == poison
     for engine in engines:
@@ -316,7 +319,7 @@ def test_what_died_in_company_is_asked_in_ever_less() -> None:
                 inbox.put(DEATH)
             return id
 
-    found = Asking(requests(1024), lambda: Silent(holds_back=True)).outcomes()
+    found = Dispatcher(requests(1024), lambda: Silent(holds_back=True)).outcomes()
     while len(sizes) < 5:
         next(found)
     assert sizes == [1024, 32, 1, 1, 1]
@@ -324,12 +327,12 @@ def test_what_died_in_company_is_asked_in_ever_less() -> None:
 
 def test_where_nothing_is_ever_answered_the_run_ends() -> None:
     with pytest.raises(EngineError, match="killed"):
-        outcomes(Asking(requests(3000), lambda: FakeEngine(frozenset(range(3000)))))
+        outcomes(Dispatcher(requests(3000), lambda: FakeEngine(frozenset(range(3000)))))
 
 
 def test_a_wish_to_stop_finishes_what_is_computed() -> None:
-    engine, stop = FakeEngine(holds_back=True), Stop()
-    groups = Asking(requests(100), lambda: engine, stop).outcomes()
+    engine, stop = FakeEngine(holds_back=True), StopFlag()
+    groups = Dispatcher(requests(100), lambda: engine, stop).outcomes()
     next(groups)
     stop.wanted = True
     assert next(groups) == []
@@ -341,7 +344,7 @@ def test_a_wish_to_stop_finishes_what_is_computed() -> None:
 
 def test_left_early_nothing_goes_on() -> None:
     engine = FakeEngine(holds_back=True)
-    groups = Asking(requests(10), lambda: engine).outcomes()
+    groups = Dispatcher(requests(10), lambda: engine).outcomes()
     next(groups)
     groups.close()  # type: ignore[attr-defined]
     assert engine.under_way.keys() <= {0, 1}
@@ -425,9 +428,9 @@ MANY = jsonl(*({"id": n, "prompt": f"Do you like number {n}?"} for n in range(40
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(run: Run) -> None:
     run.source = MANY
-    stop = Stop()
+    stop = StopFlag()
 
-    def soon(progress: batch.Progress) -> None:
+    def soon(progress: runner.BatchProgress) -> None:
         stop.wanted = progress.n_answered >= 5
 
     first = run(stop, on_progress=soon)
@@ -483,16 +486,16 @@ def test_a_changed_input_keeps_what_is_the_same(run: Run) -> None:
 def test_a_stream_gets_the_lines_as_text(encoder: Encoder, engine: EngineProcess) -> None:
     said: list[str] = []
     output = StreamOutput(said.append)
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         stream = io.BytesIO(jsonl({"prompt": "Hi!"}, {"prompt": ""}))
-        batch.check_input(stream, "json", DEFAULTS, lambda: encoder, backlog, output)
-        batch.run_batch(backlog, output, lambda: engine, batch.RunOptions("demo"), Stop())
+        runner.check_input(stream, "json", DEFAULTS, lambda: encoder, backlog, output)
+        runner.run_batch(backlog, output, lambda: engine, runner.RunOptions("demo"), StopFlag())
     assert [json.loads(line)["line"] for line in said] == [2, 1]
 
 
 def test_answers_for_a_program_come_as_they_finish(encoder: Encoder, engine: EngineProcess) -> None:
     asked = ["Hi!", {"id": "x", "prompt": "Hi!", "n": 2}, [{"role": "user", "content": "Hi!"}], 3]
-    found = {r.index: r for r in batch.answers(asked, encoder, lambda: engine, DEFAULTS)}
+    found = {r.index: r for r in runner.answers(asked, encoder, lambda: engine, DEFAULTS)}
     assert found[0].text == found[2].text != ""
     assert found[0].usage is not None
     assert found[0].finish_reason in ("stop", "length")
@@ -544,7 +547,7 @@ def test_a_base_model_continues_texts_and_refuses_conversations(base_model: Path
         ]  # fmt: skip
         found = {
             result.index: result
-            for result in batch.answers(requests, encoder, lambda: engine, DEFAULTS)
+            for result in runner.answers(requests, encoder, lambda: engine, DEFAULTS)
         }
         plain = engine.tokenize([TextPiece("The weather is")])[0]
     assert len(found[0].tokens) == 4

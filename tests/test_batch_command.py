@@ -19,9 +19,9 @@ import pytest
 from vocabulary_files import with_renamed_tokens
 
 from localmoe.api import LocalMoE
+from localmoe.batch.runner import BatchProgress, InputCheck, Recovered
 from localmoe.cli.batch_view import Pace, check_line, progress_line, summary, summary_lines
 from localmoe.gguf.demo import DEMO
-from localmoe.serving.batch import Checked, Progress, Recovered
 
 COMMAND = [sys.executable, "-m", "localmoe", "batch", "demo"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
@@ -388,11 +388,11 @@ def test_a_huge_line_takes_no_memory(tmp_path: Path, source: Path) -> None:
 
 
 def test_progress_is_told_in_one_line() -> None:
-    progress = Progress(500, 120, 2, 0, 10_000, 4_000, 3_000, 60.0)
+    progress = BatchProgress(500, 120, 2, 0, 10_000, 4_000, 3_000, 60.0)
     assert progress_line(progress, 42.4) == (
         "122 of 500 done, 2 failed, 42 tok/s (50 on average), 40% of prompts shared, 3 min left"
     )
-    assert progress_line(Progress(500), 0.0) == "0 of 500 done"
+    assert progress_line(BatchProgress(500), 0.0) == "0 of 500 done"
 
 
 def test_a_pace_does_not_jump_where_answers_end_together() -> None:
@@ -420,13 +420,13 @@ def test_a_pace_follows_what_comes() -> None:
 
 
 def test_a_check_and_an_end_are_told() -> None:
-    checked = Checked(n_lines=1000, n_done=300, n_bad=2, n_to_ask=698, n_truncated=1)
+    checked = InputCheck(n_lines=1000, n_done=300, n_bad=2, n_to_ask=698, n_truncated=1)
     assert check_line(checked, Recovered(300, 0, 17)) == (
         "1,000 requests: 300 are done already, 2 can't be asked, 1 are cut to fit the context, "
         "17 bytes of a line left unfinished were taken off."
     )
-    assert check_line(Checked(1), None) == "1 request."
-    progress = Progress(698, 697, 1, 2, 10_000, 4_000, 3_000, 60.0)
+    assert check_line(InputCheck(1), None) == "1 request."
+    progress = BatchProgress(698, 697, 1, 2, 10_000, 4_000, 3_000, 60.0)
     assert summary_lines(progress, 3) == [
         "697 answered in 1 min: 10,000 prompt tokens, 3,000 generated, 50.0 tok/s.",
         "Sharing saved 40% of the prompt tokens.",

@@ -14,32 +14,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmoe.batch.encoder import (
+    Encoder,
+    RestartingVocabulary,
+    Side,
+    head_of_text,
+    tail_of_text,
+    text_begins,
+)
+from localmoe.batch.requests import (
+    BatchRequest,
+    Defaults,
+    Form,
+    ItemError,
+    form_of,
+    request_of,
+    request_of_line,
+)
+from localmoe.chat.chat import AnswerOptions
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Sampling, TextPiece
 from localmoe.errors import EngineError, UsageError
 from localmoe.files import InputLine, digest, read_lines
 from localmoe.loading import open_vocabulary
-from localmoe.serving.batch_body import ItemError
-from localmoe.serving.batch_input import (
-    BatchRequest,
-    Defaults,
-    Form,
-    form_of,
-    request_of,
-    request_of_line,
-)
-from localmoe.serving.batch_prompt import (
-    Encoder,
-    LastingVocabulary,
-    Side,
-    beginning,
-    ending,
-    text_begins,
-)
-from localmoe.serving.chat import AnswerOptions
-from localmoe.serving.messages import Message, PromptFormat
-from localmoe.serving.mistral import MistralFormat
-from localmoe.serving.template_format import TemplateFormat
+from localmoe.prompt.chat_template import TemplateFormat
+from localmoe.prompt.messages import Message, PromptFormat
+from localmoe.prompt.mistral import MistralFormat
 
 HI = [{"role": "user", "content": "Hi!"}]
 
@@ -354,8 +354,8 @@ def test_what_is_too_long_around_the_last_message_is_refused() -> None:
 @given(st.text(min_size=1), st.integers(0, 10))
 def test_what_tokens_spell_is_taken_from_the_text_itself(text: str, n: int) -> None:
     broken = text.encode("utf-8", "replace")[:n].decode("utf-8", "replace")
-    assert text.startswith(beginning(text, broken))
-    assert text.endswith(ending(text, broken))
+    assert text.startswith(head_of_text(text, broken))
+    assert text.endswith(tail_of_text(text, broken))
 
 
 @pytest.mark.parametrize("side", ["head", "tail", "middle"])
@@ -380,7 +380,7 @@ def test_a_text_that_kills_the_tokenizer_is_refused_alone(tiny_model: Path) -> N
         engines.append(open_vocabulary(tiny_model))
         return engines[-1]
 
-    vocabulary = LastingVocabulary(engine_of)
+    vocabulary = RestartingVocabulary(engine_of)
     maker = Encoder(MistralFormat("v1", bos=1, eos=2), vocabulary, 512)
     before = maker.encode(asked({"prompt": "Hi!"}))
     engines[-1].kill()
@@ -399,7 +399,7 @@ def test_a_tokenizer_that_always_dies_ends_it() -> None:
 
         def close(self) -> None: ...
 
-    maker = Encoder(MistralFormat("v1", bos=1, eos=2), LastingVocabulary(Dying), 512)
+    maker = Encoder(MistralFormat("v1", bos=1, eos=2), RestartingVocabulary(Dying), 512)
     for _ in range(5):
         with pytest.raises(ItemError):
             maker.encode(asked({"prompt": "Hi!"}))

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmoe.chat.chat import AnswerOptions, Chat, ChatModel
+from localmoe.chat.context_window import SUMMARIZE
 from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece, Timings, Usage
 from localmoe.errors import EngineError, PromptError, RequestError
 from localmoe.gguf.demo import DEMO
-from localmoe.serving.chat import AnswerOptions, Chat, Model
-from localmoe.serving.context import SUMMARIZE
-from localmoe.serving.messages import Message
-from localmoe.serving.mistral import MistralFormat
+from localmoe.prompt.messages import Message
+from localmoe.prompt.mistral import MistralFormat
 
 FORMAT = MistralFormat("v1", bos=1, eos=2)
 
@@ -49,7 +49,7 @@ class FakeEngine:
 
 
 def chat_with(engine: FakeEngine, n_ctx: int = 1000) -> Chat:
-    return Chat(Model(engine, FORMAT, n_ctx))
+    return Chat(ChatModel(engine, FORMAT, n_ctx))
 
 
 def test_the_next_prompt_begins_with_the_last_and_the_sampled_tokens() -> None:
@@ -287,7 +287,7 @@ def test_a_refused_request_is_no_death() -> None:
 def long_chat(n_ctx: int, n_turns: int, **options: Any) -> tuple[Chat, FakeEngine, list[str]]:
     """Turns of 20 characters and a fake engine that answers each with one token."""
     engine, notes = FakeEngine([[f"a{n}"] for n in range(n_turns)]), list[str]()
-    chat = Chat(Model(engine, FORMAT, n_ctx), on_note=notes.append, **options)
+    chat = Chat(ChatModel(engine, FORMAT, n_ctx), on_note=notes.append, **options)
     chat.set_system("SYS")
     for n in range(n_turns):
         list(chat.ask(f"question number {n:04}"))
@@ -322,7 +322,7 @@ def test_the_oldest_turns_leave_whole_down_to_three_quarters() -> None:
 def test_what_left_is_counted_in_tokens() -> None:
     notes: list[str] = []
     engine = FakeEngine([["a"]] * 40)
-    chat = Chat(Model(engine, FORMAT, 400), on_note=notes.append)
+    chat = Chat(ChatModel(engine, FORMAT, 400), on_note=notes.append)
     while not notes:
         before = list(chat.messages)
         list(chat.ask("question"))
@@ -334,7 +334,7 @@ def test_what_left_is_counted_in_tokens() -> None:
 
 def test_stop_refuses_and_names_the_ways_out() -> None:
     engine = FakeEngine([["a"]] * 20)
-    chat = Chat(Model(engine, FORMAT, 400), on_full="stop")
+    chat = Chat(ChatModel(engine, FORMAT, 400), on_full="stop")
     questions = (delta for n in range(20) for delta in chat.ask(f"question number {n:04}"))
     with pytest.raises(PromptError) as refused:
         list(questions)
@@ -364,7 +364,7 @@ def test_a_message_too_long_by_itself_is_refused_and_nothing_changes(on_full: An
 
 def test_a_long_message_may_take_most_of_the_context() -> None:
     engine = FakeEngine([["a"], ["b"], ["c"]])
-    chat = Chat(Model(engine, FORMAT, 400))
+    chat = Chat(ChatModel(engine, FORMAT, 400))
     list(chat.ask("one"))
     list(chat.ask("x" * 340))
     assert chat.n_dropped == 2
@@ -388,7 +388,7 @@ def test_an_answer_that_fills_the_context_makes_the_next_turn_drop() -> None:
 def test_a_summary_takes_the_place_of_what_leaves() -> None:
     engine = FakeEngine([])
     notes: list[str] = []
-    chat = Chat(Model(engine, FORMAT, 1600), on_full="summarize", on_note=notes.append)
+    chat = Chat(ChatModel(engine, FORMAT, 1600), on_full="summarize", on_note=notes.append)
     chat.set_system("SYS")
     n = 0
     while not notes:
@@ -430,7 +430,7 @@ class Wordless(FakeEngine):
 
 def test_where_no_summary_comes_the_turns_are_left_out_all_the_same() -> None:
     notes: list[str] = []
-    chat = Chat(Model(Wordless([]), FORMAT, 1600), on_full="summarize", on_note=notes.append)
+    chat = Chat(ChatModel(Wordless([]), FORMAT, 1600), on_full="summarize", on_note=notes.append)
     while not notes:
         list(chat.ask("question"))
     assert notes[-1].startswith("No summary came of it; ")
@@ -441,7 +441,7 @@ def test_where_no_summary_comes_the_turns_are_left_out_all_the_same() -> None:
 @given(st.data(), st.sampled_from(["drop", "summarize"]), st.integers(100, 2000))
 def test_whatever_is_said_it_fits_or_is_refused(data: Any, on_full: Any, n_ctx: int) -> None:
     engine = FakeEngine([])
-    chat = Chat(Model(engine, FORMAT, n_ctx), on_full=on_full)
+    chat = Chat(ChatModel(engine, FORMAT, n_ctx), on_full=on_full)
     chat.set_system(data.draw(st.sampled_from([None, "SYS"])))
     n_said = 0
     for _ in range(data.draw(st.integers(1, 12))):
@@ -463,14 +463,14 @@ def test_whatever_is_said_it_fits_or_is_refused(data: Any, on_full: Any, n_ctx: 
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Model]:
+def demo() -> Iterator[ChatModel]:
     with EngineProcess(engine_environment()) as engine:
         engine.load(str(DEMO), Placement(n_threads=2, n_ctx=256))
-        yield Model(engine, FORMAT, 256)
+        yield ChatModel(engine, FORMAT, 256)
 
 
 @pytest.mark.parametrize("on_full", ["drop", "summarize"])
-def test_an_unchanged_beginning_is_not_computed_again(demo: Model, on_full: Any) -> None:
+def test_an_unchanged_beginning_is_not_computed_again(demo: ChatModel, on_full: Any) -> None:
     notes: list[str] = []
     chat = Chat(demo, AnswerOptions(Sampling(seed=1), 24), on_full=on_full, on_note=notes.append)
     for n in range(14):
@@ -484,7 +484,7 @@ def test_an_unchanged_beginning_is_not_computed_again(demo: Model, on_full: Any)
     assert len([m for m in chat.messages if m.role == "user" and m.content != SUMMARIZE]) == 14
 
 
-def test_the_longest_answer_ends_with_length_and_the_chat_goes_on(demo: Model) -> None:
+def test_the_longest_answer_ends_with_length_and_the_chat_goes_on(demo: ChatModel) -> None:
     notes: list[str] = []
     wild = Sampling(temperature=3.0, top_k=0, top_p=1.0, min_p=0.0, seed=3)
     chat = Chat(demo, AnswerOptions(wild), on_note=notes.append)

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.batch.journal import Journal, Record
+from localmoe.batch.manifest import InputFile, Manifest, manifest_path, read_manifest
+from localmoe.batch.pending import PendingRequest, PendingRequests
+from localmoe.batch.responses import FileOutput, OutputLine
+from localmoe.chat.chat import AnswerOptions
 from localmoe.errors import LocalMoeError, UsageError
-from localmoe.serving.backlog import Ask, Backlog
-from localmoe.serving.batch_output import FileOutput, Reply
-from localmoe.serving.chat import AnswerOptions
-from localmoe.serving.journal import Journal, Record
-from localmoe.serving.manifest import InputFile, Manifest, manifest_path, read_manifest
 
 MANIFEST = Manifest(InputFile("in.jsonl", 10, "ab" * 32), {"model file": "m.gguf"}, {"seed": 1})
 posix = pytest.mark.skipif(sys.platform == "win32", reason="limits and signals of POSIX")
 
 
-def reply(number: int, is_error: bool = False, text: str = "an answer") -> Reply:
+def reply(number: int, is_error: bool = False, text: str = "an answer") -> OutputLine:
     value = {
         "id": f"batch_req_{number:032x}",
         "custom_id": f"id-{number}",
@@ -34,7 +34,7 @@ def reply(number: int, is_error: bool = False, text: str = "an answer") -> Reply
         "response": None if is_error else {"body": text},
         "error": {"code": "x", "message": text} if is_error else None,
     }
-    return Reply(json.dumps(value, ensure_ascii=False).encode() + b"\n", is_error)
+    return OutputLine(json.dumps(value, ensure_ascii=False).encode() + b"\n", is_error)
 
 
 def recovered(path: Path) -> tuple[list[int], int]:
@@ -120,11 +120,11 @@ def test_records_can_be_taken_out_and_the_others_stay_as_they_were(
 
 def test_records_are_put_in_the_order_of_the_input(output: FileOutput, path: Path) -> None:
     output.write([reply(n) for n in (3, 1, 10, 2)])
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         output.put_in_order(backlog)
     assert path.read_bytes() == b"".join(reply(n).raw for n in (1, 2, 3, 10))
     inode = path.stat().st_ino
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         output.put_in_order(backlog)
     assert path.stat().st_ino == inode  # nothing to do, nothing done
 
@@ -133,9 +133,9 @@ def test_two_answers_to_what_once_was_the_same_line_are_both_kept(
     output: FileOutput, path: Path
 ) -> None:
     """The first belongs to a request that is not in the input any more."""
-    first, second = reply(7), Reply(reply(8).raw.replace(b'"line": 8', b'"line": 7'), False)
+    first, second = reply(7), OutputLine(reply(8).raw.replace(b'"line": 8', b'"line": 7'), False)
     output.write([reply(9), first, second])
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         output.put_in_order(backlog)
     assert path.read_bytes() == first.raw + second.raw + reply(9).raw
 
@@ -177,7 +177,7 @@ def test_errors_go_to_a_file_of_their_own(tmp_path: Path, path: Path) -> None:
 
 def test_a_second_writer_is_refused(output: FileOutput, path: Path) -> None:
     program = (
-        "import sys, pathlib; from localmoe.serving.journal import Journal\n"
+        "import sys, pathlib; from localmoe.batch.journal import Journal\n"
         "Journal(pathlib.Path(sys.argv[1]))"
     )
     other = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
@@ -188,7 +188,7 @@ def test_a_second_writer_is_refused(output: FileOutput, path: Path) -> None:
 @posix
 def test_a_writer_that_was_killed_leaves_no_lock(path: Path) -> None:
     program = (
-        "import os, sys, pathlib; from localmoe.serving.journal import Journal\n"
+        "import os, sys, pathlib; from localmoe.batch.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path]).returncode == -signal.SIGKILL
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_a_sentence(path: Path) -> None:
     program = (
         "import resource, sys, pathlib\n"
         "from localmoe.errors import LocalMoeError\n"
-        "from localmoe.serving.journal import Journal\n"
+        "from localmoe.batch.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "journal.recover(lambda record: None)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -233,11 +233,11 @@ def test_what_is_not_a_file_is_refused() -> None:
 STRACE = shutil.which("strace")
 WRITER = """
 import json, os, pathlib, sys
-from localmoe.serving.batch_output import FileOutput, Reply
-from localmoe.serving.manifest import InputFile, Manifest
+from localmoe.batch.responses import FileOutput, OutputLine
+from localmoe.batch.manifest import InputFile, Manifest
 def reply(n, error):
     value = {"id": f"batch_req_{n:032x}", "custom_id": "x", "line": n, "response": None}
-    return Reply(json.dumps({**value, "error": error}).encode() + b"\\n", error is not None)
+    return OutputLine(json.dumps({**value, "error": error}).encode() + b"\\n", error is not None)
 there = []
 with FileOutput(pathlib.Path(sys.argv[1]), Manifest(InputFile("", 0, ""), {})) as output:
     output.recover(lambda record: there.append(record.line))
@@ -363,10 +363,12 @@ def test_a_strange_manifest_is_refused(path: Path) -> None:
 
 def test_a_backlog_gives_back_what_was_put_in() -> None:
     asks = [
-        Ask(n, f"id-{n}", bytes([n % 256]) * 16, n % 2 == 0, (n, 2**31 - 1), AnswerOptions(), n)
+        PendingRequest(
+            n, f"id-{n}", bytes([n % 256]) * 16, n % 2 == 0, (n, 2**31 - 1), AnswerOptions(), n
+        )
         for n in range(1, 200)
     ]
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         for ask in reversed(asks):
             backlog.add(ask)
         assert backlog.n_asks == 199
@@ -374,6 +376,6 @@ def test_a_backlog_gives_back_what_was_put_in() -> None:
 
 
 def test_a_name_belongs_to_the_first_line_that_takes_it() -> None:
-    with Backlog() as backlog:
+    with PendingRequests() as backlog:
         assert [backlog.take_name(name, n) for n, name in enumerate("abcab")] == [0, 1, 2, 0, 1]
         assert (backlog.is_named("a"), backlog.is_named("z")) == (True, False)

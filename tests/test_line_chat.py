@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.chat.session import Sessions
 from localmoe.gguf.demo import DEMO
-from localmoe.serving.messages import Message
-from localmoe.serving.session import Sessions
+from localmoe.prompt.messages import Message
 
 
 def chat(lines: str, *options: str) -> subprocess.CompletedProcess[str]:

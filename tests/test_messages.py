@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from localmoe.errors import PromptError
-from localmoe.serving.messages import Message, check_conversation, parse_messages
+from localmoe.prompt.messages import Message, check_conversation, parse_messages
 
 USER = {"role": "user", "content": "Hi"}
 

@@ -18,8 +18,8 @@ from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement
 from localmoe.errors import PromptError
-from localmoe.serving.messages import Message
-from localmoe.serving.mistral import MistralFormat
+from localmoe.prompt.messages import Message
+from localmoe.prompt.mistral import MistralFormat
 
 N_CONVERSATIONS = 2500
 FRAGMENTS = [

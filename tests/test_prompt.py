@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from localmoe.errors import PromptError
-from localmoe.serving.mistral import MistralFormat
-from localmoe.serving.prompt import TemplateFacts, is_mistral, prompt_format
-from localmoe.serving.template_format import TemplateFormat
-from localmoe.serving.text_format import TextFormat
+from localmoe.prompt.chat_template import TemplateFormat
+from localmoe.prompt.formats import TemplateFacts, TextFormat, is_mistral, prompt_format
+from localmoe.prompt.mistral import MistralFormat
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 V0 = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"

@@ -7,10 +7,10 @@ from datetime import datetime
 
 import pytest
 
-from localmoe.engine.rendering import Limits, Renderer, RenderError, Rendering, RenderJob, render
-from localmoe.serving.batch_prompt import with_renderer
-from localmoe.serving.messages import Message
-from localmoe.serving.template_format import TemplateFormat
+from localmoe.batch.encoder import with_renderer
+from localmoe.prompt.chat_template import TemplateFormat
+from localmoe.prompt.jinja_client import Limits, Renderer, RenderError, Rendering, RenderJob, render
+from localmoe.prompt.messages import Message
 
 NOW = datetime(2026, 7, 4, 12, 30)
 TIGHT = Limits(wall_s=8.0, cpu_s=1, memory_bytes=256 << 20, output_chars=1000)

@@ -21,9 +21,9 @@ if sys.platform == "win32":
 
 from terminal import Terminal
 
+from localmoe.chat.session import Sessions
 from localmoe.cli.slash_facts import COMMANDS
-from localmoe.serving.messages import Message
-from localmoe.serving.session import Sessions
+from localmoe.prompt.messages import Message
 
 CHAT = ["chat", "demo"]
 GREEDY = ["--temp", "0"]

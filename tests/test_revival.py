@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.api import LocalMoE
+from localmoe.chat.chat import Chat
 from localmoe.config.settings import Settings, load_settings
 from localmoe.engine.protocol import Placement
 from localmoe.errors import EngineError, LocalMoeError
@@ -24,9 +25,8 @@ from localmoe.hardware.system import SystemAccess
 from localmoe.loading import EngineReloader, OpenModel, kept_bytes, oom_kills, open_engine, safer
 from localmoe.perf.figures import Figure
 from localmoe.planner.plan import SMALLEST_N_CTX, Memory, Plan
-from localmoe.serving.answer import Answer
-from localmoe.serving.chat import Chat
-from localmoe.serving.messages import Message
+from localmoe.prompt.messages import Message
+from localmoe.prompt.reasoning import Answer
 
 if sys.platform == "win32":
     pytest.skip("needs signals", allow_module_level=True)

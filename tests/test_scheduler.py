@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from make_model import FAMILIES, make_model
 from synthetic.families import with_layers
 
+from localmoe.batch.prefix_sharing import prefix_sharing_of
 from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess, Inbox
 from localmoe.engine.prefix import MIN_SHARED_TOKENS, common_prefix
@@ -26,7 +27,6 @@ from localmoe.engine.worker.model import NativeModel
 from localmoe.engine.worker.request_queue import MAX_PASSED, QueuedRequest, RequestQueue
 from localmoe.engine.worker.scheduler import Scheduler
 from localmoe.gguf.demo import PACKAGE
-from localmoe.serving.sharing import sharing_of
 
 GREEDY = Sampling(temperature=0)
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
@@ -444,11 +444,11 @@ def test_nobody_is_passed_over_for_ever() -> None:
 
 def test_sharing_is_known_before() -> None:
     prompts = [prompt(0, 512) + prompt(n, 32) for n in range(1, 33)]
-    sharing = sharing_of(prompts, max_tokens=32, n_seq=32)
+    sharing = prefix_sharing_of(prompts, max_tokens=32, n_seq=32)
     assert (sharing.n_prompt, sharing.n_shared) == (32 * 544, 31 * 512)
     assert sharing.n_cells == 512 + 32 * 64
     assert sharing.wants_unified
-    nothing = sharing_of([prompt(n, 900) for n in range(100)], max_tokens=100, n_seq=32)
+    nothing = prefix_sharing_of([prompt(n, 900) for n in range(100)], max_tokens=100, n_seq=32)
     assert nothing.n_cells == 32 * 1000
     assert nothing.fraction < 0.01
     assert not nothing.wants_unified
@@ -458,17 +458,17 @@ def test_a_cache_is_unified_where_streams_would_take_more_passes_than_it_costs()
     """Prompts of one length are computed together in streams, those of many lengths aren't."""
     even = [prompt(n, 128) for n in range(64)]
     uneven = [prompt(n, 64 + n) for n in range(64)]
-    assert not sharing_of(even, max_tokens=64, n_seq=64).wants_unified
-    assert sharing_of(uneven, max_tokens=64, n_seq=64).wants_unified
-    assert sharing_of(even, max_tokens=64, n_seq=16).wants_unified  # 48 more passes
-    assert not sharing_of(uneven, max_tokens=1024, n_seq=64).wants_unified
+    assert not prefix_sharing_of(even, max_tokens=64, n_seq=64).wants_unified
+    assert prefix_sharing_of(uneven, max_tokens=64, n_seq=64).wants_unified
+    assert prefix_sharing_of(even, max_tokens=64, n_seq=16).wants_unified  # 48 more passes
+    assert not prefix_sharing_of(uneven, max_tokens=1024, n_seq=64).wants_unified
 
 
 @given(st.lists(tokens.filter(len), min_size=1, max_size=30), st.integers(1, 8))
 def test_cells_are_enough_for_requests_next_to_each_other(
     prompts: list[list[int]], n_seq: int
 ) -> None:
-    n_cells = sharing_of(prompts, 5, n_seq).n_cells
+    n_cells = prefix_sharing_of(prompts, 5, n_seq).n_cells
     ordered = sorted(prompts)
     for at in range(len(ordered)):
         together = ordered[at : at + n_seq]

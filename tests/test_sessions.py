@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmoe.chat.session import Session, Sessions
+from localmoe.chat.transcript import read_transcript
 from localmoe.cli import run_command
 from localmoe.config.environment import sessions_folder
 from localmoe.errors import LocalMoeError, UsageError
-from localmoe.serving.messages import Message
-from localmoe.serving.session import Session, Sessions
-from localmoe.serving.transcript import read_transcript
+from localmoe.prompt.messages import Message
 
 SYSTEM = Message("system", "Be brief.")
 TURN = [Message("user", "How are you?"), Message("assistant", "Fine.\n", (7, 8, 9))]
@@ -230,8 +230,8 @@ def test_a_killed_writer_loses_nothing_that_was_kept(store: Sessions) -> None:
     program = (
         "import sys, itertools\n"
         "from pathlib import Path\n"
-        "from localmoe.serving.messages import Message\n"
-        "from localmoe.serving.session import Sessions\n"
+        "from localmoe.prompt.messages import Message\n"
+        "from localmoe.chat.session import Sessions\n"
         "session = Sessions(Path(sys.argv[1])).open_or_new('one', 'demo')\n"
         "messages = session.messages\n"
         "for n in itertools.count(len(messages) // 2):\n"
@@ -261,8 +261,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_file_as_it_was(store: Sessions
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from localmoe.errors import LocalMoeError\n"
-        "from localmoe.serving.messages import Message\n"
-        "from localmoe.serving.session import Sessions\n"
+        "from localmoe.prompt.messages import Message\n"
+        "from localmoe.chat.session import Sessions\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "session = Sessions(Path(sys.argv[1])).open('one')\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 20,) * 2)\n"
@@ -342,7 +342,7 @@ def test_a_second_chat_is_refused(store: Sessions) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from localmoe.serving.session import Sessions\n"
+        "from localmoe.chat.session import Sessions\n"
         "session = Sessions(Path(sys.argv[1])).open('one')\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"

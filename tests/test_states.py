@@ -19,14 +19,14 @@ import pytest
 from make_model import FAMILIES, make_model
 from synthetic.families import Family, with_layers
 
+from localmoe.chat.kv_snapshot import clear_unfinished, file_key, restore_state, save_state
+from localmoe.chat.session import Session, Sessions
 from localmoe.config.environment import engine_environment, sessions_folder
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement, Request, Sampling, StateRestored, StateSaved
 from localmoe.errors import EngineError
 from localmoe.gguf.demo import DEMO
-from localmoe.serving.messages import Message
-from localmoe.serving.session import Session, Sessions
-from localmoe.serving.states import clear_unfinished, file_key, restore_state, save_state
+from localmoe.prompt.messages import Message
 
 PLACE = Placement(n_threads=2, n_ctx=1024)
 PROMPT = (1, *(300 + 7 * n % 1500 for n in range(300)))

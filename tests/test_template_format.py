@@ -18,9 +18,9 @@ from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Placement, TextPiece
 from localmoe.errors import PromptError
-from localmoe.serving.messages import Message, Prompt
-from localmoe.serving.prompt import ENDS
-from localmoe.serving.template_format import TemplateFormat
+from localmoe.prompt.chat_template import TemplateFormat
+from localmoe.prompt.formats import ENDS
+from localmoe.prompt.messages import Message, Prompt
 
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}

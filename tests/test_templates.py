@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.engine.rendering import Limits, RenderError, Rendering, RenderJob, render
+from localmoe.prompt.jinja_client import Limits, RenderError, Rendering, RenderJob, render
 
 MESSAGES = [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "Hey"}]
 TIGHT = Limits(wall_s=8.0, cpu_s=1, memory_bytes=256 << 20, output_chars=1 << 20)

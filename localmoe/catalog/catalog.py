@@ -80,7 +80,7 @@ much at more bits that they come to 1.5; a digit too few or too many is far outs
 PromptFamily = Literal[
     "mistral", "chatml", "harmony", "gemma4", "glm4", "lfm2", "granite", "tulu"
 ]  # fmt: skip
-"""How a model wants its prompt. Only mistral's is built in (serving/mistral.py); the others say
+"""How a model wants its prompt. Only mistral's is built in (prompt/mistral.py); the others say
 which template the file should hold."""
 
 # What pydantic says in words of its own

@@ -15,7 +15,7 @@ from . import render
 from .options import read_messages
 
 if TYPE_CHECKING:
-    from ..serving.messages import Message
+    from ..prompt.messages import Message
 
 MAX_SILENCE_S = 1.0
 MAX_STDIN_BYTES = 64 << 20
@@ -30,7 +30,7 @@ def conversation_of(
     quiet: bool = False,
 ) -> list[Message]:
     """The conversation that a command line means. Raises UsageError."""
-    from ..serving.messages import parse_messages
+    from ..prompt.messages import parse_messages
 
     if messages is not None:
         if prompt is not None or files:
@@ -41,7 +41,7 @@ def conversation_of(
 
 
 def system_message(text: str | None) -> list[Message]:
-    from ..serving.messages import Message
+    from ..prompt.messages import Message
 
     return [] if text is None else [Message("system", text)]
 

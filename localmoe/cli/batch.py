@@ -25,20 +25,20 @@ from .options import (
 from .watching import watching
 
 if TYPE_CHECKING:
+    from ..batch.dispatch import StopFlag
+    from ..batch.encoder import Encoder, Side
+    from ..batch.manifest import Manifest
+    from ..batch.pending import PendingRequests
+    from ..batch.requests import Defaults
+    from ..batch.responses import FileOutput, StreamOutput
+    from ..batch.runner import BatchProgress, InputCheck, Recovered
     from ..callbacks import LoadCallbacks
     from ..catalog.resolve import ModelResolver, ResolvedModel
     from ..config.settings import Settings
     from ..engine.client import EngineProcess
     from ..loading import OpenModel
     from ..planner.request import BatchShape
-    from ..serving.answer import Markers
-    from ..serving.asking import Stop
-    from ..serving.backlog import Backlog
-    from ..serving.batch import Checked, Progress, Recovered
-    from ..serving.batch_input import Defaults
-    from ..serving.batch_output import FileOutput, StreamOutput
-    from ..serving.batch_prompt import Encoder, Side
-    from ..serving.manifest import Manifest
+    from ..prompt.reasoning import ReasoningTokens
 
 EXIT_ITEM_ERRORS = 5
 EXIT_INTERRUPTED = 130
@@ -134,7 +134,7 @@ class BatchCommand:
         *,
         quiet: bool,
     ) -> None:
-        from ..serving.asking import Stop
+        from ..batch.dispatch import StopFlag
 
         self._model = model
         self._files = files
@@ -142,11 +142,11 @@ class BatchCommand:
         self._watch = watch
         self._company = company
         self._crowd: BatchShape | None = None
-        self._markers: Markers | None = None
+        self._markers: ReasoningTokens | None = None
         self._quiet = quiet
         self._stack = ExitStack()
         self._checking = ExitStack()  # what is needed no longer once a model is loaded
-        self._stop = Stop()
+        self._stop = StopFlag()
         self._interrupts = Interrupts(self._stop)
         self._loaded: OpenModel | None = None
 
@@ -162,15 +162,15 @@ class BatchCommand:
                 self._loaded.engine.kill()
 
     def _run(self, as_json: bool) -> int:
-        from ..serving.backlog import Backlog
-        from ..serving.batch import Progress
-        from ..serving.batch_output import FileOutput
+        from ..batch.pending import PendingRequests
+        from ..batch.responses import FileOutput
+        from ..batch.runner import BatchProgress
         from .batch_view import summary, summary_lines
 
         output = self._output
-        backlog = self._stack.enter_context(Backlog())
+        backlog = self._stack.enter_context(PendingRequests())
         recovered, checked = self._check(output, backlog)
-        progress = self._ask(output, backlog) if checked.n_to_ask else Progress(0)
+        progress = self._ask(output, backlog) if checked.n_to_ask else BatchProgress(0)
         n_errors = checked.n_bad + progress.n_failed + (recovered.n_failed if recovered else 0)
         if self._files.ordered and isinstance(output, FileOutput) and not self._stop.wanted:
             output.put_in_order(backlog)
@@ -193,12 +193,12 @@ class BatchCommand:
     # ---- the check ----
 
     def _check(
-        self, output: FileOutput | StreamOutput, backlog: Backlog
-    ) -> tuple[Recovered | None, Checked]:
+        self, output: FileOutput | StreamOutput, backlog: PendingRequests
+    ) -> tuple[Recovered | None, InputCheck]:
         """Look at what was answered before, and at every line of the input."""
-        from ..serving.batch import check_input, drop_superseded, recover
-        from ..serving.batch_input import form_of
-        from ..serving.batch_output import FileOutput
+        from ..batch.requests import form_of
+        from ..batch.responses import FileOutput
+        from ..batch.runner import check_input, drop_superseded, recover
         from .batch_view import check_line
 
         recovered = None
@@ -226,7 +226,7 @@ class BatchCommand:
 
     @cached_property
     def _output(self) -> FileOutput | StreamOutput:
-        from ..serving.batch_output import FileOutput, StreamOutput
+        from ..batch.responses import FileOutput, StreamOutput
 
         if not self._files.is_file:
             return StreamOutput(render.answer_text)
@@ -239,7 +239,7 @@ class BatchCommand:
         return self._stack.enter_context(output)
 
     def _manifest(self) -> Manifest:
-        from ..serving.manifest import Manifest, input_file
+        from ..batch.manifest import Manifest, input_file
 
         said = self._settings.model_dump(mode="json", include=set(ANSWER_SETTINGS))
         settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
@@ -252,8 +252,8 @@ class BatchCommand:
 
     @cached_property
     def _defaults(self) -> Defaults:
+        from ..batch.requests import Defaults
         from ..loading import answer_options
-        from ..serving.batch_input import Defaults
 
         found = self._found
         options = answer_options(found.meta, self._settings, found.spec)
@@ -268,26 +268,26 @@ class BatchCommand:
     @cached_property
     def _encoder(self) -> Encoder:
         """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
+        from ..batch.encoder import Encoder, RestartingVocabulary, with_renderer
         from ..config.environment import engine_environment
-        from ..engine.rendering import Renderer
         from ..loading import format_of, open_vocabulary, wants_thinking
-        from ..serving.batch_prompt import Encoder, LastingVocabulary, with_renderer
+        from ..prompt.jinja_client import Renderer
 
         env, meta = engine_environment(), self._found.meta
         n_ctx = self._n_ctx
-        vocabulary = LastingVocabulary(lambda: open_vocabulary(meta.paths[0]))
+        vocabulary = RestartingVocabulary(lambda: open_vocabulary(meta.paths[0]))
         renderer = Renderer(env)
         self._checking.callback(vocabulary.close)
         self._checking.callback(renderer.close)
         format = with_renderer(format_of(meta, think=wants_thinking(self._settings)), renderer)
         return Encoder(format, vocabulary, n_ctx, self._files.truncate)
 
-    def _find_markers(self) -> Markers | None:
+    def _find_markers(self) -> ReasoningTokens | None:
         """What parts thinking from answer in this model's vocabulary."""
         from ..loading import special_tokens
-        from ..serving.answer import find_markers
+        from ..prompt.reasoning import find_reasoning_tokens
 
-        return find_markers(special_tokens(self._found.meta), self._encoder.vocabulary)
+        return find_reasoning_tokens(special_tokens(self._found.meta), self._encoder.vocabulary)
 
     # ---- the model ----
 
@@ -321,11 +321,11 @@ class BatchCommand:
         self._interrupts.is_asking = True
         return self._loaded.engine
 
-    def _ask(self, output: FileOutput | StreamOutput, backlog: Backlog) -> Progress:
+    def _ask(self, output: FileOutput | StreamOutput, backlog: PendingRequests) -> BatchProgress:
         """Ask all that there is to ask, with a line on how far it is."""
+        from ..batch.prefix_sharing import batch_shape_of
+        from ..batch.runner import RunOptions, run_batch
         from ..loading import format_of, title
-        from ..serving.batch import RunOptions, run_batch
-        from .batch_files import crowd_of
 
         meta = self._fetched.meta
         options = RunOptions(
@@ -335,7 +335,9 @@ class BatchCommand:
             self._markers,
             thinking=self._settings.think == "on",
         )
-        self._crowd = crowd_of(backlog, self._n_ctx, self._company.n_at_once, self._company.share)
+        self._crowd = batch_shape_of(
+            backlog, self._n_ctx, self._company.n_at_once, self._company.share
+        )
         told = Told(self._stop, render.StatusLine(self._quiet), self._note)
         try:
             return run_batch(backlog, output, self._engine, options, self._stop, told)
@@ -347,7 +349,9 @@ class BatchCommand:
 class Told:
     """Tells how far a batch is, and once that it is about to stop."""
 
-    def __init__(self, stop: Stop, line: render.StatusLine, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, stop: StopFlag, line: render.StatusLine, note: Callable[[str], None]
+    ) -> None:
         from .batch_view import Pace
 
         self.line = line
@@ -356,7 +360,7 @@ class Told:
         self._pace = Pace()
         self._said_stop = False
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: BatchProgress) -> None:
         from .batch_view import progress_line
 
         if self._stop.wanted and not self._said_stop:

@@ -18,10 +18,8 @@ from ..errors import LocalMoeError, UsageError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from ..planner.request import BatchShape
-    from ..serving.asking import Stop
-    from ..serving.backlog import Backlog
-    from ..serving.batch_prompt import Side
+    from ..batch.dispatch import StopFlag
+    from ..batch.encoder import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def copied(stream: BinaryIO) -> Iterator[BinaryIO]:
 class Interrupts:
     """Ctrl-C and SIGTERM: at once while nothing is asked, else first a wish to stop."""
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, stop: StopFlag) -> None:
         self._stop = stop
         self.is_asking = False
 
@@ -113,30 +111,3 @@ class Interrupts:
         if not self.is_asking or self._stop.wanted:
             raise KeyboardInterrupt
         self._stop.wanted = True
-
-
-N_LOOKED_AT = 400
-"""Requests that are enough to tell how much all of them have in common."""
-
-
-def crowd_of(backlog: Backlog, n_ctx: int, n_wanted: int | None, share: bool) -> BatchShape:
-    """What the requests of a batch need of a cache. `n_ctx` is the most that one may take."""
-    from itertools import islice
-
-    from ..planner.request import BatchShape, numbers
-    from ..serving.sharing import sharing_of
-
-    asks = list(islice(backlog.asks(), N_LOOKED_AT))
-    answers = [ask.options.max_tokens or n_ctx for ask in asks]
-    longest = max((len(a.tokens) + n for a, n in zip(asks, answers, strict=True)), default=n_ctx)
-    if backlog.n_asks > N_LOOKED_AT:
-        longest = n_ctx  # a longer one may follow
-    choices = numbers(backlog.n_asks, n_wanted)
-    n_cells = {}
-    if share:
-        prompts = [ask.tokens for ask in asks]
-        for n in choices:
-            sharing = sharing_of(prompts, max(answers, default=n_ctx), n)
-            if n > 1 and sharing.wants_unified:
-                n_cells[n] = sharing.n_cells
-    return BatchShape(choices, min(longest, n_ctx), n_cells, is_open=n_wanted is None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .watching import duration
 
 if TYPE_CHECKING:
-    from ..serving.batch import Checked, Progress, Recovered
+    from ..batch.runner import BatchProgress, InputCheck, Recovered
 
 PACE_SECONDS = 5.0
 
@@ -38,7 +38,7 @@ class Pace:
         return self._tps * min(1.0, PACE_SECONDS / since) if since > 0 else self._tps
 
 
-def progress_line(progress: Progress, tps: float) -> str:
+def progress_line(progress: BatchProgress, tps: float) -> str:
     """`12 of 500 done, 1 failed, 85 tok/s (80 on average), 41 % of prompts shared, 3 min left`."""
     parts = [f"{progress.n_ended:,} of {progress.n_total:,} done"]
     if progress.n_failed:
@@ -54,12 +54,12 @@ def progress_line(progress: Progress, tps: float) -> str:
     return ", ".join(parts)
 
 
-def shared(progress: Progress) -> float:
+def shared(progress: BatchProgress) -> float:
     """The share of prompt tokens that were held from another request."""
     return progress.cached_tokens / progress.prompt_tokens if progress.prompt_tokens else 0.0
 
 
-def check_line(checked: Checked, recovered: Recovered | None) -> str:
+def check_line(checked: InputCheck, recovered: Recovered | None) -> str:
     """What is about to be asked: `500 requests: 120 are done already, 3 can't be asked.`"""
     parts = []
     if checked.n_done:
@@ -74,7 +74,7 @@ def check_line(checked: Checked, recovered: Recovered | None) -> str:
     return f"{checked.n_lines:,} request{'s' * (checked.n_lines != 1)}{said}."
 
 
-def summary_lines(progress: Progress, n_errors: int) -> list[str]:
+def summary_lines(progress: BatchProgress, n_errors: int) -> list[str]:
     """How it went: requests, tokens, time, what sharing saved."""
     n, seconds = progress.n_answered, progress.seconds
     lines = []
@@ -103,7 +103,7 @@ def times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
 
 
-def summary(checked: Checked, progress: Progress, n_errors: int, interrupted: bool) -> Any:
+def summary(checked: InputCheck, progress: BatchProgress, n_errors: int, interrupted: bool) -> Any:
     """The document of --json."""
     return {
         "requests": checked.n_lines,

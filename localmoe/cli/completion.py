@@ -54,9 +54,9 @@ class SessionType(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        from .sessions import stored
+        from ..chat.session import kept_sessions
 
-        names = stored().names()
+        names = kept_sessions().names()
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

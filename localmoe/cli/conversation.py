@@ -10,17 +10,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..chat.chat import Chat
 from ..errors import LocalMoeError
-from ..serving.chat import Chat
-from ..serving.messages import Message
+from ..prompt.messages import Message
 from .loading import Loading
 
 if TYPE_CHECKING:
     from ..callbacks import LoadCallbacks
     from ..catalog.resolve import ResolvedModel
+    from ..chat.session import Session, Sessions
     from ..config.settings import Settings
     from ..loading import EngineReloader, OpenModel
-    from ..serving.session import Session, Sessions
 
 AT_LOADING = (
     "ctx_size", "vram", "ram", "n_gpu_layers", "n_cpu_moe", "kv_type", "threads", "ubatch_size",
@@ -242,7 +242,7 @@ class Conversation:
 
     def _prepare(self, loaded: OpenModel) -> None:
         """Let a model hold what a session's cache held. Runs where the model is loaded."""
-        from ..serving.states import restore_state
+        from ..chat.kv_snapshot import restore_state
 
         if self.session is not None:
             self._use_model(self.session, loaded)
@@ -259,12 +259,12 @@ class Conversation:
             chat.set_system(self.settings.system)
 
     def _use_model(self, session: Session, loaded: OpenModel) -> None:
-        from ..serving.states import file_key
+        from ..chat.kv_snapshot import file_key
 
         session.use(self.lasting_name, file_key(loaded.meta.paths))
 
     def _save_state(self) -> None:
-        from ..serving.states import save_state
+        from ..chat.kv_snapshot import save_state
 
         if self.session is None or self.sessions is None or not self.session.messages:
             return

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LocalMoeError
-from ..serving.answer import Answer
+from ..prompt.reasoning import Answer
 from . import render
 
 if TYPE_CHECKING:

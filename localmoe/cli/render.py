@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from ..engine.protocol import Delta
-    from ..serving.messages import Prompt
+    from ..prompt.messages import Prompt
 
 GREETING = """\
 localmoe runs Mixture-of-Experts models on the hardware you own. Try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.protocol import Delta
 from ..errors import LocalMoeError, PromptError, RequestError
-from ..serving.answer import Answer
+from ..prompt.reasoning import Answer
 from . import render
 from .conversation import Conversation
 from .keys import unseen_keys

@@ -23,10 +23,10 @@ from .options import (
 from .watching import load
 
 if TYPE_CHECKING:
+    from ..chat.chat import AnswerOptions
     from ..loading import OpenModel
-    from ..serving.answer import Answer
-    from ..serving.chat import AnswerOptions
-    from ..serving.messages import Message
+    from ..prompt.messages import Message
+    from ..prompt.reasoning import Answer
 
 CHARACTERS_PER_TOKEN = 4  # of English; what a plan is made for need not be exact
 
@@ -97,7 +97,7 @@ def answered(
     Only a person at a terminal sees it before: a program would take half an answer for one.
     Raises LocalMoeError.
     """
-    from ..serving.answer import Answer
+    from ..prompt.reasoning import Answer
     from ..structured.check import check_answer, is_structured
 
     waits = as_json or (is_structured(options.sampling) and not sys.stdout.isatty())

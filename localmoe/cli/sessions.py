@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..chat.session import kept_sessions
 from ..errors import LocalMoeError, UsageError
 from . import render
 from .completion import SessionType
 from .options import json_option
 
 if TYPE_CHECKING:
-    from ..serving.session import SessionFacts, Sessions
-    from ..serving.transcript import Transcript
+    from ..chat.session import SessionFacts, Sessions
+    from ..chat.transcript import Transcript
+
 
 HEAD = ("NAME", "MODEL", "LAST", "MESSAGES", "TEXT", "STATE", "ABOUT")
 TITLE_LENGTH = 60
@@ -37,7 +39,7 @@ def list_sessions(as_json: bool) -> None:
     STATE is what is kept beside the text so that a chat opens again at once; the oldest go when
     all together are too large.
     """
-    facts = stored().all()
+    facts = kept_sessions().all()
     if as_json:
         render.document([document(found) for found in facts])
         return
@@ -53,7 +55,7 @@ def list_sessions(as_json: bool) -> None:
 @click.option("--think", is_flag=True, help="What the model thought, too.")
 def show_session(name: str, think: bool) -> None:
     """What was said in a session."""
-    found = read(stored(), name)
+    found = read(kept_sessions(), name)
     render.lines(spoken(found, think))
 
 
@@ -63,7 +65,7 @@ def show_session(name: str, think: bool) -> None:
 @click.option("-o", "--output", metavar="FILE", default="-", help="A new file; stdout by default.")
 def export(name: str, form: str, output: str) -> None:
     """A session as Markdown or as JSON."""
-    found = read(stored(), name)
+    found = read(kept_sessions(), name)
     if output != "-":
         write_new(output, as_markdown(found) if form == "md" else as_json_text(name, found))
     elif form == "json":
@@ -78,7 +80,7 @@ def export(name: str, form: str, output: str) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Yes, all of them.")
 def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
     """Delete sessions. One that is named is not asked about."""
-    store = stored()
+    store = kept_sessions()
     if everything == bool(names):
         raise UsageError(
             "Name the sessions to delete, or say --all.", "See: localmoe sessions list"
@@ -100,13 +102,6 @@ def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
     render.lines([f"{counted(n_gone, 'session')} deleted, {render.size(n_bytes)} free again."])
     if failed:
         raise failed[0]
-
-
-def stored() -> Sessions:
-    from ..config.environment import sessions_folder
-    from ..serving.session import Sessions
-
-    return Sessions(sessions_folder())
 
 
 def read(store: Sessions, name: str) -> Transcript:
@@ -137,7 +132,7 @@ def short(model: str) -> str:
 
 
 def totals(facts: Sequence[SessionFacts]) -> Iterator[str]:
-    from ..serving.states import QUOTA_BYTES
+    from ..chat.kv_snapshot import QUOTA_BYTES
 
     text = sum(found.text_bytes for found in facts)
     states = sum(found.state_bytes for found in facts)

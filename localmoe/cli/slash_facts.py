@@ -252,8 +252,8 @@ def session_names(repl: Repl) -> Iterable[tuple[str, str]]:
 
 def stored(repl: Repl) -> Any:
     """The folder of sessions, also in a chat that isn't kept."""
+    from ..chat.session import Sessions
     from ..config.environment import sessions_folder
-    from ..serving.session import Sessions
 
     return repl.conversation.sessions or Sessions(sessions_folder())
 

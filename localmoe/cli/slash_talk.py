@@ -46,7 +46,7 @@ def undo(repl: Repl, argument: str) -> None:
 
 
 def edit(repl: Repl, argument: str) -> None:
-    from ..serving.context import SUMMARIZE
+    from ..chat.context_window import SUMMARIZE
 
     asked = [m.content for m in repl.ready().messages if m.role == "user"]
     asked = [text for text in asked if text != SUMMARIZE]

@@ -23,8 +23,8 @@ from .options import (
 from .watching import finder, watching
 
 if TYPE_CHECKING:
+    from ..chat.session import Session, Sessions
     from ..config.settings import Settings
-    from ..serving.session import Session, Sessions
     from .conversation import Conversation
 
 session_options = group_of(
@@ -128,8 +128,8 @@ def stored(settings: Settings) -> Sessions | None:
     """Where sessions are kept; None where they aren't."""
     if not settings.save:
         return None
+    from ..chat.session import Sessions
     from ..config.environment import sessions_folder
-    from ..serving.session import Sessions
 
     return Sessions(sessions_folder())
 

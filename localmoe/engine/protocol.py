@@ -410,7 +410,8 @@ class Delta:
     While a prompt is computed, deltas without text tell how far it is. Text lags behind tokens
     where a character or a stop string may be going on: then `is_held`. The last one has a finish
     reason, usage and timings; `stopped_by` is the stop string that ended the answer (and is not in
-    its text). `kind` and `anew` are not the engine's: serving sets them (answer.py, retry.py).
+    its text). `kind` and `anew` are not the engine's: its callers set
+    them (prompt/reasoning.py, retry.py).
     After one with `anew`, what came before of the answer is void: its engine died, and it begins
     once more.
     """

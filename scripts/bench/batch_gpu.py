@@ -46,10 +46,16 @@ from batch import free_port, is_ready  # noqa: E402
 from placement import MIB, Results, peer_environment, routing, total_mib  # noqa: E402
 from placement import used_bytes as gpu_used_bytes  # noqa: E402
 
+from localmoe.batch.dispatch import StopFlag
+from localmoe.batch.manifest import Manifest, input_file
+from localmoe.batch.pending import PendingRequest, PendingRequests
+from localmoe.batch.prefix_sharing import batch_shape_of
+from localmoe.batch.responses import FileOutput
+from localmoe.batch.runner import RunOptions, recover, run_batch
 from localmoe.callbacks import LoadCallbacks
 from localmoe.catalog.model_name import ModelName
 from localmoe.catalog.resolve import ResolvedModel
-from localmoe.cli.batch_files import crowd_of
+from localmoe.chat.chat import AnswerOptions
 from localmoe.config.settings import Settings, load_settings, parse_size
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Delta, Request, Sampling
@@ -57,12 +63,6 @@ from localmoe.gguf.model_meta import read_meta
 from localmoe.loading import load_found, open_vocabulary
 from localmoe.planner.planner import Planner
 from localmoe.planner.request import BatchShape
-from localmoe.serving.asking import Stop
-from localmoe.serving.backlog import Ask, Backlog
-from localmoe.serving.batch import RunOptions, recover, run_batch
-from localmoe.serving.batch_output import FileOutput
-from localmoe.serving.chat import AnswerOptions
-from localmoe.serving.manifest import Manifest, input_file
 
 Cell = dict[str, Any]
 Figures = dict[str, Any]
@@ -283,11 +283,11 @@ def as_batch(job: Figures, out: Path) -> Figures:
     path = Path(job["model"])
     meta = read_meta(path)
     clock = Clock(probe=len(job["prompts"]) - 1)
-    with Backlog() as backlog, FileOutput(out, MANIFEST) as output:
+    with PendingRequests() as backlog, FileOutput(out, MANIFEST) as output:
         recover(output, backlog)
         fill(backlog, job["prompts"], job["n_generated"])
         is_one = job["kind"] == "one"  # then as `localmoe run` would load, which is fastest
-        crowd = None if is_one else crowd_of(backlog, 1 << 15, None, share=True)
+        crowd = None if is_one else batch_shape_of(backlog, 1 << 15, None, share=True)
         started = time.monotonic()
         loaded = load_found(
             ResolvedModel(ModelName(str(path), path=path), path, meta), settings_of(job),
@@ -297,7 +297,11 @@ def as_batch(job: Figures, out: Path) -> Figures:
         ready = time.monotonic()
         try:
             progress = run_batch(
-                backlog, output, lambda: clock.listening(loaded.engine), RunOptions("bench"), Stop()
+                backlog,
+                output,
+                lambda: clock.listening(loaded.engine),
+                RunOptions("bench"),
+                StopFlag(),
             )
             last, last_at = time.monotonic(), time.time()
             used = used_bytes()
@@ -331,11 +335,11 @@ def settings_of(job: Figures, **more: Any) -> Settings:
     return load_settings({"vram": job["budget"], "threads": job["threads"], **more})
 
 
-def fill(backlog: Backlog, prompts: Sequence[Sequence[int]], n_generated: int) -> None:
+def fill(backlog: PendingRequests, prompts: Sequence[Sequence[int]], n_generated: int) -> None:
     options = AnswerOptions(Sampling(temperature=0), max_tokens=n_generated)
     for line, prompt in enumerate(prompts, start=1):
         key = line.to_bytes(16, "big")
-        backlog.add(Ask(line, f"line-{line}", key, False, tuple(prompt), options))
+        backlog.add(PendingRequest(line, f"line-{line}", key, False, tuple(prompt), options))
 
 
 class Clock:
@@ -451,14 +455,14 @@ def edge(job: Figures) -> Figures:
             clock = Clock(probe=width - 1)
             prompts = prompts_of(width, 0, EDGE_PROMPT, seed=width)
             with (
-                Backlog() as backlog,
+                PendingRequests() as backlog,
                 tempfile.TemporaryDirectory() as folder,
                 FileOutput(Path(folder) / "out", MANIFEST) as output,
             ):
                 recover(output, backlog)
                 fill(backlog, prompts, EDGE_GENERATED)
                 run_batch(backlog, output, lambda c=clock: c.listening(loaded.engine),
-                              RunOptions("bench"), Stop())  # fmt: skip
+                              RunOptions("bench"), StopFlag())  # fmt: skip
             rates[str(width)] = round(clock.figures(width).get("width_tps", 0.0), 2)
         used = used_bytes()
     finally:

@@ -31,11 +31,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from localmoe.chat.chat import Chat
+from localmoe.chat.kv_snapshot import file_key, restore_state, save_state
+from localmoe.chat.session import Sessions
 from localmoe.config.settings import Settings
 from localmoe.loading import load_local
-from localmoe.serving.chat import Chat
-from localmoe.serving.session import Sessions
-from localmoe.serving.states import file_key, restore_state, save_state
 
 NAME = "long"
 QUESTION = "And what comes next?"

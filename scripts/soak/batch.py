@@ -227,20 +227,20 @@ def memory_report(command: Sequence[str], folder: Path, n_gib: float) -> str:
 
 def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
     """Run a batch on the demo model, one request at a time, sharing nothing."""
+    from localmoe.batch import runner
+    from localmoe.batch.dispatch import StopFlag
+    from localmoe.batch.encoder import Encoder
+    from localmoe.batch.manifest import Manifest, input_file
+    from localmoe.batch.pending import PendingRequests
+    from localmoe.batch.requests import Defaults
+    from localmoe.batch.responses import FileOutput
+    from localmoe.chat.chat import AnswerOptions
     from localmoe.config.environment import engine_environment
     from localmoe.engine.client import EngineProcess
     from localmoe.engine.protocol import Placement, Sampling
     from localmoe.gguf.demo import PACKAGE
     from localmoe.gguf.model_meta import read_meta
     from localmoe.loading import format_of
-    from localmoe.serving import batch
-    from localmoe.serving.asking import Stop
-    from localmoe.serving.backlog import Backlog
-    from localmoe.serving.batch_input import Defaults
-    from localmoe.serving.batch_output import FileOutput
-    from localmoe.serving.batch_prompt import Encoder
-    from localmoe.serving.chat import AnswerOptions
-    from localmoe.serving.manifest import Manifest, input_file
 
     meta = read_meta(PACKAGE / "models" / "demo" / "demo.gguf")
 
@@ -251,18 +251,18 @@ def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
 
     engines = (engine_of() for _ in iter(int, 1))
     first = next(engines)
-    with source.open("rb") as stream, Backlog() as backlog:
+    with source.open("rb") as stream, PendingRequests() as backlog:
         manifest = Manifest(input_file(source.name, stream), {"model file": "demo"})
         with FileOutput(output, manifest) as out:
-            batch.recover(out, backlog, retry_errors=retry_errors)
+            runner.recover(out, backlog, retry_errors=retry_errors)
             defaults = Defaults(AnswerOptions(Sampling(temperature=0)))
             encoder = Encoder(format_of(meta), first, 256)
-            checked = batch.check_input(stream, "json", defaults, lambda: encoder, backlog, out)
+            checked = runner.check_input(stream, "json", defaults, lambda: encoder, backlog, out)
             say_safe(checked.n_bad)
             supply = supply_of(first, engines)
-            options = batch.RunOptions("demo", encoder.format.answers_start_text, share=False)
-            batch.run_batch(
-                backlog, out, lambda: next(supply), options, Stop(),
+            options = runner.RunOptions("demo", encoder.format.answers_start_text, share=False)
+            runner.run_batch(
+                backlog, out, lambda: next(supply), options, StopFlag(),
                 lambda progress: say_safe(checked.n_bad + progress.n_ended),
             )  # fmt: skip
     return 0

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError
-from .answer import Answer
-from .backlog import Ask, Backlog
-from .batch_body import ItemError
+from ..prompt.reasoning import Answer
 from .journal import Journal, Record
 from .manifest import Manifest, differences, manifest_path, read_manifest, write_manifest
+from .pending import PendingRequest, PendingRequests
+from .requests import ItemError
 
 # what some readers take for a line end, and what could steer a terminal
 AWKWARD = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class OutputLine:
     """A line of an output, its line end included."""
 
     raw: bytes
@@ -33,13 +33,15 @@ class Reply:
 class Output(Protocol):
     """Takes replies; when `write` returns, they are where they belong."""
 
-    def write(self, replies: Sequence[Reply]) -> None: ...
+    def write(self, replies: Sequence[OutputLine]) -> None: ...
 
 
 # ---- the lines -----------------------------------------------------------------------------------
 
 
-def answer_reply(ask: Ask, answer: Answer, model: str, *, thinking: bool = True) -> Reply:
+def answer_reply(
+    ask: PendingRequest, answer: Answer, model: str, *, thinking: bool = True
+) -> OutputLine:
     """The line of a whole answer; `thinking`: with what was thought before it, if anything was."""
     last = answer.last
     assert last is not None
@@ -63,10 +65,10 @@ def answer_reply(ask: Ask, answer: Answer, model: str, *, thinking: bool = True)
     if ask.n_cut:
         body["truncated_prompt_tokens"] = ask.n_cut
     response = {"status_code": 200, "request_id": uuid.uuid4().hex, "body": body}
-    return Reply(_line(ask.key, ask.name, ask.line, response, None), is_error=False)
+    return OutputLine(_line(ask.key, ask.name, ask.line, response, None), is_error=False)
 
 
-def _choice(ask: Ask, answer: Answer, *, thinking: bool) -> dict[str, Any]:
+def _choice(ask: PendingRequest, answer: Answer, *, thinking: bool) -> dict[str, Any]:
     said: dict[str, Any] = {"text": answer.text}
     if ask.chat:
         message = {"role": "assistant", "content": answer.text}
@@ -77,10 +79,10 @@ def _choice(ask: Ask, answer: Answer, *, thinking: bool) -> dict[str, Any]:
     return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
 
 
-def error_reply(key: bytes, name: str, line: int, error: ItemError) -> Reply:
+def error_reply(key: bytes, name: str, line: int, error: ItemError) -> OutputLine:
     """The line of a request that has no answer."""
     problem = {"code": error.code, "message": error.message}
-    return Reply(_line(key, name, line, None, problem), is_error=True)
+    return OutputLine(_line(key, name, line, None, problem), is_error=True)
 
 
 def _line(key: bytes, name: str, number: int, response: Any, error: Any) -> bytes:
@@ -105,7 +107,7 @@ class StreamOutput:
 
     emit: Callable[[str], None]
 
-    def write(self, replies: Sequence[Reply]) -> None:
+    def write(self, replies: Sequence[OutputLine]) -> None:
         for reply in replies:
             self.emit(reply.raw.decode("utf-8"))
 
@@ -149,7 +151,7 @@ class FileOutput:
     def journals(self) -> tuple[Journal, ...]:
         return (self.answers,) if self.errors is self.answers else (self.answers, self.errors)
 
-    def write(self, replies: Sequence[Reply]) -> None:
+    def write(self, replies: Sequence[OutputLine]) -> None:
         """Raises LocalMoeError where there is no room; what was written before is safe."""
         for journal in self.journals:
             lines = [r.raw for r in replies if self._journal_of(r.is_error) is journal]
@@ -167,7 +169,7 @@ class FileOutput:
                 kept = (r for r in journal.records() if is_wanted(r))
                 journal.rewrite((r.offset, r.n_bytes) for r in kept)
 
-    def put_in_order(self, backlog: Backlog) -> None:
+    def put_in_order(self, backlog: PendingRequests) -> None:
         """Rewrite the records in the order of the input's lines."""
         for journal in self.journals:
             before, is_ordered = 0, True

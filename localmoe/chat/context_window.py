@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import PromptError
-from .messages import Message, Prompt
+from ..prompt.messages import Message, Prompt
 
 ANSWER_SHARE = 8
 """The part of the context that is kept for an answer is one in so many."""
@@ -29,7 +29,7 @@ Encode = Callable[[Sequence[Message]], Prompt]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ContextBudget:
     """A context of `n_ctx` tokens, and how many of them an answer may have at most."""
 
     n_ctx: int
@@ -54,7 +54,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class DroppedTurns:
     """Turns that leave: so many, of so many messages and tokens; and the prompt without them."""
 
     prompt: Prompt
@@ -85,8 +85,12 @@ def beginnings(turns: Sequence[Message]) -> list[int]:
 
 
 def cut(
-    encode: Encode, system: Sequence[Message], turns: Sequence[Message], whole: Prompt, room: Room
-) -> Cut:
+    encode: Encode,
+    system: Sequence[Message],
+    turns: Sequence[Message],
+    whole: Prompt,
+    room: ContextBudget,
+) -> DroppedTurns:
     """Leave out as few of the oldest turns as make room; the last one, the question, stays.
 
     `whole` is the prompt of all. Raises PromptError where the question is too long by itself.
@@ -107,10 +111,10 @@ def cut(
         middle = (n_less + n_turns) // 2
         n_less, n_turns = (n_less, middle) if room.is_eased(without(middle)) else (middle, n_turns)
     prompt = without(n_turns)
-    return Cut(prompt, n_turns, starts[n_turns], len(whole.tokens) - len(prompt.tokens))
+    return DroppedTurns(prompt, n_turns, starts[n_turns], len(whole.tokens) - len(prompt.tokens))
 
 
-def too_long(n_tokens: int, room: Room, *, alone: bool) -> PromptError:
+def too_long(n_tokens: int, room: ContextBudget, *, alone: bool) -> PromptError:
     """A question that doesn't fit, whatever is left out."""
     what = "The message has" if alone else "The message and the system prompt have"
     return PromptError(
@@ -119,7 +123,7 @@ def too_long(n_tokens: int, room: Room, *, alone: bool) -> PromptError:
     )
 
 
-def full(n_tokens: int, room: Room) -> PromptError:
+def full(n_tokens: int, room: ContextBudget) -> PromptError:
     """A conversation that is to stop where its context is full."""
     return PromptError(
         f"The conversation has {n_tokens:,} tokens with this message; the context holds "

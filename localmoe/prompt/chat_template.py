@@ -6,7 +6,8 @@ prompt as it was sampled, the ids stand there, so that the prompt begins with th
 the model saw and wrote.
 
 To know which text comes from where, the conversation is rendered twice: once *plain*, with shadows
-(shadow.py) only for what spells control tokens, and once *covered*, with all text of messages in
+(injection_guard.py) only for what spells control tokens, and once *covered*, with all
+text of messages in
 shadows and a single mark for each answer that has ids. If both say the same, the covered one tells
 the origin of every character; if a template decides by what messages say, the plain one counts, as
 long as its control tokens are those of the covered one, which no message can have touched.
@@ -20,18 +21,18 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from ..engine.protocol import TextPiece
-from ..engine.rendering import Renderer, RenderError, Rendering, RenderJob, render
 from ..errors import PromptError
-from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
-from .pieces import encode_parts
-from .shadow import (
+from .injection_guard import (
     ControlTokens,
-    Shadows,
-    Span,
+    Provenance,
+    TextSpan,
     control_tokens,
     control_tokens_of_any_case,
     spelled_by_messages,
 )
+from .jinja_client import Renderer, RenderError, Rendering, RenderJob, render
+from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
+from .segments import encode_parts
 
 JOIN = "\n\n"
 THINKING = ("<think>", "</think>")
@@ -74,14 +75,14 @@ class TemplateFormat:
     def _control(self) -> frozenset[str]:
         return self.control_tokens | {self.bos_text, self.eos_text}
 
-    def _layout(self, messages: list[Message]) -> Layout:
+    def _layout(self, messages: list[Message]) -> RenderedPrompt:
         """Render, with the system prompt folded into the first turn if the template wants none."""
         folded = fold_system(messages)
         try:
             layout = self._render(messages)
         except RenderError as error:
             if folded == messages or error.kind == "limit":
-                raise refusal(error) from None
+                raise template_error(error) from None
         else:
             systems = [m.content.strip() for m in messages if m.role == "system"]
             if folded == messages or all(system in layout.text for system in systems):
@@ -89,12 +90,12 @@ class TemplateFormat:
         try:
             return self._render(folded)
         except RenderError as error:
-            raise refusal(error) from None
+            raise template_error(error) from None
 
-    def _render(self, messages: list[Message]) -> Layout:
+    def _render(self, messages: list[Message]) -> RenderedPrompt:
         """Raises RenderError."""
         contents = [message.content for message in messages]
-        shadows = Shadows(contents, taken=self.template + self.bos_text + self.eos_text)
+        shadows = Provenance(contents, taken=self.template + self.bos_text + self.eos_text)
         marks = [shadows.mark() if is_marked(messages, n) else "" for n in range(len(messages))]
         plain = [self._plain(message, shadows) for message in messages]
         covered = [mark or shadows.cover(text) for mark, text in zip(marks, contents, strict=True)]
@@ -107,9 +108,9 @@ class TemplateFormat:
         )
         renders = Renders(*texts[:2], *map(shadows.uncover, texts[2:]))
         marked = {mark: message for mark, message in zip(marks, messages, strict=True) if mark}
-        return lay_out(renders, marked, shadows, control_tokens(self._control), prompted)
+        return assemble_prompt(renders, marked, shadows, control_tokens(self._control), prompted)
 
-    def _plain(self, message: Message, shadows: Shadows) -> str:
+    def _plain(self, message: Message, shadows: Provenance) -> str:
         """A message's text with what spells control tokens in shadows."""
         text, spans = (
             message.content,
@@ -147,23 +148,23 @@ class Renders:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RenderedPrompt:
     """A rendered prompt: what of it must not become control tokens, and where ids are known."""
 
     text: str
-    spelled: Sequence[Span]
-    sampled: Sequence[tuple[Span, tuple[int, ...]]]
+    spelled: Sequence[TextSpan]
+    sampled: Sequence[tuple[TextSpan, tuple[int, ...]]]
 
     def parts(self) -> Iterator[TextPiece | tuple[int, ...]]:
         """The prompt in order: template text, plain text, and ids."""
         done = 0
         for span, ids in self.sampled:
-            yield from self._pieces(Span(done, span.start))
+            yield from self._pieces(TextSpan(done, span.start))
             yield ids
             done = span.end
-        yield from self._pieces(Span(done, len(self.text)))
+        yield from self._pieces(TextSpan(done, len(self.text)))
 
-    def _pieces(self, within: Span) -> Iterator[TextPiece]:
+    def _pieces(self, within: TextSpan) -> Iterator[TextPiece]:
         done = within.start
         for start, end in self.spelled:
             start, end = max(start, done), min(end, within.end)
@@ -204,13 +205,13 @@ def rendering(messages: Sequence[Message], contents: Sequence[str], *, prompted:
     return Rendering(pairs, add_generation_prompt=prompted)
 
 
-def lay_out(
+def assemble_prompt(
     renders: Renders,
     marked: Mapping[str, Message],
-    shadows: Shadows,
+    shadows: Provenance,
     control: ControlTokens,
     prompted: bool,
-) -> Layout:
+) -> RenderedPrompt:
     """Put together what the renders tell; without `prompted` the last marked answer stays open."""
     filled = renders.covered
     for mark, message in marked.items():
@@ -230,7 +231,7 @@ def lay_out(
         for mark, place in places.items()
         if marked[mark].tokens and follows_prompt(text[: place.start], renders)
     ]
-    return Layout(text, spelled_by_messages(origin, shadows, control), sampled)
+    return RenderedPrompt(text, spelled_by_messages(origin, shadows, control), sampled)
 
 
 def follows_prompt(before: str, renders: Renders) -> bool:
@@ -244,13 +245,13 @@ def follows_prompt(before: str, renders: Renders) -> bool:
 
 
 def find_answers(
-    text: str, covered: str, marked: Mapping[str, Message], shadows: Shadows
-) -> dict[str, Span]:
+    text: str, covered: str, marked: Mapping[str, Message], shadows: Provenance
+) -> dict[str, TextSpan]:
     """Where in a text the marked answers stand, word for word; one that doesn't is left out.
 
     What the covered render has between two marks leads from one place to the next.
     """
-    places: dict[str, Span] = {}
+    places: dict[str, TextSpan] = {}
     at = [covered.find(mark) for mark in marked]
     if not at or at != sorted(at) or any(covered.count(mark) != 1 for mark in marked):
         return places
@@ -261,7 +262,7 @@ def find_answers(
     for (mark, message), start, end in zip(marked.items(), at, ends, strict=True):
         after = shadows.uncover(covered[start + 1 : end])
         if text.startswith(message.content + after, position):
-            places[mark] = Span(position, position + len(message.content))
+            places[mark] = TextSpan(position, position + len(message.content))
             position += len(message.content + after)
         elif text.startswith(message.content.strip() + after, position):
             position += len(message.content.strip() + after)
@@ -270,7 +271,7 @@ def find_answers(
     return places
 
 
-def open_end(text: str, mark: str, last: Message, places: Mapping[str, Span]) -> int:
+def open_end(text: str, mark: str, last: Message, places: Mapping[str, TextSpan]) -> int:
     """Where the prompt of an answer that is to be continued ends. Raises PromptError."""
     if mark in places:
         return places[mark].end
@@ -284,7 +285,7 @@ def open_end(text: str, mark: str, last: Message, places: Mapping[str, Span]) ->
     return start + len(content)
 
 
-def refusal(error: RenderError) -> PromptError:
+def template_error(error: RenderError) -> PromptError:
     """A template that gave no text, as a sentence."""
     says = error.message.rstrip(".")
     sentences = {

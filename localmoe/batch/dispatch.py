@@ -17,13 +17,13 @@ from typing import Generic, Protocol, TypeVar
 from ..engine.client import Inbox
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..errors import EngineError
+from ..prompt.reasoning import Answer, ReasoningTokens, join_reasoning
 from ..structured.check import OutputMismatch, check_answer
-from .answer import Answer, Markers, whole
 
 MAX_AHEAD = 1024
 MAX_TOKENS_AHEAD = 1 << 19
 MAX_ASKED = 3
-COMPANY = (MAX_AHEAD, 32, 1)
+MAX_IN_FLIGHT_BY_ATTEMPT = (MAX_AHEAD, 32, 1)
 """How many may be under way together that were asked never, once, twice before."""
 MAX_DEATHS_IN_A_ROW = 9
 """More engines than that die without an answer only where nothing will ever be answered."""
@@ -54,7 +54,7 @@ class Outcome(Generic[Key]):
 
 
 @dataclass(slots=True)
-class Stop:
+class StopFlag:
     """A wish to end, from a signal handler or another thread: finish what is being computed."""
 
     wanted: bool = False
@@ -79,7 +79,7 @@ def _checked(question: _Question[Key], answer: Answer) -> Outcome[Key]:
 
 
 @dataclass(slots=True)
-class Asking(Generic[Key]):
+class Dispatcher(Generic[Key]):
     """Requests on their way to engines and back. `engine_of` starts an engine and loads the model.
 
     With `stop` wanted, what isn't being computed yet is given up, without an outcome. `markers` are
@@ -88,8 +88,8 @@ class Asking(Generic[Key]):
 
     requests: Iterable[tuple[Key, Request]]
     engine_of: Callable[[], BatchEngine]
-    stop: Stop = field(default_factory=Stop)
-    markers: Markers | None = None
+    stop: StopFlag = field(default_factory=StopFlag)
+    markers: ReasoningTokens | None = None
     n_deaths: int = 0
     _engine: BatchEngine | None = None
     _inbox: Inbox = field(default_factory=queue.SimpleQueue)
@@ -141,8 +141,13 @@ class Asking(Generic[Key]):
         """The next to ask, those asked least first; None while those under way need the room."""
         company = max((q.n_asked - 1 for q in self._under_way.values()), default=0)
         before = min((q.n_asked for q in self._again), default=0)
-        shyness = max(company, before, min(self._n_deaths_in_a_row, len(COMPANY) - 1))
-        if len(self._under_way) >= COMPANY[shyness] or self._n_tokens >= MAX_TOKENS_AHEAD:
+        shyness = max(
+            company, before, min(self._n_deaths_in_a_row, len(MAX_IN_FLIGHT_BY_ATTEMPT) - 1)
+        )
+        if (
+            len(self._under_way) >= MAX_IN_FLIGHT_BY_ATTEMPT[shyness]
+            or self._n_tokens >= MAX_TOKENS_AHEAD
+        ):
             return None
         for n, question in enumerate(self._again):
             if question.n_asked == before:
@@ -192,7 +197,7 @@ class Asking(Generic[Key]):
         if message.finish_reason == "cancelled":
             return []
         markers = self.markers if question.request.markers else None
-        return [_checked(question, whole(question.deltas, markers, question.request))]
+        return [_checked(question, join_reasoning(question.deltas, markers, question.request))]
 
     def _died(self, death: EngineError) -> list[Outcome[Key]]:
         """Bury the engine; what was under way waits to be asked again, or has been too often."""

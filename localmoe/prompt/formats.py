@@ -1,22 +1,31 @@
 """Messages -> the exact prompt of a model family: which format a model wants.
 
 Mistral's Instruct models get the tokens of Mistral's own reference (mistral.py), whatever template
-their file holds; every other model its own template (template_format.py), and a model without one
-a text to continue (text_format.py).
+their file holds; every other model its own template (chat_template.py), and a model without one
+a text to continue (formats.py).
+
+Models without a chat template: base models, which continue a text and can do no more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from ..engine.protocol import TextPiece
 from ..errors import PromptError
-from .messages import Message, Prompt, PromptFormat, Tokenizer, check_conversation, parse_messages
+from .chat_template import TemplateFormat
+from .messages import (
+    Message,
+    Prompt,
+    PromptFormat,
+    Tokenizer,
+    check_conversation,
+    without_empty_system,
+)
 from .mistral import BEGIN, MistralFormat
-from .template_format import TemplateFormat
-from .text_format import TextFormat
 
 # marks of other formats that share [INST] or the architecture with Mistral's
 CHATML = "<|im_start|>"
@@ -139,17 +148,32 @@ def _mistral(facts: TemplateFacts) -> MistralFormat:
     )
 
 
-__all__ = [
-    "Message",
-    "NO_THINKING",
-    "MistralFormat",
-    "Prompt",
-    "PromptFormat",
-    "TemplateFacts",
-    "TemplateFormat",
-    "Tokenizer",
-    "check_conversation",
-    "is_mistral",
-    "parse_messages",
-    "prompt_format",
-]
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """A single question is the text to be continued. `bos` begins a text, where the model wants
+    that."""
+
+    bos: int | None = None
+    bos_text: str = ""
+
+    @property
+    def answers_start_text(self) -> bool:
+        return False
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Prompt:
+        """The prompt that is one message of the user. Raises PromptError on a conversation."""
+        said = without_empty_system(check_conversation(messages))
+        if len(said) > 1:
+            raise no_template()
+        begins = () if self.bos is None else (self.bos,)
+        text = said[0].content
+        shown = text if self.bos is None else self.bos_text + text
+        return Prompt(shown, begins + tokenizer.tokenize([TextPiece(text)])[0])
+
+
+def no_template() -> PromptError:
+    """What to tell whoever wants to talk to a model without a chat template."""
+    return PromptError(
+        "The model file has no chat template, and nothing else says how to talk to it.",
+        "Choose an Instruct or chat version of the model; base models only continue text.",
+    )

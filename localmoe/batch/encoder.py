@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 from ..engine.protocol import TextPiece
-from ..engine.rendering import Renderer
 from ..errors import EngineError, PromptError, RequestError
-from .batch_body import ItemError
-from .batch_input import BatchRequest
-from .messages import PromptFormat
-from .mistral import MistralFormat
-from .template_format import TemplateFormat
-from .text_format import TextFormat
+from ..prompt.chat_template import TemplateFormat
+from ..prompt.formats import TextFormat
+from ..prompt.jinja_client import Renderer
+from ..prompt.messages import PromptFormat
+from ..prompt.mistral import MistralFormat
+from .requests import BatchRequest, ItemError
 
 Side = Literal["head", "tail", "middle"]
 Answer = TypeVar("Answer")
@@ -26,7 +25,7 @@ N_TRIES = 8
 MAX_DEATHS_IN_A_ROW = 5
 
 
-class Vocabulary(Protocol):
+class TextVocabulary(Protocol):
     """A tokenizer that also goes back; engine.client.Engine is one."""
 
     def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
@@ -34,13 +33,13 @@ class Vocabulary(Protocol):
     def detokenize(self, tokens: Sequence[int]) -> str: ...
 
 
-class VocabularyEngine(Vocabulary, Protocol):
+class VocabularyEngine(TextVocabulary, Protocol):
     """An engine that has a vocabulary, and can be ended."""
 
     def close(self) -> None: ...
 
 
-class LastingVocabulary:
+class RestartingVocabulary:
     """A vocabulary whose engine is started again where a text made it die. Close it.
 
     The text then is a PromptError: it alone can't be asked.
@@ -87,7 +86,7 @@ class Encoder:
     """
 
     format: PromptFormat
-    vocabulary: Vocabulary
+    vocabulary: TextVocabulary
     n_ctx: int
     truncate: Side | None = None
 
@@ -140,8 +139,8 @@ class Encoder:
         """What is left of a text of these tokens when only so many are kept."""
         n_tail = {"head": n_kept, "tail": 0, "middle": n_kept // 2}[side]
         n_head = n_kept - n_tail
-        head = beginning(text, self.vocabulary.detokenize(ids[:n_head])) if n_head else ""
-        tail = ending(text, self.vocabulary.detokenize(ids[-n_tail:])) if n_tail else ""
+        head = head_of_text(text, self.vocabulary.detokenize(ids[:n_head])) if n_head else ""
+        tail = tail_of_text(text, self.vocabulary.detokenize(ids[-n_tail:])) if n_tail else ""
         return head + tail if head else tail.lstrip(" ")
 
 
@@ -175,7 +174,7 @@ def cuttable(request: BatchRequest) -> tuple[str, Callable[[str], BatchRequest]]
     return said[last].content, put_back
 
 
-def beginning(text: str, spelled: str) -> str:
+def head_of_text(text: str, spelled: str) -> str:
     """As much of the beginning of a text as some of its tokens spell.
 
     A vocabulary may spell a space before the first word; half a character at the end is left out.
@@ -185,6 +184,6 @@ def beginning(text: str, spelled: str) -> str:
     return os.path.commonprefix([text, spelled])
 
 
-def ending(text: str, spelled: str) -> str:
+def tail_of_text(text: str, spelled: str) -> str:
     """As much of the end of a text as some of its tokens spell."""
     return os.path.commonprefix([text[::-1], spelled[::-1]])[::-1]

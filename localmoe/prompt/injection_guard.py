@@ -19,7 +19,7 @@ from ..errors import PromptError
 PRIVATE_USE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
-class Span(NamedTuple):
+class TextSpan(NamedTuple):
     """Characters `start` up to `end` of a text."""
 
     start: int
@@ -37,7 +37,7 @@ class ControlTokens:
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
         self._first = re.compile(f"[{''.join(map(re.escape, lengths))}]" if lengths else "(?!)")
 
-    def spans(self, text: str) -> list[Span]:
+    def spans(self, text: str) -> list[TextSpan]:
         """Every place where a control token is spelled, the longest of each beginning; in order."""
         places = (self._span_at(text, match.start()) for match in self._first.finditer(text))
         return [span for span in places if span is not None]
@@ -46,10 +46,10 @@ class ControlTokens:
         """The control tokens that a text spells, in order."""
         return [text[start:end] for start, end in self.spans(text)]
 
-    def _span_at(self, text: str, start: int) -> Span | None:
+    def _span_at(self, text: str, start: int) -> TextSpan | None:
         for length in self._lengths[text[start]]:
             if text[start : start + length] in self._texts:
-                return Span(start, start + length)
+                return TextSpan(start, start + length)
         return None
 
 
@@ -65,18 +65,18 @@ def control_tokens_of_any_case(texts: frozenset[str]) -> ControlTokens:
     return ControlTokens({*texts, *map(str.lower, texts), *map(str.upper, texts)})
 
 
-def joined(spans: Iterable[Span]) -> list[Span]:
+def merge_spans(spans: Iterable[TextSpan]) -> list[TextSpan]:
     """Spans in order, those that overlap made one."""
-    result: list[Span] = []
+    result: list[TextSpan] = []
     for span in spans:
         if result and span.start < result[-1].end:
-            result[-1] = Span(result[-1].start, max(span.end, result[-1].end))
+            result[-1] = TextSpan(result[-1].start, max(span.end, result[-1].end))
         else:
             result.append(span)
     return result
 
 
-class Shadows:
+class Provenance:
     """Shadows for the characters of some texts; none of `taken` is used as one."""
 
     def __init__(self, texts: Iterable[str], taken: str) -> None:
@@ -96,10 +96,10 @@ class Shadows:
         """A text in shadows."""
         return text.translate(self._shadow_of)
 
-    def cover_spans(self, text: str, spans: Iterable[Span]) -> str:
+    def cover_spans(self, text: str, spans: Iterable[TextSpan]) -> str:
         """A text with only these parts of it in shadows."""
         pieces, done = [], 0
-        for start, end in joined(spans):
+        for start, end in merge_spans(spans):
             pieces += [text[done:start], self.cover(text[start:end])]
             done = end
         return "".join([*pieces, text[done:]])
@@ -118,9 +118,11 @@ class Shadows:
         return code
 
 
-def spelled_by_messages(rendered: str, shadows: Shadows, control: ControlTokens) -> list[Span]:
+def spelled_by_messages(
+    rendered: str, shadows: Provenance, control: ControlTokens
+) -> list[TextSpan]:
     """The control tokens of a rendered text that hold a character of a message, in order."""
-    return joined(
+    return merge_spans(
         span
         for span in control.spans(shadows.uncover(rendered))
         if shadows.holds_shadow(rendered[span.start : span.end])

@@ -65,10 +65,10 @@ class HarmonyMarkers:
         return (self.start, self.channel, self.message, self.end)
 
 
-Markers = ThinkMarkers | HarmonyMarkers
+ReasoningTokens = ThinkMarkers | HarmonyMarkers
 
 
-def find_markers(special: frozenset[str], tokenizer: Tokenizer) -> Markers | None:
+def find_reasoning_tokens(special: frozenset[str], tokenizer: Tokenizer) -> ReasoningTokens | None:
     """What a vocabulary parts thinking with; None where it has no such tokens.
 
     `special` are the texts of its control and user-defined tokens. Each must be one token.
@@ -83,7 +83,9 @@ def find_markers(special: frozenset[str], tokenizer: Tokenizer) -> Markers | Non
     return None
 
 
-def begins_inside(markers: Markers | None, prompt: Sequence[int], sampling: Sampling) -> bool:
+def begins_inside(
+    markers: ReasoningTokens | None, prompt: Sequence[int], sampling: Sampling
+) -> bool:
     """Whether the prompt itself opened the thinking that the answer goes on with.
 
     A grammar's text begins at once, wherever the template has put it.
@@ -96,14 +98,16 @@ def begins_inside(markers: Markers | None, prompt: Sequence[int], sampling: Samp
     )
 
 
-def whole(deltas: Iterable[Delta], markers: Markers | None, request: Request) -> Answer:
+def join_reasoning(
+    deltas: Iterable[Delta], markers: ReasoningTokens | None, request: Request
+) -> Answer:
     """An answer from all deltas of a request that wasn't streamed.
 
     A delta has all text between two markers, so line ends behind these are taken off here.
     """
     is_open = begins_inside(markers, request.tokens, request.sampling)
     answer = Answer()
-    for delta in split(iter(deltas), markers, is_open=is_open):
+    for delta in split_reasoning(iter(deltas), markers, is_open=is_open):
         answer.add(delta)
     if answer.thinking:
         answer.thinking, answer.text = answer.thinking.lstrip("\n"), answer.text.lstrip("\n")
@@ -147,8 +151,8 @@ class Answer:
         return Message("assistant", self.text, None if cut else self.text_tokens, self.thinking)
 
 
-def split(
-    deltas: Iterator[Delta], markers: Markers | None, *, is_open: bool = False
+def split_reasoning(
+    deltas: Iterator[Delta], markers: ReasoningTokens | None, *, is_open: bool = False
 ) -> Generator[Delta, None, None]:
     """The deltas of an answer, each of one kind. `is_open`: it begins inside the thinking.
 

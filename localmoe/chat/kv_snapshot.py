@@ -30,7 +30,7 @@ N_SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
-class StateEngine(Protocol):
+class SnapshotEngine(Protocol):
     """What is needed of an engine; a real one is engine.client.Engine."""
 
     def save_state(
@@ -63,7 +63,7 @@ def _file_key(paths: tuple[Path, ...]) -> str:
     return hashed.hexdigest()
 
 
-def restore_state(session: Session, engine: StateEngine) -> int:
+def restore_state(session: Session, engine: SnapshotEngine) -> int:
     """Let a loaded model hold what a session's state has; gives how many tokens it does.
 
     0 where there is none that suits. The model has to be the one that the session goes on with
@@ -89,7 +89,7 @@ def restore_state(session: Session, engine: StateEngine) -> int:
 def save_state(
     sessions: Sessions,
     session: Session,
-    engine: StateEngine,
+    engine: SnapshotEngine,
     tokens: Sequence[int],
     quota_bytes: int = QUOTA_BYTES,
 ) -> int:

@@ -14,25 +14,25 @@ from typing import Literal, Protocol, TypeVar
 from ..engine.protocol import Delta, Request, Sampling, TextPiece
 from ..engine.retry import retry_on_crash
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
-from .answer import Answer, Markers, begins_inside, split
-from .context import (
+from ..prompt.messages import Message, Prompt, PromptFormat
+from ..prompt.reasoning import Answer, ReasoningTokens, begins_inside, split_reasoning
+from .context_window import (
     LEAST_ANSWER,
     SUMMARIZE,
     SUMMARY_SHARE,
-    Cut,
-    Room,
+    ContextBudget,
+    DroppedTurns,
     cut,
     full,
     system_and_turns,
     too_long,
 )
-from .messages import Message, Prompt, PromptFormat
 
 OnFull = Literal["stop", "drop", "summarize"]
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class ChatEngine(Protocol):
     """What a conversation needs of an engine; a real one is engine.client.Engine."""
 
     def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
@@ -50,18 +50,18 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ChatModel:
     """A model that can be talked to: an engine that has it loaded, its format, its room.
 
     `n_ctx` is in tokens, for a conversation and the answer to it. `on_answered` is told the last
     delta of every answer. `markers` part thinking from answer, where the model has such tokens.
     """
 
-    engine: Engine
+    engine: ChatEngine
     format: PromptFormat
     n_ctx: int
     on_answered: Callable[[Delta], None] | None = None
-    markers: Markers | None = None
+    markers: ReasoningTokens | None = None
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of a conversation. Raises PromptError where it leaves no room to answer."""
@@ -88,7 +88,7 @@ class Model:
         )
         is_open = begins_inside(markers, prompt.tokens, options.sampling)
         with closing(self.engine.generate(request)) as deltas:
-            for delta in split(deltas, markers, is_open=is_open):
+            for delta in split_reasoning(deltas, markers, is_open=is_open):
                 if delta.finish_reason and self.on_answered:
                     self.on_answered(delta)
                 yield delta
@@ -105,13 +105,13 @@ class Chat:
     gives a model in a new engine where the old one died, or raises LocalMoeError.
     """
 
-    model: Model
+    model: ChatModel
     options: AnswerOptions = AnswerOptions()
     messages: list[Message] = field(default_factory=list)
     n_dropped: int = 0
     on_full: OnFull = "drop"
     on_note: Callable[[str], None] | None = None
-    revive: Callable[[EngineError], Model] | None = None
+    revive: Callable[[EngineError], ChatModel] | None = None
     _unanswered: Message | None = field(default=None, init=False, repr=False)
 
     def ask(self, text: str, seed: int | None = None) -> Generator[Delta, None, None]:
@@ -178,7 +178,9 @@ class Chat:
         stays = self.prompted() if self.on_full == "stop" else system_and_turns(self.messages)[0]
         asked = [*answered(stays), Message("user", "?")]
         n_taken = len(self._living(lambda: self._encode(asked)).tokens)
-        return max(0, self.model.n_ctx - n_taken - Room(self.model.n_ctx).n_answer - LEAST_ANSWER)
+        return max(
+            0, self.model.n_ctx - n_taken - ContextBudget(self.model.n_ctx).n_answer - LEAST_ANSWER
+        )
 
     # ---- a turn ----
 
@@ -269,10 +271,10 @@ class Chat:
     def _encode(self, messages: Sequence[Message]) -> Prompt:
         return self.model.format.encode(messages, self.model.engine)
 
-    def _room(self) -> Room:
+    def _room(self) -> ContextBudget:
         n_ctx = self.model.n_ctx
         n_summary = n_ctx // SUMMARY_SHARE if self.on_full == "summarize" else 0
-        return Room(n_ctx, self.options.max_tokens, n_summary)
+        return ContextBudget(n_ctx, self.options.max_tokens, n_summary)
 
     def prompted(self, question: Message | None = None) -> list[Message]:
         """The messages that go into the prompt, with a question that is to be asked."""
@@ -303,7 +305,7 @@ class Chat:
         self._note(f"{leaving.turns} and {are(leaving)} left out.")
         return leaving.prompt
 
-    def _summarized(self, question: Message, leaving: Cut, told: list[Message]) -> Prompt:
+    def _summarized(self, question: Message, leaving: DroppedTurns, told: list[Message]) -> Prompt:
         """Put the model's own summary where turns leave; where that can't be, just leave them out.
 
         `told` is the beginning of the conversation up to where they end. The engine holds it still,
@@ -347,11 +349,11 @@ def answered(messages: Sequence[Message]) -> list[Message]:
     return said
 
 
-def are(leaving: Cut) -> str:
+def are(leaving: DroppedTurns) -> str:
     return "is" if leaving.n_turns == 1 else "are"
 
 
-def them(leaving: Cut) -> str:
+def them(leaving: DroppedTurns) -> str:
     return "it" if leaving.n_turns == 1 else "them"
 
 
@@ -363,6 +365,3 @@ def nothing_came(answer: Answer) -> str:
         "The answer ended while the model was still thinking; the question is taken back. "
         "Allow it more tokens (-n), or ask it not to think (--think off)."
     )
-
-
-__all__ = ["Answer", "AnswerOptions", "Chat", "Engine", "Model", "OnFull"]

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..errors import LocalMoeError
 from ..files import InputLine, read_lines
-from .messages import Message
+from ..prompt.messages import Message
 
 VERSION = 1
 MAX_RECORD_BYTES = 64 << 20
@@ -64,7 +64,7 @@ def read_transcript(path: Path) -> Transcript:
     """A chat from its file, as far as it can be read. Raises LocalMoeError on a later format."""
     found, slots, unread = Transcript(), dict[int, Message](), list[int]()
     for line in _lines(path):
-        record = record_of(line)
+        record = chat_record_of(line)
         if record is None:
             unread.append(line.number)
             continue
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[InputLine]:
         yield from read_lines(file, MAX_RECORD_BYTES)
 
 
-def record_of(line: InputLine) -> dict[str, Any] | None:
+def chat_record_of(line: InputLine) -> dict[str, Any] | None:
     """The record that a line is, checked; None where it isn't a whole one."""
     if line.raw is None or not line.whole:
         return None

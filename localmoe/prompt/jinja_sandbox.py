@@ -1,4 +1,6 @@
-"""A short-lived child that renders one template, under limits; the parent's side is rendering.py.
+"""A short-lived child that renders one template, within limits.
+
+The parent's side is jinja_client.py.
 
 It reads one job from stdin and writes one result to stdout, both JSON; started with `many`, a job a
 line and a result a line, until its input ends. A job holds `template`,

@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..engine.prefix import common_prefix
+
+if TYPE_CHECKING:
+    from ..planner.request import BatchShape
+    from .pending import PendingRequests
+
 
 UNIFIED_SHARE = 0.5
 """Where so much of all prompts is shared, a unified cache beside a GPU: it is there once."""
@@ -23,7 +29,7 @@ in every measurement."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class PrefixSharing:
     """Counts of tokens. `n_shared` of `n_prompt` need not be computed again; `n_cells` is the most
     that requests under way together hold, answers included.
 
@@ -50,7 +56,9 @@ class Sharing:
         return is_sooner or self.fraction >= UNIFIED_SHARE
 
 
-def sharing_of(prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int) -> Sharing:
+def prefix_sharing_of(
+    prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int
+) -> PrefixSharing:
     """What prompts have in common when `n_seq` are answered at once, in the engine's order.
 
     `max_tokens` is the length of the longest answer. Hundreds of prompts are enough to tell; all of
@@ -66,4 +74,32 @@ def sharing_of(prompts: Iterable[Sequence[int]], max_tokens: int, n_seq: int) ->
         n_cells = max(n_cells, together[0][1] + sum(own for own, _ in together))
     n_rounds = -(-len(ordered) // n_seq)
     n_passes = len({len(prompt) for prompt in ordered[:n_seq]}) + max(0, len(ordered) - n_seq)
-    return Sharing(sum(map(len, ordered)), n_shared, n_cells, n_passes, n_rounds * max_tokens)
+    return PrefixSharing(sum(map(len, ordered)), n_shared, n_cells, n_passes, n_rounds * max_tokens)
+
+
+N_SAMPLED_LINES = 400
+"""Requests that are enough to tell how much all of them have in common."""
+
+
+def batch_shape_of(
+    backlog: PendingRequests, n_ctx: int, n_wanted: int | None, share: bool
+) -> BatchShape:
+    """What the requests of a batch need of a cache. `n_ctx` is the most that one may take."""
+    from itertools import islice
+
+    from ..planner.request import BatchShape, numbers
+
+    asks = list(islice(backlog.asks(), N_SAMPLED_LINES))
+    answers = [ask.options.max_tokens or n_ctx for ask in asks]
+    longest = max((len(a.tokens) + n for a, n in zip(asks, answers, strict=True)), default=n_ctx)
+    if backlog.n_asks > N_SAMPLED_LINES:
+        longest = n_ctx  # a longer one may follow
+    choices = numbers(backlog.n_asks, n_wanted)
+    n_cells = {}
+    if share:
+        prompts = [ask.tokens for ask in asks]
+        for n in choices:
+            sharing = prefix_sharing_of(prompts, max(answers, default=n_ctx), n)
+            if n > 1 and sharing.wants_unified:
+                n_cells[n] = sharing.n_cells
+    return BatchShape(choices, min(longest, n_ctx), n_cells, is_open=n_wanted is None)

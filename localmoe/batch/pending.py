@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
+from ..chat.chat import AnswerOptions
 from ..errors import LocalMoeError
 from ..files import digest
-from .chat import AnswerOptions
 
 PAGE = 64
 TABLES = """
@@ -31,7 +31,7 @@ _options: TypeAdapter[AnswerOptions] = TypeAdapter(AnswerOptions)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PendingRequest:
     """A request that was checked and encoded. `key` stands for its name and its line's content.
 
     `n_cut` tokens were cut from the prompt to make it fit.
@@ -46,7 +46,7 @@ class Ask:
     n_cut: int = 0
 
 
-class Backlog:
+class PendingRequests:
     """Requests by line, keys of what is done, and names. Close it, or use it as a context."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Backlog:
     def close(self) -> None:
         self._rows.close()
 
-    def __enter__(self) -> Backlog:
+    def __enter__(self) -> PendingRequests:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class Backlog:
         found = self._rows.execute("SELECT line FROM keys WHERE key = ?", (key,)).fetchone()
         return None if found is None else int(found[0])
 
-    def add(self, ask: Ask) -> None:
+    def add(self, ask: PendingRequest) -> None:
         self._write(
             "INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?)",
             ask.line,
@@ -121,7 +121,7 @@ class Backlog:
     def n_asks(self) -> int:
         return int(self._rows.execute("SELECT count(*) FROM asks").fetchone()[0])
 
-    def asks(self) -> Iterator[Ask]:
+    def asks(self) -> Iterator[PendingRequest]:
         """What is to be asked, in the order of the input."""
         line = 0
         query = "SELECT * FROM asks WHERE line > ? ORDER BY line LIMIT ?"
@@ -130,7 +130,7 @@ class Backlog:
                 ids = array("i")
                 ids.frombytes(tokens)
                 answer = _options.validate_json(options)
-                yield Ask(line, name, key, bool(chat), tuple(ids), answer, n_cut)
+                yield PendingRequest(line, name, key, bool(chat), tuple(ids), answer, n_cut)
 
     # ---- the order of an output ----
 

@@ -17,20 +17,28 @@ from typing import BinaryIO
 
 from ..engine.protocol import FinishReason, Request, Timings, Usage
 from ..files import InputLine, digest, read_lines
-from .answer import Markers
-from .asking import Asking, BatchEngine, Outcome, Stop
-from .backlog import Ask, Backlog
-from .batch_body import ItemError, shown
-from .batch_input import BatchRequest, Defaults, Form, is_blank, request_of, request_of_line
-from .batch_output import FileOutput, Output, Reply, answer_reply, error_reply
-from .batch_prompt import Encoder
+from ..prompt.reasoning import ReasoningTokens
+from .dispatch import BatchEngine, Dispatcher, Outcome, StopFlag
+from .encoder import Encoder
 from .journal import Record
+from .pending import PendingRequest, PendingRequests
+from .requests import (
+    BatchRequest,
+    Defaults,
+    Form,
+    ItemError,
+    is_blank,
+    printable_name,
+    request_of,
+    request_of_line,
+)
+from .responses import FileOutput, Output, OutputLine, answer_reply, error_reply
 
 GROUP = 256
 
 
 @dataclass(slots=True)
-class Checked:
+class InputCheck:
     """What a check found: lines that ask something, and what became of them.
 
     `n_done` were answered or had failed in an earlier run; `n_bad` can't be asked.
@@ -44,7 +52,7 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class BatchProgress:
     """How far the asking is. Counts are of this run; tokens are those of answered requests."""
 
     n_total: int
@@ -70,7 +78,9 @@ class Recovered:
     n_cut_bytes: int
 
 
-def recover(output: FileOutput, backlog: Backlog, *, retry_errors: bool = False) -> Recovered:
+def recover(
+    output: FileOutput, backlog: PendingRequests, *, retry_errors: bool = False
+) -> Recovered:
     """Note what was answered before. With `retry_errors` what failed is taken out, to be asked
     again. Raises LocalMoeError where the output is damaged before its end.
     """
@@ -92,7 +102,7 @@ def recover(output: FileOutput, backlog: Backlog, *, retry_errors: bool = False)
     return Recovered(n_answered, n_failed, n_cut_bytes)
 
 
-def drop_superseded(output: FileOutput, backlog: Backlog) -> None:
+def drop_superseded(output: FileOutput, backlog: PendingRequests) -> None:
     """Take out answers to requests that are asked differently now; to be called after the check.
 
     Answers to requests that are not in the input any more stay.
@@ -112,16 +122,16 @@ def check_input(
     form: Form,
     defaults: Defaults,
     encoder_of: Callable[[], Encoder],
-    backlog: Backlog,
+    backlog: PendingRequests,
     output: Output,
-) -> Checked:
+) -> InputCheck:
     """Read the whole input: what can be asked goes into the backlog in tokens, what can't be asked
     into the output as an error, what was answered before nowhere.
 
     `encoder_of` is called once something has to be encoded.
     """
-    checked = Checked()
-    bad: list[Reply] = []
+    checked = InputCheck()
+    bad: list[OutputLine] = []
     for line in read_lines(stream):
         if is_blank(line):
             continue
@@ -142,9 +152,9 @@ def _check_line(
     form: Form,
     defaults: Defaults,
     encoder_of: Callable[[], Encoder],
-    backlog: Backlog,
-    checked: Checked,
-) -> Reply | None:
+    backlog: PendingRequests,
+    checked: InputCheck,
+) -> OutputLine | None:
     """Put a line where it belongs; gives its error where it can't be asked."""
     key, name = None, line_name(line.number)
     try:
@@ -167,16 +177,18 @@ def _check_line(
             return None
         checked.n_bad += 1
         return error_reply(key, name, line.number, error)
-    backlog.add(Ask(line.number, name, key, request.is_chat, tokens, request.options, n_cut))
+    backlog.add(
+        PendingRequest(line.number, name, key, request.is_chat, tokens, request.options, n_cut)
+    )
     checked.n_to_ask += 1
     checked.n_truncated += n_cut > 0
     return None
 
 
-def _take_name(name: str, custom_id: str | None, line: InputLine, backlog: Backlog) -> None:
+def _take_name(name: str, custom_id: str | None, line: InputLine, backlog: PendingRequests) -> None:
     taken = backlog.take_name(name, line.number)
     if taken != line.number:
-        message = f"The custom_id {shown(name)} is that of line {taken} already."
+        message = f"The custom_id {printable_name(name)} is that of line {taken} already."
         raise ItemError("duplicate_custom_id", message, custom_id)
 
 
@@ -199,26 +211,26 @@ class RunOptions:
     model: str
     answers_start_text: bool = False
     share: bool = True
-    markers: Markers | None = None
+    markers: ReasoningTokens | None = None
     thinking: bool = True
 
 
 def run_batch(
-    backlog: Backlog,
+    backlog: PendingRequests,
     output: Output,
     engine_of: Callable[[], BatchEngine],
     options: RunOptions,
-    stop: Stop,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Progress:
+    stop: StopFlag,
+    on_progress: Callable[[BatchProgress], None] | None = None,
+) -> BatchProgress:
     """Ask all that the backlog holds and write what comes; what is counted is on disk.
 
     Raises LocalMoeError where the output can't be written or no engine lives; what was written is
     safe, and another run goes on from there.
     """
     asked = ((ask, engine_request(ask, options)) for ask in backlog.asks())
-    asking = Asking(asked, engine_of, stop, options.markers)
-    progress = Progress(backlog.n_asks)
+    asking = Dispatcher(asked, engine_of, stop, options.markers)
+    progress = BatchProgress(backlog.n_asks)
     started = time.monotonic()
     for outcomes in asking.outcomes():
         if outcomes:
@@ -231,7 +243,7 @@ def run_batch(
     return progress
 
 
-def engine_request(ask: Ask, options: RunOptions) -> Request:
+def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
     return Request(
         tokens=ask.tokens,
         sampling=ask.options.sampling,
@@ -244,7 +256,7 @@ def engine_request(ask: Ask, options: RunOptions) -> Request:
     )
 
 
-def reply_of(outcome: Outcome[Ask], options: RunOptions) -> Reply:
+def reply_of(outcome: Outcome[PendingRequest], options: RunOptions) -> OutputLine:
     ask = outcome.key
     if outcome.answer is not None:
         return answer_reply(ask, outcome.answer, options.model, thinking=options.thinking)
@@ -252,7 +264,7 @@ def reply_of(outcome: Outcome[Ask], options: RunOptions) -> Reply:
     return error_reply(ask.key, ask.name, ask.line, error)
 
 
-def advanced(progress: Progress, outcomes: Iterable[Outcome[Ask]]) -> Progress:
+def advanced(progress: BatchProgress, outcomes: Iterable[Outcome[PendingRequest]]) -> BatchProgress:
     """The progress with some more outcomes in it."""
     lasts = [o.answer.last for o in outcomes if o.answer is not None]
     usages = [last.usage for last in lasts if last is not None and last.usage is not None]
@@ -294,7 +306,7 @@ def answers(
     defaults: Defaults,
     *,
     share: bool = True,
-    markers: Markers | None = None,
+    markers: ReasoningTokens | None = None,
 ) -> Iterator[BatchResult]:
     """Results as they finish. A request is a prompt, a list of messages, or a line's object.
 
@@ -314,15 +326,15 @@ def answers(
             else:
                 yield (index, request.custom_id), engine_request(ask, options)
 
-    for outcomes in Asking(asked(), engine_of, markers=markers).outcomes():
+    for outcomes in Dispatcher(asked(), engine_of, markers=markers).outcomes():
         yield from [refused.pop(0) for _ in range(len(refused))]
         yield from map(result_of, outcomes)
     yield from refused
 
 
-def ask_of(index: int, request: BatchRequest, encoder: Encoder) -> Ask:
+def ask_of(index: int, request: BatchRequest, encoder: Encoder) -> PendingRequest:
     tokens, n_cut = encoder.encode(request)
-    return Ask(index, "", b"", request.is_chat, tokens, request.options, n_cut)
+    return PendingRequest(index, "", b"", request.is_chat, tokens, request.options, n_cut)
 
 
 def as_line(value: object) -> object:

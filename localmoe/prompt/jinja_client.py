@@ -1,4 +1,4 @@
-"""The parent's side of rendering: starts the child of templates.py, feeds it, and ends it.
+"""The parent's side of rendering: starts the child of jinja_sandbox.py, feeds it, and ends it.
 
     texts = render(RenderJob(template, [Rendering(messages)]), env={})
 
@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-CHILD = Path(__file__).with_name("templates.py")
+CHILD = Path(__file__).with_name("jinja_sandbox.py")
 MAX_TEMPLATE_CHARS = 1 << 20
 JOBS_OF_A_CHILD = 100
 # what a Python on Windows needs to start, and what a Python elsewhere may

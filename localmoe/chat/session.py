@@ -1,4 +1,6 @@
-"""Chats on disk: a folder of them, and one that is going on.
+"""The names of sessions: those that a person may give, and those that date and time give.
+
+Chats on disk: a folder of them, and one that is going on.
 
 A session is a file of text (transcript.py), NAME.jsonl, and beside it, where a chat ended well, the
 state of the model's cache (engine/worker/state_files.py), NAME.state, which only saves time.
@@ -11,18 +13,50 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from ..errors import LocalMoeError, UsageError
 from ..files import APPENDING, append, sync_folder
-from .messages import Message
-from .session_names import is_automatic, is_name, names_for
+from ..prompt.messages import Message
 from .transcript import Transcript, changes, head, other_model, read_transcript
+
+if TYPE_CHECKING:
+    from .transcript import Transcript
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+AUTOMATIC = re.compile(r"\d{4}(-\d\d){2}-\d{4}(-\d+)?")
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever comes after a dot."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a session may have this name: no path, and a file name on every system."""
+    is_odd = text.endswith(".") or DEVICES.fullmatch(text)
+    return bool(NAME.fullmatch(text)) and not is_odd
+
+
+def is_automatic(name: str) -> bool:
+    """Whether it is one of `names_for`."""
+    return bool(AUTOMATIC.fullmatch(name))
+
+
+def names_for(now: datetime) -> Iterator[str]:
+    """Names for a session that begins now, without end."""
+    first = now.strftime("%Y-%m-%d-%H%M")
+    yield first
+    n = 2
+    while True:
+        yield f"{first}-{n}"
+        n += 1
+
 
 TEXT, STATE = ".jsonl", ".state"
 
@@ -381,3 +415,9 @@ def _changed(path: Path) -> float:
 
 def _cannot_read(path: Path, error: OSError) -> LocalMoeError:
     return LocalMoeError(f"{path} can't be read: {error.strerror}.")
+
+
+def kept_sessions() -> Sessions:
+    from ..config.environment import sessions_folder
+
+    return Sessions(sessions_folder())
