@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from terminal import Terminal
 
-from localmoe.cli.answer_view import AnswerView
 from localmoe.engine.protocol import Delta
+from localmoe.terminal.answer_view import AnswerView
 
 COLUMNS, ROWS = 84, 24
 COLOURS = {"brown": "yellow", "default": None}

@@ -20,8 +20,14 @@ from vocabulary_files import with_renamed_tokens
 
 from localmoe.api import LocalMoE
 from localmoe.batch.runner import BatchProgress, InputCheck, Recovered
-from localmoe.cli.batch_view import Pace, check_line, progress_line, summary, summary_lines
 from localmoe.gguf.demo import DEMO
+from localmoe.terminal.batch_view import (
+    Pace,
+    check_line,
+    progress_line,
+    summary_document,
+    summary_lines,
+)
 
 COMMAND = [sys.executable, "-m", "localmoe", "batch", "demo"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
@@ -433,4 +439,4 @@ def test_a_check_and_an_end_are_told() -> None:
         "The engine died and was started again 2 times.",
         "3 failed: see the lines with an error; --retry-errors asks again.",
     ]
-    assert summary(checked, progress, 3, False)["usage"]["cached_tokens"] == 4_000
+    assert summary_document(checked, progress, 3, False)["usage"]["cached_tokens"] == 4_000

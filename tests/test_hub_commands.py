@@ -17,8 +17,8 @@ from standin_hub import Fault, RequestRecord, StandInHub
 
 from localmoe.callbacks import DownloadProgress
 from localmoe.cli import run_command
-from localmoe.cli.watching import download_line
 from localmoe.gguf.demo import PACKAGE
+from localmoe.terminal.progress import download_line
 
 REPO = "maker/Small-GGUF"
 DEMO = PACKAGE / "models" / "demo" / "demo.gguf"

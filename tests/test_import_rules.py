@@ -43,6 +43,8 @@ FORBIDDEN = {
     "api.py": {"huggingface_hub", "llama_cpp", *TERMINALS, "psutil"},
     "": {"llama_cpp", "huggingface_hub", *TERMINALS},
     "cli/": {"llama_cpp", "huggingface_hub"},
+    "repl/": {"llama_cpp", "huggingface_hub"},
+    "terminal/": {"llama_cpp", "huggingface_hub"},
 }  # fmt: skip
 
 

@@ -198,7 +198,7 @@ class Terminal(io.StringIO):
 def test_the_line_that_says_how_far_it_is_names_the_file(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localmoe.cli.render.PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("localmoe.terminal.console.PROGRESS_AFTER_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
     house.hub.add_repo(REPO, {NAME: CONTENT})
     house.fetch(REPO, NAME)

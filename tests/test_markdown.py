@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from localmoe.cli.answer_view import AnswerView
-from localmoe.cli.inline import Line, Span, inline, n_cells, wrap
-from localmoe.cli.markdown import Markdown
 from localmoe.engine.protocol import Delta
+from localmoe.terminal.answer_view import AnswerView
+from localmoe.terminal.markdown import Markdown
+from localmoe.terminal.spans import StyledLine, StyledText, n_cells, parse_inline, wrap
 
 SGR = re.compile(r"\x1b\[[\d;]*m")
 CODE = (
@@ -203,14 +203,14 @@ def test_a_long_table_keeps_its_head_and_gives_each_row_once() -> None:
     ],
 )
 def test_inline_marks(source: str, plain: str) -> None:
-    assert "".join(span.text for span in inline(source)) == plain
+    assert "".join(span.text for span in parse_inline(source)) == plain
 
 
 def test_wrapping() -> None:
-    lines = wrap([Span("one two"), Span("three", "1"), Span(" four")], 9)
+    lines = wrap([StyledText("one two"), StyledText("three", "1"), StyledText(" four")], 9)
     assert [SGR.sub("", line.text).rstrip() for line in lines] == ["one", "twothree", "four"]
-    assert wrap([Span("x" * 30)], 9) == [Line("x" * 30, 30)]
-    assert [line.cells for line in wrap([Span("日本語日本語")], 5)] == [4, 4, 4]
+    assert wrap([StyledText("x" * 30)], 9) == [StyledLine("x" * 30, 30)]
+    assert [line.cells for line in wrap([StyledText("日本語日本語")], 5)] == [4, 4, 4]
     assert n_cells("a\tb") == 9
 
 

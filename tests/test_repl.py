@@ -22,8 +22,8 @@ if sys.platform == "win32":
 from terminal import Terminal
 
 from localmoe.chat.session import Sessions
-from localmoe.cli.slash_facts import COMMANDS
 from localmoe.prompt.messages import Message
+from localmoe.repl.commands import COMMANDS
 
 CHAT = ["chat", "demo"]
 GREEDY = ["--temp", "0"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_cli import COMMAND, localmoe, one_line_error
 
-from localmoe.cli.asked import whole_prompt
 from localmoe.cli.options import read_schema
+from localmoe.cli.prompt_input import whole_prompt
 
 OBJECT = '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}'
 OPEN_TEXT = '{"type": "string", "minLength": 400}'
@@ -258,7 +258,7 @@ def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("module", ["localmoe.cli", "click", "localmoe.cli.render"])
+@pytest.mark.parametrize("module", ["localmoe.cli", "click", "localmoe.terminal.console"])
 def test_ctrl_c_while_python_still_imports_leaves_no_trace(module: str) -> None:
     """The signal comes as a module is looked for."""
     program = f"""

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from localmoe.cli import render
-from localmoe.cli.answer_view import AnswerView, PlainView
-from localmoe.cli.repl import Repl
 from localmoe.engine.protocol import Delta
+from localmoe.repl.repl import Repl
+from localmoe.terminal import console
+from localmoe.terminal.answer_view import AnswerView, PlainView
 
 N_STREAMS = 10_000
 SIZE = os.terminal_size((40, 12))
@@ -98,7 +98,7 @@ class Screen(io.StringIO):
 
 def plain(deltas: list[Delta]) -> None:
     """As `chat --plain` shows an answer."""
-    view = PlainView(render.answer_text)
+    view = PlainView(console.answer_text)
     view.begin()
     for delta in deltas:
         view.add(delta)
@@ -108,7 +108,7 @@ def plain(deltas: list[Delta]) -> None:
 def run(deltas: list[Delta]) -> None:
     """As `run` shows an answer."""
     for delta in deltas:
-        render.answer_text(delta.text)
+        console.answer_text(delta.text)
 
 
 def told(deltas: list[Delta]) -> None:

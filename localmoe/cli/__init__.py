@@ -15,54 +15,52 @@ import click
 
 from .. import __version__
 from ..errors import LocalMoeError
-from . import render
+from ..terminal import console
 from .batch import batch
+from .chat import chat
 from .completion import TYPES, completion
 from .config import config
 from .convert import convert
 from .doctor import doctor
-from .house import pull, rm, verify
-from .listing import list_models
-from .look import prompt, show
-from .plan import plan
+from .inspect import plan, prompt, show
+from .models import list_models, pull, rm, verify
 from .run import run
 from .sessions import sessions
-from .talk import chat
 
 EXIT_INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-class Unread(Exception):
+class PipeClosed(Exception):
     """Who read what is written has closed the pipe."""
 
 
 @contextlib.contextmanager
-def own_ends() -> Iterator[None]:
+def intercept_aborts() -> Iterator[None]:
     """Keep from click what it would end in its own way: a closed pipe with exit code 1, Ctrl-C
     with an empty line."""
     try:
         yield
     except BrokenPipeError:
-        raise Unread from None
+        raise PipeClosed from None
     except KeyboardInterrupt:
         raise click.Abort from None
 
 
-class Commands(click.Group):
+class CommandGroup(click.Group):
     """The group whose ends are `run_command`'s."""
 
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
-        with own_ends():
+        with intercept_aborts():
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with own_ends():
+        with intercept_aborts():
             return super().invoke(ctx)
 
 
 @click.group(
-    cls=Commands,
+    cls=CommandGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -72,7 +70,7 @@ class Commands(click.Group):
 def cli(context: click.Context, debug: bool) -> None:
     """Run Mixture-of-Experts models on the hardware you own."""
     if context.invoked_subcommand is None:
-        render.greeting()
+        console.greeting()
 
 
 COMMANDS = (
@@ -113,21 +111,21 @@ def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
-    except (Unread, BrokenPipeError):
+    except (PipeClosed, BrokenPipeError):
         # who read has what they wanted; Python must not try to flush the rest at exit
-        drop_stdout()
+        discard_stdout()
         return 0
     except Exception as error:
         if "--debug" in arguments and not isinstance(error, click.ClickException):
             raise
-        return told(error)
+        return report_error(error)
 
 
-def told(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Say in one line what went wrong; gives the exit code."""
     code, message, hint = 1, "", ""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        render.log_line(error.format_message())
+        console.log_line(error.format_message())
         return error.exit_code
     if isinstance(error, click.ClickException):
         code, message = error.exit_code, error.format_message()
@@ -137,16 +135,16 @@ def told(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
         # what writes files says so itself, with the file's name
         message = f"The output can't be written: {error.strerror}."
-        drop_stdout()
+        discard_stdout()
     else:
         message = f"Something unforeseen went wrong: {type(error).__name__}: {error}."
         hint = "Run it as `localmoe --debug ...` and report what it prints."
     with contextlib.suppress(OSError):  # of a stderr that is full too
-        render.error(message, hint)
+        console.error(message, hint)
     return code
 
 
-def drop_stdout() -> None:
+def discard_stdout() -> None:
     """Let all that stdout holds, and still gets, go nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

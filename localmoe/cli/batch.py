@@ -1,19 +1,27 @@
-"""`batch`: a file of requests, answered into a file that a crash can't harm."""
+"""What `batch` reads and writes, and the signals that stop it.
+
+`batch`: a file of requests, answered into a file that a crash can't harm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
-from ..errors import UsageError
-from . import render
-from .batch_files import Files, Interrupts, check_files, opened_input
+from ..errors import LocalMoeError, UsageError
+from ..terminal import console
+from ..terminal.progress import load_callbacks
 from .options import (
     json_option,
     load_options,
@@ -22,9 +30,10 @@ from .options import (
     think_option,
     verbosity_options,
 )
-from .watching import watching
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from ..batch.dispatch import StopFlag
     from ..batch.encoder import Encoder, Side
     from ..batch.manifest import Manifest
@@ -39,6 +48,98 @@ if TYPE_CHECKING:
     from ..loading import OpenModel
     from ..planner.request import BatchShape
     from ..prompt.reasoning import ReasoningTokens
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFiles:
+    """What is read and written, and how it goes on with what is there."""
+
+    input: str
+    output: str
+    errors: Path | None
+    truncate: Side | None
+    ordered: bool
+    resume_anyway: bool
+    retry_errors: bool
+
+    @property
+    def is_file(self) -> bool:
+        return self.output != "-"
+
+
+def check_files(files: BatchFiles, as_json: bool) -> None:
+    """Raises UsageError where the files that were named can't go together."""
+    if not files.is_file:
+        if files.errors or files.ordered or files.retry_errors or files.resume_anyway:
+            raise UsageError(
+                "--errors, --ordered, --retry-errors and --resume-anyway need a file to write.",
+                "Give one with -o.",
+            )
+        if as_json:
+            raise UsageError("--json and the answers can't both be on stdout.", "Give -o FILE.")
+        return
+    names = [files.output, *([files.input] if files.input != "-" else [])]
+    paths = [Path(name).resolve() for name in names] + (
+        [files.errors.resolve()] if files.errors else []
+    )
+    if len(set(paths)) < len(paths):
+        raise UsageError("Input, output and errors must be different files.")
+
+
+@contextlib.contextmanager
+def opened_input(name: str) -> Iterator[BinaryIO]:
+    """The input as a file that can be read twice; a pipe is first written to a temporary one."""
+    if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("There is no input.", "Give a file with -i, or pipe requests in.")
+    with ExitStack() as stack:
+        try:
+            stream = cast(BinaryIO, sys.stdin.buffer) if name == "-" else open(name, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{name} can't be read: {error.strerror}.") from None
+        stack.callback(stream.close)
+        yield stream if stream.seekable() else stack.enter_context(copied(stream))
+
+
+@contextlib.contextmanager
+def copied(stream: BinaryIO) -> Iterator[BinaryIO]:
+    """All that comes out of a pipe, in a temporary file."""
+    with tempfile.TemporaryFile() as copy:
+        try:
+            shutil.copyfileobj(stream, copy, 1 << 20)
+        except OSError as error:
+            raise LocalMoeError(
+                f"The input can't be kept in {tempfile.gettempdir()}: {error.strerror}.",
+                "Make room there, or give the input as a file with -i.",
+            ) from None
+        copy.seek(0)
+        yield cast(BinaryIO, copy)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: at once while nothing is asked, else first a wish to stop."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._stop = stop
+        self.is_asking = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # one signal too many must not turn an orderly end into another
+        is_ending = self._stop.wanted or kind is KeyboardInterrupt
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_ending else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_asking or self._stop.wanted:
+            raise KeyboardInterrupt
+        self._stop.wanted = True
+
 
 EXIT_ITEM_ERRORS = 5
 EXIT_INTERRUPTED = 130
@@ -96,11 +197,11 @@ def batch(
 
     A line is an OpenAI batch line, {"prompt": ...}, {"messages": [...]}, or plain text.
     """
-    files = Files(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
+    files = BatchFiles(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
     check_files(files, as_json)
     settings = settings_of(options, model)
-    company = Company(n_wanted(parallel), share=not no_share)
-    with watching(model, quiet, verbose) as watch:
+    company = Parallelism(n_wanted(parallel), share=not no_share)
+    with load_callbacks(model, quiet, verbose) as watch:
         return BatchCommand(model, files, settings, watch, company, quiet=quiet)(as_json)
 
 
@@ -114,7 +215,7 @@ def n_wanted(given: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Company:
+class Parallelism:
     """How many requests are wanted at once (None leaves it open), and whether they share work."""
 
     n_at_once: int | None
@@ -127,10 +228,10 @@ class BatchCommand:
     def __init__(
         self,
         model: str,
-        files: Files,
+        files: BatchFiles,
         settings: Settings,
         watch: LoadCallbacks,
-        company: Company,
+        company: Parallelism,
         *,
         quiet: bool,
     ) -> None:
@@ -165,7 +266,7 @@ class BatchCommand:
         from ..batch.pending import PendingRequests
         from ..batch.responses import FileOutput
         from ..batch.runner import BatchProgress
-        from .batch_view import summary, summary_lines
+        from ..terminal.batch_view import summary_document, summary_lines
 
         output = self._output
         backlog = self._stack.enter_context(PendingRequests())
@@ -175,7 +276,7 @@ class BatchCommand:
         if self._files.ordered and isinstance(output, FileOutput) and not self._stop.wanted:
             output.put_in_order(backlog)
         if as_json:
-            render.document(summary(checked, progress, n_errors, self._stop.wanted))
+            console.document(summary_document(checked, progress, n_errors, self._stop.wanted))
         for line in summary_lines(progress, n_errors):
             self._note(line)
         if self._stop.wanted:
@@ -188,7 +289,7 @@ class BatchCommand:
 
     def _note(self, text: str) -> None:
         if not self._quiet:
-            render.note(text)
+            console.note(text)
 
     # ---- the check ----
 
@@ -199,7 +300,7 @@ class BatchCommand:
         from ..batch.requests import form_of
         from ..batch.responses import FileOutput
         from ..batch.runner import check_input, drop_superseded, recover
-        from .batch_view import check_line
+        from ..terminal.batch_view import check_line
 
         recovered = None
         if isinstance(output, FileOutput):
@@ -229,7 +330,7 @@ class BatchCommand:
         from ..batch.responses import FileOutput, StreamOutput
 
         if not self._files.is_file:
-            return StreamOutput(render.answer_text)
+            return StreamOutput(console.answer_text)
         output = FileOutput(
             Path(self._files.output),
             self._manifest(),
@@ -338,7 +439,7 @@ class BatchCommand:
         self._crowd = batch_shape_of(
             backlog, self._n_ctx, self._company.n_at_once, self._company.share
         )
-        told = Told(self._stop, render.StatusLine(self._quiet), self._note)
+        told = ProgressReporter(self._stop, console.StatusLine(self._quiet), self._note)
         try:
             return run_batch(backlog, output, self._engine, options, self._stop, told)
         finally:
@@ -346,13 +447,13 @@ class BatchCommand:
             told.line.done()
 
 
-class Told:
+class ProgressReporter:
     """Tells how far a batch is, and once that it is about to stop."""
 
     def __init__(
-        self, stop: StopFlag, line: render.StatusLine, note: Callable[[str], None]
+        self, stop: StopFlag, line: console.StatusLine, note: Callable[[str], None]
     ) -> None:
-        from .batch_view import Pace
+        from ..terminal.batch_view import Pace
 
         self.line = line
         self._stop = stop
@@ -361,7 +462,7 @@ class Told:
         self._said_stop = False
 
     def __call__(self, progress: BatchProgress) -> None:
-        from .batch_view import progress_line
+        from ..terminal.batch_view import progress_line
 
         if self._stop.wanted and not self._said_stop:
             self._said_stop = True

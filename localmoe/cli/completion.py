@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from . import render
+from ..terminal import console
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_LOCALMOE_COMPLETE"
@@ -33,7 +33,7 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind
     script = kind(cli, {}, "localmoe", VARIABLE)
-    render.lines((script.source_template % script.source_vars()).splitlines())
+    console.lines((script.source_template % script.source_vars()).splitlines())
 
 
 class ModelType(click.types.StringParamType):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import LocalMoeError, UsageError
-from . import render
+from ..terminal import console
 from .options import (
     chat_options,
     json_option,
@@ -63,20 +63,22 @@ def show(model: str | None, as_json: bool, **options: Any) -> None:
         for name in Settings.model_fields
     ]
     if as_json:
-        render.document([{"name": n, "value": v, "from": where} for n, v, where in rows])
+        console.document([{"name": n, "value": v, "from": where} for n, v, where in rows])
         return
-    render.table([("SETTING", "VALUE", "FROM")] + [(n, shown(n, v), where) for n, v, where in rows])
+    console.table(
+        [("SETTING", "VALUE", "FROM")] + [(n, table_value(n, v), where) for n, v, where in rows]
+    )
 
 
-def shown(name: str, value: Any) -> str:
+def table_value(name: str, value: Any) -> str:
     """A value in a table: short, and as a person would write it."""
     if value is None or value == []:
         return "-"
     if isinstance(value, list):
-        return ", ".join(shown(name, part) for part in value)
+        return ", ".join(table_value(name, part) for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    text = render.size(value) if name in SIZES else str(value)
+    text = console.size(value) if name in SIZES else str(value)
     text = " ".join(text.split())
     return text if len(text) <= 40 else f"{text[:39]}…"
 
@@ -86,7 +88,7 @@ def path() -> None:
     """Where the file is, or would be."""
     from ..config.environment import config_path
 
-    render.lines([str(config_path())])
+    console.lines([str(config_path())])
 
 
 @config.command()
@@ -102,19 +104,19 @@ def edit() -> None:
         edit_until_right(draft, before)
         if draft.read_bytes() == before:
             draft.unlink()
-            render.note("Nothing was changed.")
+            console.note("Nothing was changed.")
             return
         os.replace(draft, os.path.realpath(file))  # where the file is a link, what it points at
     except OSError as error:
         raise UsageError(f"{error.filename or file}: {error.strerror}.") from None
-    render.note(f"Saved: {file}")
+    console.note(f"Saved: {file}")
 
 
 def prepare(draft: Path, before: bytes, file: Path) -> None:
     """Have the file as it is to be edited, or what was written last time and not saved."""
     draft.parent.mkdir(parents=True, exist_ok=True)
     if draft.exists() and draft.read_bytes() != before:
-        render.note(f"This is what you wrote last time; to begin from {file}, delete {draft}.")
+        console.note(f"This is what you wrote last time; to begin from {file}, delete {draft}.")
     else:
         draft.write_bytes(before)
 
@@ -161,5 +163,5 @@ def check(file: Path) -> None:
 
 
 def wants_again(error: LocalMoeError) -> bool:
-    render.error(error.message, error.hint)
+    console.error(error.message, error.hint)
     return click.confirm("Edit it again?", default=True, err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EngineError, LocalMoeError
-from . import render
+from ..terminal import console
 from .options import json_option, verbosity_options
 
 if TYPE_CHECKING:
@@ -43,17 +43,17 @@ def convert(file: str, output: str | None, as_json: bool, verbose: bool, quiet: 
     target = Path(output).expanduser() if output else beside(path)
     better = better_file(conversion.meta)
     if better and not quiet:
-        render.note(f"{better} Converting anyway.")
+        console.note(f"{better} Converting anyway.")
     for text in conversion.warnings:
-        render.warning(text)
+        console.warning(text)
     ran = write(conversion, target, verbose, quiet or as_json)
     if as_json:
-        render.document(summary(conversion, target, better, ran))
+        console.document(summary(conversion, target, better, ran))
     else:
         tried = "tried out" if ran else "not tried out: more than the memory that is free"
-        size = render.size(conversion.n_bytes)
+        size = console.size(conversion.n_bytes)
         command = f"localmoe run {shlex.quote(str(target))}"
-        render.lines([f"{target.name} is here, {size}, {tried}. Next: {command}"])
+        console.lines([f"{target.name} is here, {size}, {tried}. Next: {command}"])
 
 
 def beside(path: Path) -> Path:
@@ -68,7 +68,7 @@ def write(conversion: Conversion, target: Path, verbose: bool, quiet: bool) -> b
     """Convert with progress shown; says whether the new file has generated a token here."""
     from ..gguf.merge_experts import merge_experts as write_file
 
-    line = render.StatusLine(quiet)
+    line = console.StatusLine(quiet)
     ran = False
     shown = -1
 
@@ -81,7 +81,7 @@ def write(conversion: Conversion, target: Path, verbose: bool, quiet: bool) -> b
     def check(path: Path) -> None:
         nonlocal ran
         line.show(f"Trying {target.name} out")
-        ran = try_out(path, conversion, line.around(render.log_line) if verbose else None)
+        ran = try_out(path, conversion, line.around(console.log_line) if verbose else None)
 
     try:
         write_file(conversion, target, report, check)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
-from . import render
+from ..terminal import console
 from .options import json_option
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def doctor(as_json: bool) -> int:
     """
     checkup = examine()
     if as_json:
-        render.document(report(checkup))
+        console.document(report(checkup))
     else:
-        render.lines([*facts(checkup), "", *advice(checkup.findings)])
+        console.lines([*facts(checkup), "", *advice(checkup.findings)])
     return 0 if checkup.can_run else 1
 
 
@@ -147,7 +147,7 @@ def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:
     from ..hardware.diagnostics import Finding
 
     if free < MIN_FREE_BYTES:
-        what = f"The disk of {folders['models']} has only {render.size(free)} free."
+        what = f"The disk of {folders['models']} has only {console.size(free)} free."
         yield Finding("note", what, "Make room, or keep models elsewhere: set HF_HUB_CACHE.")
 
 
@@ -200,7 +200,7 @@ def facts(checkup: Checkup) -> Iterator[str]:
         *([] if checkup.machine.gpus else [("GPU", "none that llama.cpp can use")]),
         ("llama.cpp", llama_line(checkup.machine)),
         ("localmoe", f"{__version__}, Python {platform.python_version()} ({sys.executable})"),
-        ("Models", f"{checkup.folders['models']}, {render.size(checkup.models_free_bytes)} free"),
+        ("Models", f"{checkup.folders['models']}, {console.size(checkup.models_free_bytes)} free"),
         ("Settings", str(checkup.folders["settings"])),
         ("State", str(checkup.folders["state"])),
     ]
@@ -211,7 +211,7 @@ def facts(checkup: Checkup) -> Iterator[str]:
 
 def ram_line(checkup: Checkup) -> str:
     ram = checkup.host.ram
-    size = render.size
+    size = console.size
     line = f"{size(ram.total_bytes)}, {size(ram.available_bytes)} available"
     if ram.total_bytes < ram.machine_bytes:
         line += f" (a control group's limit; the machine has {size(ram.machine_bytes)})"
@@ -236,7 +236,7 @@ def feature_line(machine: Machine) -> str:
 
 
 def gpu_line(gpu: Gpu) -> str:
-    free = f"{render.size(gpu.free_bytes)} of {render.size(gpu.total_bytes)} free"
+    free = f"{console.size(gpu.free_bytes)} of {console.size(gpu.total_bytes)} free"
     if gpu.free_from == "llama.cpp":
         free += " by llama.cpp's own count"
     driver = f", driver {gpu.driver_version}" if gpu.driver_version else ""

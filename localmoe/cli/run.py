@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import render
-from .asked import conversation_of
+from ..terminal import console
+from ..terminal.progress import load_with_progress
 from .options import (
     json_option,
     load_options,
@@ -20,7 +20,7 @@ from .options import (
     think_option,
     verbosity_options,
 )
-from .watching import load
+from .prompt_input import conversation_of
 
 if TYPE_CHECKING:
     from ..chat.chat import AnswerOptions
@@ -84,7 +84,7 @@ def run(
     parse_name(model, read_catalog(config_folder()))
     conversation = conversation_of(prompt, messages, settings.system, files, quiet)
     n_prompt = sum(len(message.content) for message in conversation) // CHARACTERS_PER_TOKEN
-    with load(model, settings, "run", verbose, quiet or as_json, n_prompt) as loaded:
+    with load_with_progress(model, settings, "run", verbose, quiet or as_json, n_prompt) as loaded:
         answer = answered(loaded, conversation, loaded.options(settings), as_json)
         finish_run(answer, loaded.load_s, as_json, quiet)
 
@@ -107,15 +107,15 @@ def answered(
         for delta in deltas:
             answer.add(delta)
             if not waits and delta.kind == "text":
-                render.answer_text(delta.text)
+                console.answer_text(delta.text)
     reason = answer.last.finish_reason if answer.last else None
     try:
         check_answer(answer.text, reason, options.sampling)
     finally:
         if not waits:
-            render.answer_text("\n")
+            console.answer_text("\n")
     if waits and not as_json:
-        render.answer_text(answer.text + "\n")
+        console.answer_text(answer.text + "\n")
     return answer
 
 
@@ -126,7 +126,7 @@ def finish_run(answer: Answer, load_s: float, as_json: bool, quiet: bool) -> Non
     assert last.usage
     assert last.timings
     if as_json:
-        render.document(
+        console.document(
             {
                 "text": answer.text,
                 "finish_reason": last.finish_reason,
@@ -135,4 +135,4 @@ def finish_run(answer: Answer, load_s: float, as_json: bool, quiet: bool) -> Non
             }
         )
     elif sys.stderr.isatty() and not quiet:
-        render.stats(last)
+        console.stats(last)

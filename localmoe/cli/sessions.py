@@ -12,7 +12,7 @@ import click
 
 from ..chat.session import kept_sessions
 from ..errors import LocalMoeError, UsageError
-from . import render
+from ..terminal import console
 from .completion import SessionType
 from .options import json_option
 
@@ -41,13 +41,13 @@ def list_sessions(as_json: bool) -> None:
     """
     facts = kept_sessions().all()
     if as_json:
-        render.document([document(found) for found in facts])
+        console.document([session_document(found) for found in facts])
         return
     if not facts:
-        render.note("No session is kept yet. Begin one: localmoe chat")
+        console.note("No session is kept yet. Begin one: localmoe chat")
         return
-    render.table([HEAD, *map(row, facts)])
-    render.lines(totals(facts))
+    console.table([HEAD, *map(row, facts)])
+    console.lines(totals(facts))
 
 
 @sessions.command("show")
@@ -55,8 +55,8 @@ def list_sessions(as_json: bool) -> None:
 @click.option("--think", is_flag=True, help="What the model thought, too.")
 def show_session(name: str, think: bool) -> None:
     """What was said in a session."""
-    found = read(kept_sessions(), name)
-    render.lines(spoken(found, think))
+    found = read_session(kept_sessions(), name)
+    console.lines(spoken(found, think))
 
 
 @sessions.command("export")
@@ -65,13 +65,13 @@ def show_session(name: str, think: bool) -> None:
 @click.option("-o", "--output", metavar="FILE", default="-", help="A new file; stdout by default.")
 def export(name: str, form: str, output: str) -> None:
     """A session as Markdown or as JSON."""
-    found = read(kept_sessions(), name)
+    found = read_session(kept_sessions(), name)
     if output != "-":
         write_new(output, as_markdown(found) if form == "md" else as_json_text(name, found))
     elif form == "json":
-        render.document(exported(name, found))
+        console.document(exported(name, found))
     else:
-        render.answer_text(as_markdown(found))
+        console.answer_text(as_markdown(found))
 
 
 @sessions.command("rm")
@@ -99,16 +99,16 @@ def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
         except LocalMoeError as error:
             failed.append(error)
     n_gone = len(names) - len(failed)
-    render.lines([f"{counted(n_gone, 'session')} deleted, {render.size(n_bytes)} free again."])
+    console.lines([f"{counted(n_gone, 'session')} deleted, {console.size(n_bytes)} free again."])
     if failed:
         raise failed[0]
 
 
-def read(store: Sessions, name: str) -> Transcript:
+def read_session(store: Sessions, name: str) -> Transcript:
     """A session, with a warning where a line of it is lost."""
     found = store.read(name)
     for number in found.damaged:
-        render.warning(f"Line {number} of {store.path(name)} can't be read and is left out.")
+        console.warning(f"Line {number} of {store.path(name)} can't be read and is left out.")
     return found
 
 
@@ -120,12 +120,12 @@ def row(found: SessionFacts) -> Sequence[str]:
     if found.damaged:
         title = f"(line {found.damaged[0]} is damaged) {title}"
     when = datetime.fromtimestamp(found.changed).strftime("%Y-%m-%d %H:%M")
-    state = render.size(found.state_bytes) if found.state_bytes else ""
-    sizes = (str(found.n_messages), render.size(found.text_bytes), state)
-    return (found.name, short(found.model), when, *sizes, title)
+    state = console.size(found.state_bytes) if found.state_bytes else ""
+    sizes = (str(found.n_messages), console.size(found.text_bytes), state)
+    return (found.name, short_model_name(found.model), when, *sizes, title)
 
 
-def short(model: str) -> str:
+def short_model_name(model: str) -> str:
     """A model's name in a line; of a path its last part."""
     name = " ".join(model.split())
     return re.split(r"[/\\]", name)[-1] if name.endswith(".gguf") else name or "a model"
@@ -138,8 +138,8 @@ def totals(facts: Sequence[SessionFacts]) -> Iterator[str]:
     states = sum(found.state_bytes for found in facts)
     yield ""
     yield (
-        f"{counted(len(facts), 'session')}: {render.size(text)} of text, {render.size(states)} of "
-        f"states (at most {render.size(QUOTA_BYTES)})"
+        f"{counted(len(facts), 'session')}: {console.size(text)} of text, "
+        f"{console.size(states)} of states (at most {console.size(QUOTA_BYTES)})"
     )
 
 
@@ -147,7 +147,7 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' if n != 1 else ''}"
 
 
-def document(found: SessionFacts) -> dict[str, Any]:
+def session_document(found: SessionFacts) -> dict[str, Any]:
     return {
         "name": found.name,
         "model": found.model,
@@ -169,7 +169,7 @@ def spoken(found: Transcript, think: bool) -> Iterator[str]:
     for n, message in enumerate(found.messages):
         if n:
             yield ""
-        yield f"{SPEAKERS.get(message.role, short(found.model))}:"
+        yield f"{SPEAKERS.get(message.role, short_model_name(found.model))}:"
         if think and message.thinking:
             yield from (f"  | {line}" for line in message.thinking.strip().split("\n"))
         yield from message.content.strip("\n").split("\n")
@@ -177,9 +177,9 @@ def spoken(found: Transcript, think: bool) -> Iterator[str]:
 
 def as_markdown(found: Transcript) -> str:
     title = found.title[:TITLE_LENGTH] or "A conversation"
-    parts = [f"# {title}", f"*{short(found.model)}, {found.created[:10]}*"]
+    parts = [f"# {title}", f"*{short_model_name(found.model)}, {found.created[:10]}*"]
     for message in found.messages:
-        speaker = SPEAKERS.get(message.role, short(found.model))
+        speaker = SPEAKERS.get(message.role, short_model_name(found.model))
         parts += [f"## {speaker}", message.content.strip("\n")]
     return "\n\n".join(parts) + "\n"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .watching import duration
+from .progress import duration
 
 if TYPE_CHECKING:
     from ..batch.runner import BatchProgress, InputCheck, Recovered
+
 
 PACE_SECONDS = 5.0
 
@@ -103,7 +104,9 @@ def times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
 
 
-def summary(checked: InputCheck, progress: BatchProgress, n_errors: int, interrupted: bool) -> Any:
+def summary_document(
+    checked: InputCheck, progress: BatchProgress, n_errors: int, interrupted: bool
+) -> Any:
     """The document of --json."""
     return {
         "requests": checked.n_lines,

@@ -6,8 +6,8 @@ from rich.color import ColorSystem
 from rich.style import Style
 from rich.syntax import ANSI_DARK, ANSISyntaxTheme, Syntax
 
-from .inline import Line, Span, paint
-from .render import safe
+from .console import safe
+from .spans import StyledLine, StyledText, paint
 
 MAX_LINES = 200
 """Of longer code the last lines alone are looked at again for each new one."""
@@ -24,14 +24,14 @@ class Highlighter:
         # a tab size of 0 keeps tabs as they are: a Makefile needs them
         self._lexer = Syntax("", name, tab_size=0).lexer if colour and name else None
 
-    def line(self, text: str) -> Line:
+    def line(self, text: str) -> StyledLine:
         """The next line of the code."""
-        plain = paint([Span(text)])
+        plain = paint([StyledText(text)])
         if self._lexer is None:
             return plain
         self._lines = [*self._lines[-MAX_LINES:], safe(text)]
         shown = self._last_line()
-        return Line(shown, plain.cells) if shown else plain
+        return StyledLine(shown, plain.cells) if shown else plain
 
     def _last_line(self) -> str:
         """The last line in colour; "" where the lexer would change it."""

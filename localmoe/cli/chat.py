@@ -1,15 +1,22 @@
-"""`chat`: a conversation."""
+"""A conversation without a terminal: each line of stdin is a message.
+
+`chat`: a conversation.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import LocalMoeError, UsageError
+from ..prompt.reasoning import Answer
+from ..terminal import console
+from ..terminal.progress import load_callbacks, model_resolver
 from .options import (
     chat_options,
     group_of,
@@ -20,12 +27,65 @@ from .options import (
     think_option,
     verbosity_options,
 )
-from .watching import finder, watching
 
 if TYPE_CHECKING:
     from ..chat.session import Session, Sessions
     from ..config.settings import Settings
-    from .conversation import Conversation
+    from ..repl.conversation import Conversation
+
+
+def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
+    """Answer every line. Raises LocalMoeError where one can't be answered; what was said is
+    printed (with `as_json`) and kept (with a session) all the same."""
+    answers: list[dict[str, Any]] = []
+    conversation.ready()
+    conversation.on_note = console.note
+    if session := conversation.session:
+        _say_unanswered(session.name, session.unanswered)
+    try:
+        for line in sys.stdin:
+            text = line.rstrip("\r\n")
+            if text.strip():
+                answers += _turn(conversation, text, as_json)
+    except (LocalMoeError, KeyboardInterrupt):
+        if as_json:
+            _document(conversation, answers)
+        raise
+    if as_json:
+        _document(conversation, answers)
+
+
+def _say_unanswered(name: str, question: str) -> None:
+    """A question that a crash left without an answer stays in the file until another is asked."""
+    from ..repl.commands import first_line
+
+    if question:
+        console.note(f"The last question of {name} was not answered: {first_line(question)}")
+
+
+def _turn(conversation: Conversation, text: str, as_json: bool) -> list[dict[str, Any]]:
+    """One message and its answer; gives the facts of it."""
+    answer = Answer()
+    try:
+        with closing(conversation.chat.ask(text)) as deltas:
+            for delta in deltas:
+                answer.add(delta)
+                if not as_json and delta.kind == "text":
+                    console.answer_text(delta.text)
+    finally:
+        if not as_json and answer.text:
+            console.answer_text("\n")
+        conversation.save()
+    if answer.last is None:
+        return []
+    facts = asdict(answer.last)
+    return [{k: facts[k] for k in ("finish_reason", "usage", "timings")}]
+
+
+def _document(conversation: Conversation, answers: list[dict[str, Any]]) -> None:
+    said = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    console.document({"messages": said, "answers": answers})
+
 
 session_options = group_of(
     click.option("--continue", "continues", is_flag=True, help="Go on with the last session."),
@@ -79,7 +139,6 @@ def chat(
                 conversation.load_now()
             if at_terminal:
                 return talk(conversation, quiet=quiet, shows_stats=stats)
-            from .line_chat import chat_in_lines
 
             return chat_in_lines(conversation, as_json=as_json)
 
@@ -92,7 +151,7 @@ def conversation_with(
 
     `whose` is the session that names it, if that does.
     """
-    with finder(settings, name, quiet, "chat") as search:
+    with model_resolver(settings, name, quiet, "chat") as search:
         try:
             found = search.find(name)
         except UsageError as error:
@@ -103,9 +162,9 @@ def conversation_with(
                 f"Try: localmoe chat MODEL --session {whose}",
             ) from None
         found = search.fetch(found)
-    from .conversation import Conversation
+    from ..repl.conversation import Conversation
 
-    with watching(name, quiet, verbose) as watch:
+    with load_callbacks(name, quiet, verbose) as watch:
         conversation = Conversation(found, settings, watch)
         try:
             yield conversation
@@ -116,8 +175,8 @@ def conversation_with(
 def talk(conversation: Conversation, *, quiet: bool, shows_stats: bool) -> None:
     """The conversation at a terminal."""
     from ..config.environment import sessions_folder
-    from .repl import Repl
-    from .slash_facts import COMMANDS
+    from ..repl.commands import COMMANDS
+    from ..repl.repl import Repl
 
     folder = sessions_folder().parent / "typed"
     history = folder / "history" if conversation.settings.save else None

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from ..engine.protocol import Delta
 from ..errors import LocalMoeError, PromptError, RequestError
 from ..prompt.reasoning import Answer
-from . import render
+from ..terminal import console
+from ..terminal.line_editor import Interrupted, LineEditor, unseen_keys
 from .conversation import Conversation
-from .keys import unseen_keys
 from .turn import Ended, Interrupt, Note, Tick, Turn
-from .typing_line import Interrupted, Typing
 
 if TYPE_CHECKING:
-    from .answer_view import View
-    from .slash import Commands
+    from ..terminal.answer_view import View
+    from .commands import SlashCommands
+
 
 STOP_SECONDS = 0.8
 """So long an answer that was stopped is waited for; then the prompt is back all the same."""
@@ -41,7 +41,7 @@ class Repl:
     def __init__(
         self,
         conversation: Conversation,
-        commands: Commands,
+        commands: SlashCommands,
         *,
         history: Path | None,
         quiet: bool = False,
@@ -56,7 +56,7 @@ class Repl:
         self.edits = False
         self._quiet = quiet
         self._complaint = ""  # why it could not be kept, as it was said
-        self._typing = Typing(history, lambda text: commands.complete(self, text), self._hint)
+        self._typing = LineEditor(history, lambda text: commands.complete(self, text), self._hint)
         self._turn: Turn | None = None  # one that is still ending
         self._view: View | None = None
         conversation.on_note = self._note
@@ -105,7 +105,7 @@ class Repl:
         """The conversation, once its model is loaded and its last answer has ended."""
         self.settle()
         loading = self.conversation.loading
-        line = render.StatusLine()
+        line = console.StatusLine()
         try:
             while not loading.wait(WAKE_SECONDS):
                 line.show(f"Loading {self.conversation.model_name} {loading.fraction:4.0%}")
@@ -134,14 +134,14 @@ class Repl:
     def view(self) -> View:
         """What answers are shown with, by the settings. Its code is imported for the first."""
         if self._view is None:
-            from .answer_view import AnswerView, PlainView
+            from ..terminal.answer_view import AnswerView, PlainView
 
             settings = self.conversation.settings
-            if settings.plain or not render.prepare_screen():
-                self._view = PlainView(render.answer_text)
+            if settings.plain or not console.prepare_screen():
+                self._view = PlainView(console.answer_text)
             else:
-                size, colour = shutil.get_terminal_size, render.has_colour()
-                self._view = AnswerView(render.screen, size, colour=colour)
+                size, colour = shutil.get_terminal_size, console.has_colour()
+                self._view = AnswerView(console.screen, size, colour=colour)
             self._view.shows_thinking = settings.think != "hide"
         return self._view
 
@@ -175,7 +175,7 @@ class Repl:
         except LocalMoeError as error:
             if self.conversation.loading.has_failed:
                 raise
-            render.error(error.message, error.hint)
+            console.error(error.message, error.hint)
         return True
 
     def _do(self, line: str) -> bool:
@@ -218,7 +218,7 @@ class Repl:
         if not answer.text:
             self.offer = question
         if isinstance(error, (PromptError, RequestError)):
-            render.error(error.message, error.hint)
+            console.error(error.message, error.hint)
         elif error is not None and self.conversation.was_killed:
             self.tell("The engine was ended; the next message starts it again.")
         elif error is not None:
@@ -230,14 +230,14 @@ class Repl:
         if ended is not None:
             self.save()
         if not self._quiet:
-            render.screen("\n")
+            console.screen("\n")
 
     @staticmethod
     def tell(text: str) -> None:
         """A remark, dim, its lines broken between words; a table's second column stays one."""
         width = shutil.get_terminal_size().columns - 1
-        lines = render.safe(text).split("\n")  # before they are measured
-        render.note("\n".join(folded(line, width) for line in lines))
+        lines = console.safe(text).split("\n")  # before they are measured
+        console.note("\n".join(folded(line, width) for line in lines))
 
     def save(self, question: str = "") -> bool:
         """Keep what was said, if it is to be kept; whether it is.
@@ -250,7 +250,7 @@ class Repl:
         except LocalMoeError as error:
             complaint = str(error)
         if complaint and complaint != self._complaint:
-            render.warning(complaint)
+            console.warning(complaint)
         self._complaint = complaint
         return not complaint and self.conversation.sessions is not None
 
@@ -261,7 +261,7 @@ class Repl:
             self.tell("Nothing was answered yet.")
             return
         used, room = last.usage.prompt_tokens + last.usage.completion_tokens, self.n_ctx
-        render.stats(last, f"{used:,} of {room:,} tokens of context used")
+        console.stats(last, f"{used:,} of {room:,} tokens of context used")
 
     @property
     def n_ctx(self) -> int:
@@ -272,7 +272,7 @@ class Repl:
     def _greet(self) -> None:
         conversation = self.conversation
         if not self._quiet:
-            render.note(f"{conversation.title}. /? for help, Ctrl-D to leave.")
+            console.note(f"{conversation.title}. /? for help, Ctrl-D to leave.")
             if conversation.messages:
                 self.show_recent()
         self.offer_unanswered()
@@ -297,7 +297,7 @@ class Repl:
                 self.view.begin()
                 self.view.add(Delta(0, text=message.content))
                 self.view.finish()
-                render.screen("\n")
+                console.screen("\n")
 
     def _leave(self) -> None:
         """Keep what was said, and say how to go on."""
@@ -309,7 +309,7 @@ class Repl:
         is_kept = said and self.save()
         session = conversation.session
         if is_kept and session is not None and not self._quiet:
-            render.note(f"Continue with: localmoe chat --session {session.name}")
+            console.note(f"Continue with: localmoe chat --session {session.name}")
 
     def _hint(self) -> str:
         loading = self.conversation.loading

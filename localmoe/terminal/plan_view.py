@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .render import safe, size
+from .console import safe, size
 
 if TYPE_CHECKING:
     from ..gguf.model_meta import ModelMeta
     from ..perf.cost_model import Forecast
     from ..planner.plan import Memory, Plan
+
 
 BAR_WIDTH = 76
 PARTS = (("weights", "#"), ("kv", "="), ("compute", "+"), ("overhead", "~"),
@@ -65,7 +66,7 @@ def memory_lines(memory: Memory) -> Iterator[str]:
     """A memory's name and fill, its bar, and its parts with where each figure comes from."""
     taken = f"{size(memory.total_bytes)} of {size(memory.budget_bytes)}"
     yield f"{safe(memory.device):<{BAR_WIDTH - len(taken)}}{taken}"
-    yield bar(memory)
+    yield memory_bar(memory)
     sized = [(NAMES[name], mark, getattr(memory, name)) for name, mark in PARTS]
     shown = [
         f"{mark} {name} {size(part.n_bytes)} ({part.basis})"
@@ -78,7 +79,7 @@ def memory_lines(memory: Memory) -> Iterator[str]:
         yield f"  {size(memory.pinned_bytes)} of the weights are pinned"
 
 
-def bar(memory: Memory) -> str:
+def memory_bar(memory: Memory) -> str:
     """Parts in proportion to the budget; what is there at all shows, what is too much overflows."""
     scale = BAR_WIDTH / max(memory.budget_bytes, memory.total_bytes, 1)
     text = ""

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from ..engine.protocol import Delta
-from .inline import DIM, Line, Span, paint, wrap
+from .console import safe
+from .live_region import LiveRegion
 from .markdown import Markdown
-from .render import safe
-from .scroll import Scroll
+from .spans import DIM, StyledLine, StyledText, paint, wrap
 
 WAIT_SECONDS = 0.3
 """A shorter wait needs no explanation."""
@@ -38,7 +38,7 @@ class AnswerView:
         self._size = size
         self._colour = colour
         self._clock = clock
-        self._scroll = Scroll(write, size)
+        self._scroll = LiveRegion(write, size)
         self._begin()
 
     def _begin(self) -> None:
@@ -77,7 +77,7 @@ class AnswerView:
     def note(self, text: str) -> None:
         """A sentence between the lines."""
         self._end_text()
-        self._scroll.update(wrap([Span(text, DIM)], self._size().columns - 1), [])
+        self._scroll.update(wrap([StyledText(text, DIM)], self._size().columns - 1), [])
 
     def finish(self) -> None:
         """The answer is over."""
@@ -101,28 +101,28 @@ class AnswerView:
         if not self._has_text:
             self._show(self._thinking_lines())
 
-    def _thinking_lines(self) -> list[Line]:
+    def _thinking_lines(self) -> list[StyledLine]:
         width = self._size().columns - 1
         n_lines = max(1, min(N_THINKING_LINES, self._size().lines - 4))
         if not self.shows_thinking:
-            return [paint([Span(f"thinking, {self._n_thought:,} tokens", DIM)])]
-        lines: list[Line] = []
+            return [paint([StyledText(f"thinking, {self._n_thought:,} tokens", DIM)])]
+        lines: list[StyledLine] = []
         for text in self._thinking.strip().split("\n")[-n_lines:]:
-            lines += wrap([Span(text, DIM)], width, [Span("  ")], [Span("  ")])
-        return [paint([Span("thinking", DIM)]), *lines[-n_lines:]]
+            lines += wrap([StyledText(text, DIM)], width, [StyledText("  ")], [StyledText("  ")])
+        return [paint([StyledText("thinking", DIM)]), *lines[-n_lines:]]
 
-    def _fold(self) -> list[Line]:
+    def _fold(self) -> list[StyledLine]:
         """The line that stays of the thinking."""
         if self._thinks_since is None or self._has_text or not self._thinking.strip():
             return []
         seconds = self._clock() - self._thinks_since
         text = f"thought for {seconds:.0f} s, {self._n_thought:,} tokens; /think shows it"
-        return [paint([Span(text, DIM)]), Line()]
+        return [paint([StyledText(text, DIM)]), StyledLine()]
 
-    def _show(self, lines: list[Line]) -> None:
+    def _show(self, lines: list[StyledLine]) -> None:
         """What will be gone again when the text comes."""
         self._adapt()
-        status = [] if lines or not self._status else [paint([Span(self._status, DIM)])]
+        status = [] if lines or not self._status else [paint([StyledText(self._status, DIM)])]
         self._scroll.update([], [*lines, *status])
 
     def _end_text(self) -> None:

@@ -1,10 +1,15 @@
-"""What a person types at a terminal: lines and whole texts, with a history and completion."""
+"""The keyboard while nobody is asked for a line: what is typed ahead waits, unseen.
+
+What a person types at a terminal: lines and whole texts, with a history and completion.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -14,6 +19,37 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+LFLAG, CC = 3, 6
+"""Places in the list that termios.tcgetattr gives."""
+
+
+@contextmanager
+def unseen_keys() -> Iterator[None]:
+    """Keys that are pressed meanwhile aren't printed into an answer; Ctrl-C is as ever.
+
+    They are read at the next prompt, which finds the terminal like this and leaves it so.
+    """
+    try:
+        import termios
+    except ImportError:  # Windows prints nothing unasked
+        yield
+        return
+    try:
+        before = termios.tcgetattr(sys.stdin.fileno())
+    except (termios.error, OSError, ValueError):
+        yield
+        return
+    quiet = termios.tcgetattr(sys.stdin.fileno())
+    quiet[LFLAG] &= ~(termios.ECHO | termios.ICANON)
+    quiet[CC][termios.VMIN], quiet[CC][termios.VTIME] = 1, 0
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error, OSError, ValueError):
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
+
 
 QUOTES = '"""'
 PROMPT, CONTINUED = "> ", ". "
@@ -33,7 +69,7 @@ class Interrupted(Exception):
         self.had_text = had_text
 
 
-class Typing:
+class LineEditor:
     """Asks for texts. `hint` is shown, dim, where nothing was typed; it may change meanwhile."""
 
     def __init__(self, history: Path | None, words: Words, hint: Callable[[], str]) -> None:

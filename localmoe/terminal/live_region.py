@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from .inline import Line
+from .spans import StyledLine
 
 UP, CLEAR_BELOW = "\x1b[{}A", "\x1b[J"
 """CUU and ED (ECMA-48): with SGR, all that this program sends beside text."""
 
 
-class Scroll:
+class LiveRegion:
     """Writes lines with `write` to a terminal whose `size` may change at any time."""
 
     def __init__(self, write: Callable[[str], None], size: Callable[[], os.terminal_size]) -> None:
         self._write = write
         self._size = size
         self._columns = size().columns
-        self._tail: list[Line] = []  # what may still change; the cursor is at its end
+        self._tail: list[StyledLine] = []  # what may still change; the cursor is at its end
 
     @property
     def resized(self) -> bool:
@@ -40,9 +40,9 @@ class Scroll:
             return
         if not same_line:
             self._write("\n")
-        self._tail = [Line()] if same_line else []
+        self._tail = [StyledLine()] if same_line else []
 
-    def update(self, finished: Sequence[Line], tail: Sequence[Line]) -> None:
+    def update(self, finished: Sequence[StyledLine], tail: Sequence[StyledLine]) -> None:
         """Show lines in the place of what could still change; `tail` may change again."""
         new, old = [*finished, *tail], self._tail
         n_same = 0
@@ -55,7 +55,7 @@ class Scroll:
             self._write(text)
         self._tail = list(tail)
 
-    def _change(self, old: Sequence[Line], new: Sequence[Line], n_same: int) -> str:
+    def _change(self, old: Sequence[StyledLine], new: Sequence[StyledLine], n_same: int) -> str:
         """What to send so that the lines after the first `n_same` become the new ones."""
         rest = "\n".join(line.text for line in new[n_same:])
         if n_same == len(old):
@@ -70,9 +70,9 @@ class Scroll:
             return at_start + self._last_again(new[-1])
         return at_start + rest
 
-    def _last_again(self, line: Line) -> str:
+    def _last_again(self, line: StyledLine) -> str:
         n_rows = self._rows(line)
         return f"{UP.format(n_rows)}\r{CLEAR_BELOW}{line.text}"
 
-    def _rows(self, line: Line) -> int:
+    def _rows(self, line: StyledLine) -> int:
         return max(1, -(-line.cells // self._columns))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from . import render
+from . import console
 
 if TYPE_CHECKING:
     from ..callbacks import DownloadProgress, LoadCallbacks
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from ..loading import OpenModel
     from ..planner.search import Workload
 
+
 COLUMNS, MIN_NAME = 79, 12
 
 
-class Line(render.StatusLine):
+class WaitingLine(console.StatusLine):
     """A status line that can also say what is being waited for."""
 
     def ask(self, what: str) -> None:
@@ -31,37 +32,39 @@ class Line(render.StatusLine):
 
 
 @contextmanager
-def watching(name: str, quiet: bool = False, verbose: bool = False) -> Iterator[LoadCallbacks]:
+def load_callbacks(
+    name: str, quiet: bool = False, verbose: bool = False
+) -> Iterator[LoadCallbacks]:
     """A Watch that shows what it is told on stderr; its line is gone at the end."""
     from ..callbacks import LoadCallbacks
 
-    line = Line(quiet)
+    line = WaitingLine(quiet)
     try:
         yield LoadCallbacks(
             asking=line.ask,
             downloading=lambda progress: line.show(download_line(progress), takes_minutes=True),
             verifying=lambda done, whole: line.show(f"Verifying {name} {share(done, whole)}"),
             loading=lambda fraction: line.show(f"Loading {name} {fraction:4.0%}"),
-            log=render.log_line if verbose else None,
-            note=None if quiet else line.around(render.note),
-            warning=None if quiet else line.around(render.warning),
+            log=console.log_line if verbose else None,
+            note=None if quiet else line.around(console.note),
+            warning=None if quiet else line.around(console.warning),
         )
     finally:
         line.done()
 
 
 @contextmanager
-def finder(
+def model_resolver(
     settings: Settings, name: str = "", quiet: bool = False, workload: Workload = "run"
 ) -> Iterator[ModelResolver]:
     """Finds models, and says on stderr what it has to say."""
     from ..catalog.resolve import ModelResolver
 
-    with watching(name, quiet) as watch, ModelResolver(settings, watch, workload) as search:
+    with load_callbacks(name, quiet) as watch, ModelResolver(settings, watch, workload) as search:
         yield search
 
 
-def load(
+def load_with_progress(
     model: str,
     settings: Settings,
     workload: Workload,
@@ -72,7 +75,7 @@ def load(
     """Load a model with its progress shown, for a prompt of about `n_prompt` tokens."""
     from ..loading import open_engine
 
-    with watching(model, quiet, verbose) as watch:
+    with load_callbacks(model, quiet, verbose) as watch:
         return open_engine(model, settings, watch, workload, n_prompt)
 
 
@@ -82,7 +85,7 @@ def share(done: int, whole: int) -> str:
 
 def of_whole(n_bytes: int, n_all: int) -> str:
     """`1.21 of 26.50 GiB`"""
-    whole = render.size(n_all)
+    whole = console.size(n_all)
     power = ("B", "KiB", "MiB", "GiB").index(whole.split()[1])
     return f"{n_bytes / 1024**power:.{len(whole.split()[0].partition('.')[2])}f} of {whole}"
 
@@ -92,17 +95,17 @@ def download_line(progress: DownloadProgress) -> str:
     doing = {"downloading": "Downloading", "verifying": "Verifying", "waiting": "Waiting for"}
     parts = [f"{doing[progress.phase]} {share(progress.n_bytes_done, progress.n_bytes_total)}"]
     if progress.bytes_per_s:
-        parts.append(f"{render.size(round(progress.bytes_per_s))}/s")
+        parts.append(f"{console.size(round(progress.bytes_per_s))}/s")
     if progress.trouble:
         parts.append(progress.trouble)
     elif progress.seconds_left:
         parts.append(f"{duration(progress.seconds_left)} left")
     parts.append(of_whole(progress.n_bytes_done, progress.n_bytes_total))
     shown = ", ".join(parts)
-    return f"{shown}: {ending(progress.file_name, max(MIN_NAME, COLUMNS - len(shown) - 2))}"
+    return f"{shown}: {name_ending(progress.file_name, max(MIN_NAME, COLUMNS - len(shown) - 2))}"
 
 
-def ending(name: str, n_chars: int) -> str:
+def name_ending(name: str, n_chars: int) -> str:
     """The end of a name, which tells more of it: quant and shard."""
     return name if len(name) <= n_chars else f"…{name[1 - n_chars :]}"
 

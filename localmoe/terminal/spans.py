@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from rich.cells import cell_len
 
-from .render import safe
+from .console import safe
 
 BOLD, ITALIC, STRIKE, UNDERLINE, DIM, CODE = "1", "3", "9", "4", "2", "36"
 """SGR parameters (ECMA-48, 8.3.117)."""
@@ -31,7 +31,7 @@ WORD = re.compile(r"\s+|\S+")
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class StyledText:
     """Text and the SGR parameters that it is shown with, like "1;3"."""
 
     text: str
@@ -39,7 +39,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class StyledLine:
     """A line as it is written to a terminal, and how many cells wide it is."""
 
     text: str = ""
@@ -56,7 +56,7 @@ class _Mark:
     closes: bool
 
 
-def paint(spans: Sequence[Span]) -> Line:
+def paint(spans: Sequence[StyledText]) -> StyledLine:
     """Spans as one line. The last gate: nothing but our own SGR sequences steers the terminal."""
     text, cells = "", 0
     for span in spans:
@@ -64,7 +64,7 @@ def paint(spans: Sequence[Span]) -> Line:
         if shown:
             text += f"\x1b[{span.sgr}m{shown}\x1b[0m" if span.sgr else shown
             cells += n_cells(shown)
-    return Line(text, cells)
+    return StyledLine(text, cells)
 
 
 def n_cells(text: str) -> int:
@@ -85,37 +85,37 @@ def char_cells(char: str) -> int:
 # ---- marks ----
 
 
-def inline(text: str, sgr: str = "") -> list[Span]:
+def parse_inline(text: str, sgr: str = "") -> list[StyledText]:
     """The spans of a text; `sgr` is what all of it is shown with."""
     if not any(char in text for char in "*_`[<~\\"):
-        return [Span(text, sgr)]
+        return [StyledText(text, sgr)]
     items = list(_items(text))
     styles = _emphasis(items)
     spans = []
     for item, added in zip(items, styles, strict=True):
-        span = Span(item.char * item.n) if isinstance(item, _Mark) else item
-        spans.append(Span(span.text, ";".join(filter(None, [sgr, *added, span.sgr]))))
+        span = StyledText(item.char * item.n) if isinstance(item, _Mark) else item
+        spans.append(StyledText(span.text, ";".join(filter(None, [sgr, *added, span.sgr]))))
     return [span for span in spans if span.text]
 
 
-def _items(text: str) -> Iterator[Span | _Mark]:
+def _items(text: str) -> Iterator[StyledText | _Mark]:
     end = 0
     for found in INLINE.finditer(text):
         if found.start() > end:
-            yield Span(text[end : found.start()])
+            yield StyledText(text[end : found.start()])
         end = found.end()
         if found["escaped"]:
-            yield Span(found["escaped"])
+            yield StyledText(found["escaped"])
         elif found["code"]:
-            yield Span(_code(found["code"]), CODE)
+            yield StyledText(_code(found["code"]), CODE)
         elif found["url"]:
             yield from _link(found["label"], found["url"])
         elif found["address"]:
-            yield Span(found["address"], UNDERLINE)
+            yield StyledText(found["address"], UNDERLINE)
         else:
             yield _mark(text, found.start(), end)
     if end < len(text):
-        yield Span(text[end:])
+        yield StyledText(text[end:])
 
 
 def _code(inner: str) -> str:
@@ -124,13 +124,13 @@ def _code(inner: str) -> str:
     return inner[1:-1] if padded and len(inner) > 2 else inner
 
 
-def _link(label: str, url: str) -> Iterator[Span]:
+def _link(label: str, url: str) -> Iterator[StyledText]:
     """A link's text and its address in full: nobody is sent where they can't see."""
     if label and label != url:
-        yield Span(label, UNDERLINE)
-        yield Span(f" ({url})", DIM)
+        yield StyledText(label, UNDERLINE)
+        yield StyledText(f" ({url})", DIM)
     else:
-        yield Span(url, UNDERLINE)
+        yield StyledText(url, UNDERLINE)
 
 
 def _mark(text: str, start: int, end: int) -> _Mark:
@@ -143,7 +143,7 @@ def _mark(text: str, start: int, end: int) -> _Mark:
     return _Mark(text[start], end - start, left, right)
 
 
-def _emphasis(items: list[Span | _Mark]) -> list[list[str]]:
+def _emphasis(items: list[StyledText | _Mark]) -> list[list[str]]:
     """Pair the marks; for each item the SGR parameters that marks give it."""
     styles: list[list[str]] = [[] for _ in items]
     open_marks: list[int] = []
@@ -165,7 +165,7 @@ def _emphasis(items: list[Span | _Mark]) -> list[list[str]]:
     return styles
 
 
-def _opener(items: list[Span | _Mark], open_marks: list[int], closer: _Mark) -> int | None:
+def _opener(items: list[StyledText | _Mark], open_marks: list[int], closer: _Mark) -> int | None:
     for n in reversed(open_marks):
         opener = items[n]
         if isinstance(opener, _Mark) and opener.char == closer.char:
@@ -177,13 +177,16 @@ def _opener(items: list[Span | _Mark], open_marks: list[int], closer: _Mark) -> 
 
 
 def wrap(
-    spans: Sequence[Span], width: int, first: Sequence[Span] = (), rest: Sequence[Span] = ()
-) -> list[Line]:
+    spans: Sequence[StyledText],
+    width: int,
+    first: Sequence[StyledText] = (),
+    rest: Sequence[StyledText] = (),
+) -> list[StyledLine]:
     """Spans in lines of at most `width` cells, broken between words; `first` and `rest` stand
     before the first line and the others. A longer word is left whole: the terminal breaks it,
     and joins it again when it is copied.
     """
-    lines: list[list[Span]] = [[]]
+    lines: list[list[StyledText]] = [[]]
     room = width - sum(n_cells(span.text) for span in first)
     later = width - sum(n_cells(span.text) for span in rest)
     used = 0
@@ -203,10 +206,10 @@ def wrap(
     return [paint([*start, *line]) for start, line in zip(begun, lines, strict=True)]
 
 
-def _words(spans: Sequence[Span]) -> Iterator[list[Span]]:
+def _words(spans: Sequence[StyledText]) -> Iterator[list[StyledText]]:
     """Pieces between which a line may be broken: spaces, words (which may go over spans), and
     each wide character for itself."""
-    word: list[Span] = []
+    word: list[StyledText] = []
     for span in spans:
         for piece in _pieces(span.text):
             splits = piece.isspace() or _is_wide(piece)
@@ -214,9 +217,9 @@ def _words(spans: Sequence[Span]) -> Iterator[list[Span]]:
                 yield word
                 word = []
             if splits:
-                yield [Span(piece, span.sgr)]
+                yield [StyledText(piece, span.sgr)]
             else:
-                word.append(Span(piece, span.sgr))
+                word.append(StyledText(piece, span.sgr))
     if word:
         yield word
 

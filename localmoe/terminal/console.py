@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..engine.protocol import Delta
     from ..prompt.messages import Prompt
 
+
 GREETING = """\
 localmoe runs Mixture-of-Experts models on the hardware you own. Try:
 

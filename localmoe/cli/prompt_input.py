@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..files import decoded, read_text
-from . import render
+from ..terminal import console
 from .options import read_messages
 
 if TYPE_CHECKING:
     from ..prompt.messages import Message
+
 
 MAX_SILENCE_S = 1.0
 MAX_STDIN_BYTES = 64 << 20
@@ -65,15 +66,15 @@ def whole_prompt(
     if not given or given == ["-"]:
         if sys.stdin.isatty() and not given:
             raise UsageError("There is no prompt.", 'Try: localmoe run demo "Hi!"')
-        return text_of("-")
-    parts = [text_of("-") if prompt == "-" else prompt] if prompt else []
-    parts += [text_of(file) for file in files]
+        return file_text("-")
+    parts = [file_text("-") if prompt == "-" else prompt] if prompt else []
+    parts += [file_text(file) for file in files]
     if "-" not in given:
         parts.append(piped_text(max_silence_s, quiet).rstrip("\r\n"))
     return "\n\n".join(part for part in parts if part)
 
 
-def text_of(path: str) -> str:
+def file_text(path: str) -> str:
     return read_text(path).rstrip("\r\n")
 
 
@@ -95,7 +96,7 @@ def piped_text(max_silence_s: float, quiet: bool = False) -> str:
             chunk = chunks.get(timeout=None if found else max_silence_s)
         except queue.Empty:
             if not quiet:
-                render.note(
+                console.note(
                     f"Nothing came on stdin within {max_silence_s:g} s: answering without it. "
                     "Say -f - to wait for it, or < /dev/null where nothing is to come."
                 )

@@ -1,4 +1,6 @@
-"""Markdown as it comes: what is finished is given once, the line that is being written again and
+"""A Markdown table as it comes: columns as wide as their cells want and the screen allows.
+
+Markdown as it comes: what is finished is given once, the line that is being written again and
 again.
 
 Every line of the source is shown on lines of its own: models break lines where they mean it. Only
@@ -9,11 +11,120 @@ before or behind it, so that what is copied from the screen runs.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from .console import safe
 from .highlight import Highlighter
-from .inline import BOLD, DIM, UNDERLINE, Line, Span, inline, n_cells, paint, wrap
-from .render import safe
-from .tables import Table
+from .spans import BOLD, DIM, UNDERLINE, StyledLine, StyledText, n_cells, paint, parse_inline, wrap
+
+DELIMITER = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
+CELL_END = re.compile(r"(?<!\\)\|")
+GAP = "  "
+MIN_CELLS = 6
+
+
+def is_delimiter(line: str) -> bool:
+    """Whether a line is the one under a table's head: | --- | :-: |"""
+    return "|" in line and "-" in line and bool(DELIMITER.match(line))
+
+
+def cells_of(row: str) -> list[str]:
+    inner = row.strip().removeprefix("|")
+    if inner.endswith("|") and not inner.endswith("\\|"):
+        inner = inner[:-1]
+    return [cell.strip().replace("\\|", "|") for cell in CELL_END.split(inner)]
+
+
+class MarkdownTable:
+    """A line that may be a table's head, and then the table's rows.
+
+    Once `freeze` was called its columns keep their widths, and `take` gives each line once.
+    """
+
+    def __init__(self, head: str) -> None:
+        self.source = head
+        self._rows = [cells_of(head)]
+        self._aligns: list[str] = []
+        self._widths: list[int] | None = None
+        self._n_taken = 0
+
+    @property
+    def is_table(self) -> bool:
+        return bool(self._aligns)
+
+    def add(self, line: str) -> bool:
+        """Take a line of the source in; False where it is none of the table's."""
+        if self.is_table and "|" in line:
+            self._rows.append(self._row(line))
+            return True
+        if not self.is_table and is_delimiter(line):
+            aligns = [align_of(cell) for cell in cells_of(line)]
+            if len(aligns) == len(self._rows[0]):
+                self._aligns = aligns
+                return True
+        return False
+
+    def _row(self, line: str) -> list[str]:
+        n_columns = len(self._rows[0])
+        return (cells_of(line) + [""] * n_columns)[:n_columns]
+
+    def freeze(self, width: int) -> None:
+        self._widths = self._widths or self._columns(width, self._rows)
+
+    def take(self) -> list[StyledLine]:
+        """The lines that weren't taken yet; they are no longer among `lines`."""
+        lines = self.lines(0)
+        self._n_taken += len(lines)
+        return lines
+
+    def lines(self, width: int, unfinished: str = "") -> list[StyledLine]:
+        """All lines that weren't taken; `unfinished` is a row that is being written."""
+        rows = [*self._rows, *([self._row(unfinished)] if unfinished else [])]
+        widths = self._widths or self._columns(width, rows)
+        lines = self._row_lines(rows[0], widths, BOLD)
+        lines.append(paint([StyledText(GAP.join("─" * n for n in widths), DIM)]))
+        for row in rows[1:]:
+            lines += self._row_lines(row, widths)
+        return lines[self._n_taken :]
+
+    @staticmethod
+    def _columns(width: int, rows: Sequence[Sequence[str]]) -> list[int]:
+        """Widths that fit: the widest columns give first."""
+        columns = zip(*rows, strict=True)
+        widths = [
+            max(1, *(paint(parse_inline(cell)).cells for cell in column)) for column in columns
+        ]
+        room = width - len(GAP) * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > MIN_CELLS:
+            widths[widths.index(max(widths))] -= 1
+        return widths
+
+    def _row_lines(
+        self, row: Sequence[str], widths: Sequence[int], sgr: str = ""
+    ) -> list[StyledLine]:
+        columns = [wrap(parse_inline(c, sgr), n) for c, n in zip(row, widths, strict=True)]
+        lines = []
+        for n in range(max(map(len, columns))):
+            parts = [column[n] if n < len(column) else StyledLine() for column in columns]
+            padded = [pad(*part) for part in zip(parts, widths, self._aligns, strict=True)]
+            text = GAP.join(padded).rstrip(" ")
+            n_cells = sum(max(p.cells, w) for p, w in zip(parts, widths, strict=True))
+            lines.append(StyledLine(text, n_cells + len(GAP) * (len(widths) - 1)))
+        return lines
+
+
+def align_of(mark: str) -> str:
+    if mark.endswith(":"):
+        return "^" if mark.startswith(":") else ">"
+    return "<"
+
+
+def pad(line: StyledLine, width: int, align: str) -> str:
+    """A cell's line with the spaces that its column wants."""
+    n = max(0, width - line.cells)
+    left = {"<": 0, ">": n, "^": n // 2}[align]
+    return " " * left + line.text + " " * (n - left)
+
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`]*)$")
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?)(?:\s+#+)?\s*)?$")
@@ -41,7 +152,7 @@ class Fence:
         n_spaces = len(line) - len(line.lstrip(" "))
         return line[min(n_spaces, self._indent) :]
 
-    def line(self, text: str) -> Line:
+    def line(self, text: str) -> StyledLine:
         return self._highlighter.line(self.code(text))
 
 
@@ -51,12 +162,12 @@ class Markdown:
 
     def __init__(self, width: int, height: int, colour: bool = True) -> None:
         self._colour = colour
-        self._finished: list[Line] = []
+        self._finished: list[StyledLine] = []
         self._line = ""  # the source line that is being written
         self._goes_on: str | None = None  # what stands before the rest of a line that was split
         self._n_shown = 0  # characters of this line of code that can't be drawn again
         self._fence: Fence | None = None
-        self._table: Table | None = None
+        self._table: MarkdownTable | None = None
         self._wants_blank = False
         self._has_text = False
         self.resize(width, height)
@@ -76,19 +187,19 @@ class Markdown:
             self._line = other
         self._limit()
 
-    def take(self) -> list[Line]:
+    def take(self) -> list[StyledLine]:
         """The lines that were finished since the last time."""
         finished, self._finished = self._finished, []
         return finished
 
-    def tail(self) -> list[Line]:
+    def tail(self) -> list[StyledLine]:
         """The lines of what may still change."""
         lines = self._table_lines(self._table) if self._table else []
         if not self._table and self._line:
             lines = self._shown(self._line)
-        return [Line(), *lines] if self._wants_blank and lines else lines
+        return [StyledLine(), *lines] if self._wants_blank and lines else lines
 
-    def _table_lines(self, table: Table) -> list[Line]:
+    def _table_lines(self, table: MarkdownTable) -> list[StyledLine]:
         """A table, or what may be its head, with the row that is being written."""
         if table.is_table and ("|" in self._line or not self._line):
             return table.lines(self._width, self._line)
@@ -135,10 +246,10 @@ class Markdown:
         n_shown, self._n_shown = self._n_shown, 0
         if fence.is_end(line):
             self._fence = None
-            self._finish([paint([Span(line.strip()[n_shown:], DIM)])])
+            self._finish([paint([StyledText(line.strip()[n_shown:], DIM)])])
         elif n_shown or n_cells(line) > self._width * self._height:
             fence.line(line)
-            self._finish([paint([Span(fence.code(line)[n_shown:])])])
+            self._finish([paint([StyledText(fence.code(line)[n_shown:])])])
         else:
             self._finish([fence.line(line)])
 
@@ -149,7 +260,7 @@ class Markdown:
         if "|" not in line or any(mark.match(line) for mark in (FENCE, HEADING, ITEM, QUOTE)):
             return False
         self._end_table()
-        self._table = Table(line)
+        self._table = MarkdownTable(line)
         return True
 
     def _end_table(self) -> None:
@@ -169,37 +280,37 @@ class Markdown:
             self._fence = Fence(found, self._colour)
         self._finish(self._shown_text(line))
 
-    def _finish(self, lines: list[Line]) -> None:
+    def _finish(self, lines: list[StyledLine]) -> None:
         if self._wants_blank:
-            self._finished.append(Line())
+            self._finished.append(StyledLine())
         self._wants_blank = False
         self._has_text = True
         self._finished += lines
 
     # ---- how a line is shown ----
 
-    def _shown(self, line: str) -> list[Line]:
+    def _shown(self, line: str) -> list[StyledLine]:
         """The line that is being written."""
         if not self._fence:
             return self._shown_text(line)
         text = self._fence.code(line)[self._n_shown :]
-        return [paint([Span(text, DIM if self._fence.is_end(line) else "")])]
+        return [paint([StyledText(text, DIM if self._fence.is_end(line) else "")])]
 
-    def _shown_text(self, line: str) -> list[Line]:
+    def _shown_text(self, line: str) -> list[StyledLine]:
         if self._goes_on is not None:
-            rest = [Span(self._goes_on)]
-            return wrap(inline(line), self._width, rest, rest)
+            rest = [StyledText(self._goes_on)]
+            return wrap(parse_inline(line), self._width, rest, rest)
         if FENCE.match(line):
-            return [paint([Span(line.strip(), DIM)])]
+            return [paint([StyledText(line.strip(), DIM)])]
         if RULE.match(line):
-            return [paint([Span("─" * min(self._width, RULE_CELLS), DIM)])]
+            return [paint([StyledText("─" * min(self._width, RULE_CELLS), DIM)])]
         if found := HEADING.match(line):
             sgr = f"{BOLD};{UNDERLINE}" if len(found[1]) == 1 else BOLD
-            return wrap(inline(found[2] or "", sgr), self._width)
+            return wrap(parse_inline(found[2] or "", sgr), self._width)
         first, text = beginning(line)
         n_spaces = sum(n_cells(span.text) for span in first)
-        rest = first if QUOTE.match(line) else [Span(" " * n_spaces)]
-        return wrap(inline(text, DIM if QUOTE.match(line) else ""), self._width, first, rest)
+        rest = first if QUOTE.match(line) else [StyledText(" " * n_spaces)]
+        return wrap(parse_inline(text, DIM if QUOTE.match(line) else ""), self._width, first, rest)
 
     # ---- what grows too high ----
 
@@ -231,18 +342,18 @@ class Markdown:
         self._line = rest
 
 
-def beginning(line: str) -> tuple[list[Span], str]:
+def beginning(line: str) -> tuple[list[StyledText], str]:
     """What stands before a line's text, as it is shown, and the text."""
     if found := ITEM.match(line):
         mark = BULLET if found[2] in "-*+" else found[2]
-        return [Span(f"{found[1]}{mark} ")], found[3]
+        return [StyledText(f"{found[1]}{mark} ")], found[3]
     if found := QUOTE.match(line):
-        return [Span("│ " * found[1].count(">"), DIM)], found[2]
+        return [StyledText("│ " * found[1].count(">"), DIM)], found[2]
     text = line.lstrip(" ")
-    return [Span(" " * (len(line) - len(text)))], text
+    return [StyledText(" " * (len(line) - len(text)))], text
 
 
-def indent_of(line: str, first: list[Span]) -> str:
+def indent_of(line: str, first: list[StyledText]) -> str:
     """The prefix of what goes on after a line was split."""
     shown = "".join(span.text for span in first)
     return shown if QUOTE.match(line) else " " * n_cells(shown)

@@ -1,5 +1,6 @@
 """An answer that is generated in a thread of its own, so that Ctrl-C never breaks into a message
-to the engine: it is an event like the others."""
+to the engine: it is an event like the others.
+"""
 
 from __future__ import annotations
 
