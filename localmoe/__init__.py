@@ -21,11 +21,11 @@ __all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__vers
 
 def __getattr__(name: str) -> Any:
     if name == "LocalMoeError":
-        from .errors import LocalMoeError
+        from .errors import LocalMoeError  # start-up, 5 ms
 
         return LocalMoeError
     if name in __all__:
-        from . import api
+        from . import api  # start-up, 700 ms
 
         return getattr(api, name)
     raise AttributeError(f"module 'localmoe' has no attribute {name!r}")

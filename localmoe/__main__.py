@@ -19,7 +19,7 @@ def main() -> NoReturn:
     was_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if was_python:  # else it is ignored, as in the background of a shell
         signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
-    from .cli import main as run
+    from .cli import main as run  # start-up, 50 ms in which Ctrl-C is handled already
 
     code = run(takes_interrupts=was_python)
     if was_python:  # while Python ends there is nothing left to interrupt

@@ -22,6 +22,9 @@ from typing import BinaryIO
 
 from .errors import UsageError
 
+if sys.platform == "darwin":
+    import fcntl
+
 APPENDING = (
     os.O_WRONLY | os.O_CREAT | os.O_APPEND
     | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -48,8 +51,6 @@ def append(fd: int, block: bytes, n_bytes: int) -> None:
 def sync(fd: int) -> None:
     """Have what was written on the disk itself, beyond its own cache where the system can."""
     if sys.platform == "darwin":
-        import fcntl
-
         with contextlib.suppress(OSError):  # not every file system can
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return

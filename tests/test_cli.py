@@ -11,7 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
+
+from localmoe.cli import COMMANDS, cli
 
 COMMAND = [sys.executable, "-m", "localmoe"]
 
@@ -58,6 +61,15 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert all(f"\n  {name} " in result.stdout for name in ("run", "chat", "show", "prompt"))
+
+
+def test_help_says_of_each_command_what_the_command_says_itself() -> None:
+    context = click.Context(cli)
+    for name, (_, _, summary) in COMMANDS.items():
+        command = cli.get_command(context, name)
+        assert command
+        assert command.name == name
+        assert command.get_short_help_str(500) == summary
 
 
 # ---- run ----

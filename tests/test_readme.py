@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 from standin_hub import StandInHub
 
+from localmoe.cli import cli
 from localmoe.gguf.demo import PACKAGE
 
 ROOT = Path(__file__).parent.parent
@@ -63,11 +66,10 @@ def test_each_python_block_runs(program: str) -> None:
 
 
 def test_options_that_the_readme_names_exist() -> None:
-    from localmoe.cli import cli
-
+    context = click.Context(cli)
     known = {
         name
-        for command in cli.commands.values()
+        for command in map(partial(cli.get_command, context), cli.list_commands(context))
         for parameter in command.params
         for name in (*parameter.opts, *parameter.secondary_opts)
     }

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..engine.prefix import common_prefix
+from ..planner.request import BatchShape, numbers
 
 if TYPE_CHECKING:
     from ..planner.request import BatchShape
@@ -85,10 +87,6 @@ def batch_shape_of(
     backlog: PendingRequests, n_ctx: int, n_wanted: int | None, share: bool
 ) -> BatchShape:
     """What the requests of a batch need of a cache. `n_ctx` is the most that one may take."""
-    from itertools import islice
-
-    from ..planner.request import BatchShape, numbers
-
     asks = list(islice(backlog.asks(), N_SAMPLED_LINES))
     answers = [ask.options.max_tokens or n_ctx for ask in asks]
     longest = max((len(a.tokens) + n for a, n in zip(asks, answers, strict=True)), default=n_ctx)

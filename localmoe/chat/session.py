@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from ..config.environment import sessions_folder
 from ..errors import LocalMoeError, UsageError
 from ..files import APPENDING, append, sync_folder
 from ..prompt.messages import Message
@@ -418,6 +419,4 @@ def _cannot_read(path: Path, error: OSError) -> LocalMoeError:
 
 
 def kept_sessions() -> Sessions:
-    from ..config.environment import sessions_folder
-
     return Sessions(sessions_folder())

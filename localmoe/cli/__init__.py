@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import click
@@ -16,16 +17,6 @@ import click
 from .. import __version__
 from ..errors import LocalMoeError
 from ..terminal import console
-from .batch import batch
-from .chat import chat
-from .completion import TYPES, completion
-from .config import config
-from .convert import convert
-from .doctor import doctor
-from .inspect import plan, prompt, show
-from .models import list_models, pull, rm, verify
-from .run import run
-from .sessions import sessions
 
 EXIT_INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -47,8 +38,78 @@ def intercept_aborts() -> Iterator[None]:
         raise click.Abort from None
 
 
-class CommandGroup(click.Group):
-    """The group whose ends are `run_command`'s."""
+# name -> (module, attribute, what `localmoe --help` says of it)
+COMMANDS = {
+    "batch": ("batch", "batch", "Answer a file of requests, one a line."),
+    "chat": ("chat", "chat", "A conversation."),
+    "completion": (
+        "completion", "completion",
+        "Print the script that completes localmoe's commands, options and models.",
+    ),
+    "config": (
+        "config", "config",
+        "Settings for good: in a file, for all models and for single ones.",
+    ),
+    "convert": (
+        "convert", "convert",
+        "Make a Mixtral file of before April 2024 run: its experts are merged, nothing is lost.",
+    ),
+    "doctor": ("doctor", "doctor", "What this machine has, what is wrong, how to mend it."),
+    "list": (
+        "models", "list_models", "The models that are known by name, and those that are here.",
+    ),
+    "plan": ("inspect", "plan", "What would go where."),
+    "prompt": (
+        "inspect", "prompt", "The exact text and token ids that a conversation becomes.",
+    ),
+    "pull": (
+        "models", "pull",
+        "Fetch a model, verified, into the Hugging Face cache, which other tools share.",
+    ),
+    "rm": (
+        "models", "rm", "Delete models from the cache, and downloads that were broken off.",
+    ),
+    "run": ("run", "run", "One answer: the answer alone on stdout, all else on stderr."),
+    "sessions": ("sessions", "sessions", "The chats that are kept."),
+    "show": (
+        "inspect", "show",
+        "What is in a model file: its shape, its experts, what its bytes are spent on.",
+    ),
+    "verify": (
+        "models", "verify", "Read models again, and hold every byte against its hash.",
+    ),
+}  # fmt: skip
+
+
+class LazyGroup(click.Group):
+    """The group of all commands, whose modules are imported when they are called.
+
+    Errors of a command end in `run_command`.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, in order."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports a command, with completion for its models and sessions."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f".{module}", __name__), attribute)
+        types: dict[str, Any] = import_module(".completion", __name__).TYPES
+        for part in (command, *getattr(command, "commands", {}).values()):
+            for parameter in part.params:
+                if parameter.name in types:
+                    parameter.type = types[parameter.name]()
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands as click.Group does, from the table, without an import."""
+        limit = formatter.width - 6 - max(len(name) for name in COMMANDS)
+        shown = [click.Command(name, help=COMMANDS[name][2]) for name in sorted(COMMANDS)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(c.name or "", c.get_short_help_str(limit)) for c in shown])
 
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         with intercept_aborts():
@@ -60,7 +121,7 @@ class CommandGroup(click.Group):
 
 
 @click.group(
-    cls=CommandGroup,
+    cls=LazyGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -71,19 +132,6 @@ def cli(context: click.Context, debug: bool) -> None:
     """Run Mixture-of-Experts models on the hardware you own."""
     if context.invoked_subcommand is None:
         console.greeting()
-
-
-COMMANDS = (
-    run, chat, batch, list_models, pull, plan, show, verify, rm, convert, prompt, doctor, config,
-    completion, sessions,
-)  # fmt: skip
-
-for command in COMMANDS:
-    cli.add_command(command)
-    for part in (command, *getattr(command, "commands", {}).values()):
-        for parameter in part.params:
-            if parameter.name in TYPES:
-                parameter.type = TYPES[parameter.name]()
 
 
 def main(takes_interrupts: bool = True) -> int:

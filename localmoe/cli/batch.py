@@ -19,8 +19,38 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
+from ..batch.dispatch import StopFlag
+from ..batch.encoder import Encoder, RestartingVocabulary, with_renderer
+from ..batch.manifest import Manifest, input_file
+from ..batch.pending import PendingRequests
+from ..batch.prefix_sharing import batch_shape_of
+from ..batch.requests import Defaults, form_of
+from ..batch.responses import FileOutput, StreamOutput
+from ..batch.runner import (
+    BatchProgress,
+    RunOptions,
+    check_input,
+    drop_superseded,
+    recover,
+    run_batch,
+)
+from ..catalog.resolve import ModelResolver
+from ..config.environment import engine_environment
 from ..errors import LocalMoeError, UsageError
+from ..hub.cache_layout import expected_sha256
+from ..loading import (
+    answer_options,
+    format_of,
+    load_found,
+    open_vocabulary,
+    special_tokens,
+    title,
+    wants_thinking,
+)
+from ..prompt.jinja_client import Renderer
+from ..prompt.reasoning import find_reasoning_tokens
 from ..terminal import console
+from ..terminal.batch_view import Pace, check_line, progress_line, summary_document, summary_lines
 from ..terminal.progress import load_callbacks
 from .options import (
     json_option,
@@ -235,8 +265,6 @@ class BatchCommand:
         *,
         quiet: bool,
     ) -> None:
-        from ..batch.dispatch import StopFlag
-
         self._model = model
         self._files = files
         self._settings = settings
@@ -263,11 +291,6 @@ class BatchCommand:
                 self._loaded.engine.kill()
 
     def _run(self, as_json: bool) -> int:
-        from ..batch.pending import PendingRequests
-        from ..batch.responses import FileOutput
-        from ..batch.runner import BatchProgress
-        from ..terminal.batch_view import summary_document, summary_lines
-
         output = self._output
         backlog = self._stack.enter_context(PendingRequests())
         recovered, checked = self._check(output, backlog)
@@ -297,11 +320,6 @@ class BatchCommand:
         self, output: FileOutput | StreamOutput, backlog: PendingRequests
     ) -> tuple[Recovered | None, InputCheck]:
         """Look at what was answered before, and at every line of the input."""
-        from ..batch.requests import form_of
-        from ..batch.responses import FileOutput
-        from ..batch.runner import check_input, drop_superseded, recover
-        from ..terminal.batch_view import check_line
-
         recovered = None
         if isinstance(output, FileOutput):
             recovered = recover(output, backlog, retry_errors=self._files.retry_errors)
@@ -327,8 +345,6 @@ class BatchCommand:
 
     @cached_property
     def _output(self) -> FileOutput | StreamOutput:
-        from ..batch.responses import FileOutput, StreamOutput
-
         if not self._files.is_file:
             return StreamOutput(console.answer_text)
         output = FileOutput(
@@ -340,8 +356,6 @@ class BatchCommand:
         return self._stack.enter_context(output)
 
     def _manifest(self) -> Manifest:
-        from ..batch.manifest import Manifest, input_file
-
         said = self._settings.model_dump(mode="json", include=set(ANSWER_SETTINGS))
         settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
             "think": self._settings.think if self._settings.think != "on" else None,
@@ -353,9 +367,6 @@ class BatchCommand:
 
     @cached_property
     def _defaults(self) -> Defaults:
-        from ..batch.requests import Defaults
-        from ..loading import answer_options
-
         found = self._found
         options = answer_options(found.meta, self._settings, found.spec)
         return Defaults(options, self._settings.system)
@@ -369,11 +380,6 @@ class BatchCommand:
     @cached_property
     def _encoder(self) -> Encoder:
         """Makes prompts by the vocabulary alone; needed only where something has to be asked."""
-        from ..batch.encoder import Encoder, RestartingVocabulary, with_renderer
-        from ..config.environment import engine_environment
-        from ..loading import format_of, open_vocabulary, wants_thinking
-        from ..prompt.jinja_client import Renderer
-
         env, meta = engine_environment(), self._found.meta
         n_ctx = self._n_ctx
         vocabulary = RestartingVocabulary(lambda: open_vocabulary(meta.paths[0]))
@@ -385,17 +391,12 @@ class BatchCommand:
 
     def _find_markers(self) -> ReasoningTokens | None:
         """What parts thinking from answer in this model's vocabulary."""
-        from ..loading import special_tokens
-        from ..prompt.reasoning import find_reasoning_tokens
-
         return find_reasoning_tokens(special_tokens(self._found.meta), self._encoder.vocabulary)
 
     # ---- the model ----
 
     @cached_property
     def _finder(self) -> ModelResolver:
-        from ..catalog.resolve import ModelResolver
-
         return self._stack.enter_context(ModelResolver(self._settings, self._watch, "batch"))
 
     @cached_property
@@ -411,8 +412,6 @@ class BatchCommand:
 
     def _engine(self) -> EngineProcess:
         """An engine with the model loaded; another call ends the one before."""
-        from ..loading import load_found
-
         self._interrupts.is_asking = False  # while a model loads, nothing is lost by a Ctrl-C
         if self._loaded is not None:
             self._loaded.engine.kill()
@@ -424,10 +423,6 @@ class BatchCommand:
 
     def _ask(self, output: FileOutput | StreamOutput, backlog: PendingRequests) -> BatchProgress:
         """Ask all that there is to ask, with a line on how far it is."""
-        from ..batch.prefix_sharing import batch_shape_of
-        from ..batch.runner import RunOptions, run_batch
-        from ..loading import format_of, title
-
         meta = self._fetched.meta
         options = RunOptions(
             title(meta),
@@ -453,8 +448,6 @@ class ProgressReporter:
     def __init__(
         self, stop: StopFlag, line: console.StatusLine, note: Callable[[str], None]
     ) -> None:
-        from ..terminal.batch_view import Pace
-
         self.line = line
         self._stop = stop
         self._note = line.around(note)
@@ -462,8 +455,6 @@ class ProgressReporter:
         self._said_stop = False
 
     def __call__(self, progress: BatchProgress) -> None:
-        from ..terminal.batch_view import progress_line
-
         if self._stop.wanted and not self._said_stop:
             self._said_stop = True
             self._note("Stopping: finishing what is being computed; again to drop it.")
@@ -473,8 +464,6 @@ class ProgressReporter:
 
 def model_identity(found: ResolvedModel) -> dict[str, Any]:
     """What tells a model from every other: its file's hash where it is known, else its date."""
-    from ..hub.cache_layout import expected_sha256
-
     paths = found.meta.paths
     hashes = [file.sha256 for file in found.files] or [expected_sha256(path) for path in paths]
     identity: dict[str, Any] = {

@@ -1,7 +1,4 @@
-"""A conversation without a terminal: each line of stdin is a message.
-
-`chat`: a conversation.
-"""
+"""`chat`: a conversation at a terminal, or one message per line of stdin."""
 
 from __future__ import annotations
 
@@ -13,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..chat.session import Sessions
+from ..config.environment import sessions_folder
 from ..errors import LocalMoeError, UsageError
 from ..prompt.reasoning import Answer
+from ..repl.conversation import Conversation
 from ..terminal import console
 from ..terminal.progress import load_callbacks, model_resolver
 from .options import (
@@ -29,9 +29,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..chat.session import Session, Sessions
+    from ..chat.session import Session
     from ..config.settings import Settings
-    from ..repl.conversation import Conversation
 
 
 def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
@@ -57,10 +56,10 @@ def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
 
 def _say_unanswered(name: str, question: str) -> None:
     """A question that a crash left without an answer stays in the file until another is asked."""
-    from ..repl.commands import first_line
-
     if question:
-        console.note(f"The last question of {name} was not answered: {first_line(question)}")
+        console.note(
+            f"The last question of {name} was not answered: {console.first_line(question)}"
+        )
 
 
 def _turn(conversation: Conversation, text: str, as_json: bool) -> list[dict[str, Any]]:
@@ -162,8 +161,6 @@ def conversation_with(
                 f"Try: localmoe chat MODEL --session {whose}",
             ) from None
         found = search.fetch(found)
-    from ..repl.conversation import Conversation
-
     with load_callbacks(name, quiet, verbose) as watch:
         conversation = Conversation(found, settings, watch)
         try:
@@ -174,7 +171,7 @@ def conversation_with(
 
 def talk(conversation: Conversation, *, quiet: bool, shows_stats: bool) -> None:
     """The conversation at a terminal."""
-    from ..config.environment import sessions_folder
+    # start-up, 180 ms of prompt_toolkit, which a pipe does not need
     from ..repl.commands import COMMANDS
     from ..repl.repl import Repl
 
@@ -187,8 +184,6 @@ def stored(settings: Settings) -> Sessions | None:
     """Where sessions are kept; None where they aren't."""
     if not settings.save:
         return None
-    from ..chat.session import Sessions
-    from ..config.environment import sessions_folder
 
     return Sessions(sessions_folder())
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import click
 
+from ..config.environment import config_path
+from ..config.settings import Settings, settings_of, settings_said
+from ..config.settings import settings_of as checked
+from ..config.sources import file_key, read_config
 from ..errors import LocalMoeError, UsageError
 from ..terminal import console
 from .options import (
@@ -50,10 +54,6 @@ def config() -> None:
 @json_option
 def show(model: str | None, as_json: bool, **options: Any) -> None:
     """Every setting, its value, and where that comes from; of MODEL, if one is named."""
-    from ..config.settings import Settings, settings_said
-    from ..config.settings import settings_of as checked
-    from ..config.sources import file_key
-
     said = settings_said(options, model=model)
     values = checked(said, option_name).model_dump(mode="json")
     rows = [
@@ -86,16 +86,12 @@ def table_value(name: str, value: Any) -> str:
 @config.command()
 def path() -> None:
     """Where the file is, or would be."""
-    from ..config.environment import config_path
-
     console.lines([str(config_path())])
 
 
 @config.command()
 def edit() -> None:
     """Open the file in an editor (VISUAL, EDITOR), and keep what was written if it can be read."""
-    from ..config.environment import config_path
-
     file = config_path()
     draft = file.with_name(f"{file.name}.draft")
     try:
@@ -154,9 +150,6 @@ def open_editor(draft: Path, before: bytes) -> None:
 
 def check(file: Path) -> None:
     """Raises LocalMoeError where a file can't be read or a value in it makes no sense."""
-    from ..config.settings import Settings, settings_of
-    from ..config.sources import read_config
-
     found = read_config(file, Settings.model_fields)
     for names in ((), *((name,) for name in found.models)):
         settings_of(found.said(names))

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..catalog.catalog import better, read_catalog
+from ..config.environment import config_folder, engine_environment
+from ..engine.client import EngineProcess
+from ..engine.protocol import Placement, Request, Sampling
 from ..errors import EngineError, LocalMoeError
+from ..gguf.merge_experts import merge_experts as write_file
+from ..gguf.merge_experts import plan_conversion
+from ..gguf.model_meta import SHARD_NAME
+from ..hardware.machine import this_machine
 from ..terminal import console
 from .options import json_option, verbosity_options
 
@@ -36,8 +44,6 @@ def convert(file: str, output: str | None, as_json: bool, verbose: bool, quiet: 
     Such files have a tensor for each expert, which llama.cpp no longer loads. The old file stays
     as it is; the new one takes as much disk again, and is tried out before it gets its name.
     """
-    from ..gguf.merge_experts import plan_conversion
-
     path = Path(file).expanduser()
     conversion = plan_conversion(path)
     target = Path(output).expanduser() if output else beside(path)
@@ -58,16 +64,12 @@ def convert(file: str, output: str | None, as_json: bool, verbose: bool, quiet: 
 
 def beside(path: Path) -> Path:
     """Where the new file lies if nobody says; shards become one file."""
-    from ..gguf.model_meta import SHARD_NAME
-
     stem = SHARD_NAME.sub("", path.name).removesuffix(".gguf")
     return path.with_name(f"{stem}-merged.gguf")
 
 
 def write(conversion: Conversion, target: Path, verbose: bool, quiet: bool) -> bool:
     """Convert with progress shown; says whether the new file has generated a token here."""
-    from ..gguf.merge_experts import merge_experts as write_file
-
     line = console.StatusLine(quiet)
     ran = False
     shown = -1
@@ -95,11 +97,6 @@ def try_out(path: Path, conversion: Conversion, on_log: Callable[[str], None] | 
 
     A file larger than the memory that is free is only opened: reading it would take too long.
     """
-    from ..config.environment import engine_environment
-    from ..engine.client import EngineProcess
-    from ..engine.protocol import Placement, Request, Sampling
-    from ..hardware.machine import this_machine
-
     machine = this_machine()
     placement = Placement(n_threads=machine.n_cores, n_ctx=TRY_OUT_CONTEXT)
     fits = conversion.n_bytes <= machine.ram_available_bytes
@@ -127,9 +124,6 @@ def better_file(meta: ModelMeta) -> str:
     Early quants lose more than later ones of the same label: llama.cpp's rules did not know the
     names of separate experts (its pull request 6387).
     """
-    from ..catalog.catalog import better, read_catalog
-    from ..config.environment import config_folder
-
     found = None if meta.quant_label in AS_GOOD else better(meta, read_catalog(config_folder()))
     if not found:
         return ""

@@ -14,7 +14,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..config.environment import (
+    config_folder,
+    config_path,
+    engine_environment,
+    hub_access,
+    state_folder,
+)
+from ..config.settings import load_settings
+from ..engine.client import EngineProcess
+from ..errors import EngineError, LocalMoeError
+from ..hardware.diagnostics import Finding
+from ..hardware.host import host_of
+from ..hardware.machine import machine_of
+from ..hardware.system import SystemAccess
+from ..hub.installed import InstalledModels
 from ..terminal import console
+from .config import check
 from .options import json_option
 
 if TYPE_CHECKING:
@@ -74,12 +90,6 @@ def doctor(as_json: bool) -> int:
 
 def examine() -> Checkup:
     """Look at the machine first and ask llama.cpp second: its child takes memory of the GPUs."""
-    from ..config.environment import engine_environment, hub_access
-    from ..hardware.host import host_of
-    from ..hardware.machine import machine_of
-    from ..hardware.system import SystemAccess
-    from ..hub.installed import InstalledModels
-
     env = engine_environment()
     host = host_of(SystemAccess(env=env))
     devices, broken = ask_llama(env)
@@ -93,9 +103,6 @@ def ask_llama(
     env: Mapping[str, str], timeout_s: float = ENGINE_TIMEOUT_S
 ) -> tuple[DeviceList | None, str]:
     """The devices that llama.cpp sees, or why it doesn't say. With a bad driver it may hang."""
-    from ..engine.client import EngineProcess
-    from ..errors import EngineError
-
     with EngineProcess(env) as engine:
         late = threading.Timer(timeout_s, engine.kill)
         late.daemon = True
@@ -114,19 +121,11 @@ def ask_llama(
 
 def folders_of() -> dict[str, Path]:
     """Where things lie: models in the Hugging Face cache, the rest in the platform's folders."""
-    from ..config.environment import config_folder, hub_access, state_folder
-
     return {"models": hub_access().cache, "settings": config_folder(), "state": state_folder()}
 
 
 def settings_findings() -> Iterator[Finding]:
     """What stands in the config file, or in a variable, and makes no sense."""
-    from ..config.environment import config_path
-    from ..config.settings import load_settings
-    from ..errors import LocalMoeError
-    from ..hardware.diagnostics import Finding
-    from .config import check
-
     try:
         load_settings({})
     except LocalMoeError as error:  # every command that takes settings ends like this
@@ -144,8 +143,6 @@ def is_no_error(finding: Finding) -> bool:
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:
     """A disk without room for models. Raises nothing, and writes nothing to find out."""
-    from ..hardware.diagnostics import Finding
-
     if free < MIN_FREE_BYTES:
         what = f"The disk of {folders['models']} has only {console.size(free)} free."
         yield Finding("note", what, "Make room, or keep models elsewhere: set HF_HUB_CACHE.")

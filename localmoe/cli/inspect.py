@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..catalog.resolve import check_runs, why_not
+from ..loading import format_of, open_vocabulary, title
 from ..terminal import console
 from ..terminal.plan_view import plan_lines
 from ..terminal.progress import model_resolver
 from .options import json_option, load_options, messages_option, offline_option, settings_of
+from .prompt_input import conversation_of
 
 if TYPE_CHECKING:
     from ..catalog.resolve import ResolvedModel
@@ -81,9 +84,6 @@ def shape(found: ResolvedModel) -> dict[str, Any]:
 
 def facts(found: ResolvedModel) -> list[tuple[str, str]]:
     """What a person is told of a model, line by line."""
-    from ..catalog.resolve import why_not
-    from ..loading import title
-
     meta, refusal = found.meta, why_not(found.meta, found.is_here)
     lines = [
         ("Model", title(meta)),
@@ -133,10 +133,6 @@ def prompt(
     as_json: bool,
 ) -> None:
     """The exact text and token ids that a conversation becomes. Loads the vocabulary alone."""
-    from ..catalog.resolve import check_runs
-    from ..loading import format_of, open_vocabulary
-    from .prompt_input import conversation_of
-
     conversation = conversation_of(text, messages, system)
     with model_resolver(settings_of({"offline": offline}, model)) as search:
         found = search.find(model, must_fit=False)
@@ -176,9 +172,6 @@ def plan(
 
     With --vram or --ram of more than this machine has, it plans for a machine like that.
     """
-    from ..catalog.resolve import check_runs
-    from ..loading import title
-
     with model_resolver(settings_of(options, model), workload=workload) as search:
         model_found = search.find(model)
         meta = model_found.meta

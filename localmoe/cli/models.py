@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..catalog import listing, maintenance
 from ..errors import UsageError, printable
 from ..terminal import console
 from ..terminal.progress import load_callbacks, model_resolver, of_whole
@@ -37,8 +38,6 @@ def list_models(only_installed: bool, as_json: bool) -> None:
     QUANT and THIS MACHINE are for the memory that is free now; speeds are a first idea, by the
     size alone. `localmoe plan NAME` reads the header and says more.
     """
-    from ..catalog import listing
-
     with model_resolver(settings_of({})) as search:
         known, others = listing.catalog_rows(search)
         unfinished = search.store.unfinished()
@@ -206,8 +205,6 @@ def verify(
 
     Exits with 4 where something is wrong.
     """
-    from ..catalog import maintenance
-
     with model_resolver(settings_of({"offline": offline}), "", quiet or as_json) as search:
         if repair and search.hub.access.offline:
             what = "What is damaged can't be fetched offline."
@@ -230,8 +227,6 @@ def checked(
     search: ModelResolver, files: Sequence[VerifiableFile], repair: bool, quiet: bool
 ) -> Iterator[tuple[VerifiableFile, Verdict]]:
     """One after the other, each with its name in the line that says how far it is."""
-    from ..catalog import maintenance
-
     for file in files:
         with load_callbacks(printable(file.path.name), quiet) as watch:
             verdict = maintenance.check(search, file, watch, repair)
@@ -260,8 +255,6 @@ def rm(models: tuple[str, ...], yes: bool, as_json: bool, quiet: bool) -> None:
 
     What other tools lose with them is said first.
     """
-    from ..catalog import maintenance
-
     with model_resolver(settings_of({}), "", quiet or as_json) as search:
         installed, unfinished = maintenance.removable(search, models)
         removal = search.store.plan_removal(installed, unfinished)

@@ -8,8 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
+from ..config.settings import load_settings
+from ..config.sources import file_key
+from ..engine.protocol import Sampling
 from ..errors import UsageError
 from ..files import read_text
+from ..structured.check import check_sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -98,8 +102,6 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
 
     Files that the options name are read, and what no answer could be held to is refused.
     """
-    from ..config.settings import load_settings
-
     said = dict(options)
     if said.get("json_schema") is not None:
         said["json_schema"] = read_schema(said["json_schema"])
@@ -107,17 +109,12 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
         said["grammar"] = read_text(said["grammar"])
     settings = load_settings(said, model=model, called=option_name)
     if settings.json_schema is not None or settings.grammar is not None:
-        from ..engine.protocol import Sampling
-        from ..structured.check import check_sampling
-
         check_sampling(Sampling(json_schema=settings.json_schema, grammar=settings.grammar))
     return settings
 
 
 def option_name(setting: str) -> str:
     """The long option that makes a setting."""
-    from ..config.sources import file_key
-
     return f"--{file_key(setting).replace('_', '-')}"
 
 

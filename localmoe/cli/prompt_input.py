@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..files import decoded, read_text
+from ..prompt.messages import Message, parse_messages
 from ..terminal import console
 from .options import read_messages
 
@@ -31,8 +32,6 @@ def conversation_of(
     quiet: bool = False,
 ) -> list[Message]:
     """The conversation that a command line means. Raises UsageError."""
-    from ..prompt.messages import parse_messages
-
     if messages is not None:
         if prompt is not None or files:
             raise UsageError("Both a prompt and --messages were given.", "Leave one of them out.")
@@ -42,8 +41,6 @@ def conversation_of(
 
 
 def system_message(text: str | None) -> list[Message]:
-    from ..prompt.messages import Message
-
     return [] if text is None else [Message("system", text)]
 
 

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..catalog.catalog import read_catalog
+from ..catalog.model_name import parse_name
+from ..config.environment import config_folder
+from ..prompt.reasoning import Answer
+from ..structured.check import check_answer, is_structured
 from ..terminal import console
 from ..terminal.progress import load_with_progress
 from .options import (
@@ -75,10 +80,6 @@ def run(
     With --json-schema or --grammar, an answer that was cut short or doesn't validate is an error
     (exit code 1), and stdout stays empty. What a reasoning model thinks is not part of its answer.
     """
-    from ..catalog.catalog import read_catalog
-    from ..catalog.model_name import parse_name
-    from ..config.environment import config_folder
-
     settings = settings_of(options, model)
     # a wrong name is the first thing to say, before a prompt is waited for
     parse_name(model, read_catalog(config_folder()))
@@ -97,9 +98,6 @@ def answered(
     Only a person at a terminal sees it before: a program would take half an answer for one.
     Raises LocalMoeError.
     """
-    from ..prompt.reasoning import Answer
-    from ..structured.check import check_answer, is_structured
-
     waits = as_json or (is_structured(options.sampling) and not sys.stdout.isatty())
     encoded = loaded.model.encode(conversation)
     answer = Answer()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..chat.kv_snapshot import QUOTA_BYTES
 from ..chat.session import kept_sessions
 from ..errors import LocalMoeError, UsageError
 from ..terminal import console
@@ -132,8 +133,6 @@ def short_model_name(model: str) -> str:
 
 
 def totals(facts: Sequence[SessionFacts]) -> Iterator[str]:
-    from ..chat.kv_snapshot import QUOTA_BYTES
-
     text = sum(found.text_bytes for found in facts)
     states = sum(found.state_bytes for found in facts)
     yield ""

@@ -32,6 +32,9 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+if sys.platform != "win32":
+    import resource
+
 MAX_POWER_BITS = 4096
 MAX_FORMAT = 200
 MAX_MESSAGE = 300
@@ -67,9 +70,7 @@ def limit_process(limits: dict[str, int], many: bool) -> None:
 
     With `many` jobs, each may take the processor time anew: its soft limit moves along.
     """
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return
     for name, value in {
         "RLIMIT_CPU": limits["cpu_s"],

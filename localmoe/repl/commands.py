@@ -14,9 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_toolkit.completion import CompleteEvent, PathCompleter
+from prompt_toolkit.document import Document
+
+from ..catalog.catalog import read_catalog
+from ..chat.context_window import SUMMARIZE
+from ..chat.session import Sessions
+from ..config.environment import config_folder, sessions_folder
+from ..config.settings import Settings, load_settings
 from ..config.sources import file_key, setting_name
+from ..engine.protocol import TextPiece
 from ..errors import LocalMoeError, UsageError
+from ..files import read_text
 from ..terminal import console
+from ..terminal.plan_view import plan_lines
+from ..terminal.progress import load_callbacks, model_resolver
 from .conversation import AT_LOADING
 
 if TYPE_CHECKING:
@@ -113,9 +125,6 @@ def split_command(line: str) -> tuple[str, str]:
 
 def files(begun: str) -> Iterable[tuple[str, int, str]]:
     """Paths that begin like this."""
-    from prompt_toolkit.completion import CompleteEvent, PathCompleter
-    from prompt_toolkit.document import Document
-
     completer = PathCompleter(expanduser=True)
     for found in completer.get_completions(Document(begun), CompleteEvent()):
         yield found.text, -found.start_position, ""
@@ -150,12 +159,10 @@ def undo(repl: Repl, argument: str) -> None:
         raise UsageError("Nothing was asked yet.")
     repl.last = None
     repl.save()
-    repl.tell(f"Taken back: {first_line(question.content)}")
+    repl.tell(f"Taken back: {console.first_line(question.content)}")
 
 
 def edit(repl: Repl, argument: str) -> None:
-    from ..chat.context_window import SUMMARIZE
-
     asked = [m.content for m in repl.ready().messages if m.role == "user"]
     asked = [text for text in asked if text != SUMMARIZE]
     if not asked:
@@ -195,8 +202,6 @@ def read(repl: Repl, argument: str) -> None:
 
 def checked_text(repl: Repl, path: Path) -> str:
     """What a text file holds. Raises UsageError where it is none, or can't fit by its size."""
-    from ..files import read_text
-
     if path.is_file() and path.stat().st_size > MAX_TOKEN_BYTES * repl.ready().chat.model.n_ctx:
         size = console.size(path.stat().st_size)
         raise UsageError(f"{path.name} has {size}: more than {repl.n_ctx:,} tokens can hold.")
@@ -207,8 +212,6 @@ def checked_text(repl: Repl, path: Path) -> str:
 
 
 def count(repl: Repl, text: str) -> int:
-    from ..engine.protocol import TextPiece
-
     (tokens,) = repl.ready().chat.model.engine.tokenize([TextPiece(text)])
     return len(tokens)
 
@@ -255,11 +258,6 @@ def last_answer(repl: Repl) -> str:
     return said[-1]
 
 
-def first_line(text: str, n_chars: int = 60) -> str:
-    line = text.strip().split("\n")[0]
-    return line if len(line) <= n_chars else f"{line[: n_chars - 1]}…"
-
-
 CONVERSATION_COMMANDS = (
     SlashCommand("help", "", "what can be typed here", show_help, other_names=("?",)),
     SlashCommand("exit", "", "leave (Ctrl-D too)", leave, other_names=("quit", "bye")),
@@ -302,8 +300,6 @@ def set_option(repl: Repl, argument: str) -> None:
 
 def change(repl: Repl, shown: str, value: str) -> None:
     """Give a setting another value. Raises UsageError for a wrong name or value."""
-    from ..config.settings import Settings, load_settings
-
     name, conversation = setting(shown), repl.conversation
     if value == "default":
         new = getattr(conversation.began_with, name)
@@ -440,15 +436,11 @@ def stats(repl: Repl, argument: str) -> None:
 
 
 def plan(repl: Repl, argument: str) -> None:
-    from ..terminal.plan_view import plan_lines
-
     loaded = repl.ready().loaded
     console.lines(plan_lines(loaded.plan, loaded.meta, repl.conversation.title, False))
 
 
 def model(repl: Repl, argument: str) -> None:
-    from ..terminal.progress import load_callbacks, model_resolver
-
     conversation = repl.ready()
     if argument:
         with model_resolver(conversation.settings, argument, workload="chat") as search:
@@ -466,9 +458,6 @@ def model(repl: Repl, argument: str) -> None:
 
 
 def model_names(repl: Repl) -> Iterable[tuple[str, str]]:
-    from ..catalog.catalog import read_catalog
-    from ..config.environment import config_folder
-
     for name, spec in read_catalog(config_folder()).items():
         yield name, spec.about
 
@@ -523,9 +512,6 @@ def session_names(repl: Repl) -> Iterable[tuple[str, str]]:
 
 def stored(repl: Repl) -> Any:
     """The folder of sessions, also in a chat that isn't kept."""
-    from ..chat.session import Sessions
-    from ..config.environment import sessions_folder
-
     return repl.conversation.sessions or Sessions(sessions_folder())
 
 

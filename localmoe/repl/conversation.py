@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..chat.chat import Chat
+from ..chat.kv_snapshot import file_key, restore_state, save_state
 from ..errors import LocalMoeError
 from ..prompt.messages import Message
 
@@ -74,7 +75,7 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        from ..loading import title
+        from ..loading import title  # start-up, 40 ms: not before the prompt
 
         return title(self._found.meta)
 
@@ -115,7 +116,7 @@ class Conversation:
 
     def change(self, settings: Settings) -> None:
         """Go by other settings from now on; those of loading count at the next model."""
-        from ..loading import format_of
+        from ..loading import format_of  # start-up, 40 ms: not before the prompt
 
         before, self.settings = self.settings, settings
         if self._chat is None:
@@ -156,7 +157,7 @@ class Conversation:
 
         Raises LocalMoeError where it can't be loaded; then the one before is loaded again.
         """
-        from ..loading import load_to_talk
+        from ..loading import load_to_talk  # start-up, 40 ms: not before the prompt
 
         self.loaded.close()
         try:
@@ -181,7 +182,7 @@ class Conversation:
 
     def _attach(self, loaded: OpenModel, by: Settings) -> None:
         """Begin a conversation with a model that was loaded by these settings."""
-        from ..loading import EngineReloader
+        from ..loading import EngineReloader  # start-up, 40 ms: not before the prompt
 
         settings = self.settings
         self._loaded, self.loaded_by = loaded, by
@@ -245,8 +246,6 @@ class Conversation:
 
     def _prepare(self, loaded: OpenModel) -> None:
         """Let a model hold what a session's cache held. Runs where the model is loaded."""
-        from ..chat.kv_snapshot import restore_state
-
         if self.session is not None:
             self._use_model(self.session, loaded)
             if self.session.messages:
@@ -262,13 +261,9 @@ class Conversation:
             chat.set_system(self.settings.system)
 
     def _use_model(self, session: Session, loaded: OpenModel) -> None:
-        from ..chat.kv_snapshot import file_key
-
         session.use(self.lasting_name, file_key(loaded.meta.paths))
 
     def _save_state(self) -> None:
-        from ..chat.kv_snapshot import save_state
-
         if self.session is None or self.sessions is None or not self.session.messages:
             return
         chat, engine = self.chat, self.loaded.engine
@@ -352,7 +347,7 @@ class BackgroundLoad:
 
     def _load(self, watch: LoadCallbacks) -> None:
         try:
-            from ..loading import load_to_talk
+            from ..loading import load_to_talk  # start-up, 40 ms: not before the prompt
 
             loaded = load_to_talk(*self._job, watch)
             self._then(loaded)

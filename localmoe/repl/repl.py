@@ -14,6 +14,7 @@ from ..engine.protocol import Delta
 from ..errors import LocalMoeError, PromptError, RequestError
 from ..prompt.reasoning import Answer
 from ..terminal import console
+from ..terminal.answer_view import AnswerView, PlainView
 from ..terminal.line_editor import Interrupted, LineEditor, unseen_keys
 from .conversation import Conversation
 from .turn import Ended, Interrupt, Note, Tick, Turn
@@ -134,8 +135,6 @@ class Repl:
     def view(self) -> View:
         """What answers are shown with, by the settings. Its code is imported for the first."""
         if self._view is None:
-            from ..terminal.answer_view import AnswerView, PlainView
-
             settings = self.conversation.settings
             if settings.plain or not console.prepare_screen():
                 self._view = PlainView(console.answer_text)

@@ -115,6 +115,7 @@ def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> No
 @lru_cache(maxsize=256)
 def _validator(json_schema: str) -> Callable[[Any], str | None]:
     """Gives what is wrong with a value, or None."""
+    # start-up, 70 ms
     from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
     validator = Draft202012Validator(json.loads(json_schema))

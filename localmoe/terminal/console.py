@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..engine.protocol import Delta
     from ..prompt.messages import Prompt
 
@@ -92,17 +94,25 @@ def prepare_screen() -> bool:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure:
         reconfigure(errors="replace")  # in a Latin-1 terminal, too, an answer goes on
-    from rich.console import Console
-
-    console = Console(file=sys.stdout)
+    console = _rich_console()
     return console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
 
 
 def has_colour() -> bool:
     """Whether a person wants colours (https://no-color.org)."""
-    from rich.console import Console
+    return not _rich_console().no_color
 
-    return not Console(file=sys.stdout).no_color
+
+def _rich_console() -> Console:
+    from rich.console import Console  # start-up, 40 ms, which most commands don't need
+
+    return Console(file=sys.stdout)
+
+
+def first_line(text: str, n_chars: int = 60) -> str:
+    """The first line of a text, cut to `n_chars`."""
+    line = text.strip().split("\n")[0]
+    return line if len(line) <= n_chars else f"{line[: n_chars - 1]}…"
 
 
 def clipboard(text: str) -> None:

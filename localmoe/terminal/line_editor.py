@@ -20,6 +20,9 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+if sys.platform != "win32":
+    import termios
+
 LFLAG, CC = 3, 6
 """Places in the list that termios.tcgetattr gives."""
 
@@ -30,9 +33,7 @@ def unseen_keys() -> Iterator[None]:
 
     They are read at the next prompt, which finds the terminal like this and leaves it so.
     """
-    try:
-        import termios
-    except ImportError:  # Windows prints nothing unasked
+    if sys.platform == "win32":  # Windows prints nothing unasked
         yield
         return
     try:

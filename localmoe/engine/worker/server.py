@@ -54,6 +54,9 @@ from .memory_probe import probe
 from .model import ModelError, NativeModel
 from .scheduler import RequestRefused, Scheduler
 
+if sys.platform != "win32":
+    import resource
+
 PROGRESS_STEP = 0.01
 """Loading is reported each time that this much more of a model is there."""
 
@@ -75,10 +78,9 @@ def main() -> None:
 def limit_damage() -> None:
     """No core file of a whole model; where memory runs out, this process goes first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to interpret
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 
