@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .batch.encoder import Encoder, RestartingVocabulary
 from .batch.requests import Defaults
 from .batch.runner import BatchResult, answers
+from .catalog.catalog import model_aliases
 from .config.settings import load_settings
 from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
@@ -83,7 +84,7 @@ class LocalMoE:
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._model = model
-        self._settings = load_settings(settings, model=model)
+        self._settings = load_settings(settings, model=model, aliases=model_aliases)
         self._open: OpenModel | None = open_engine(model, self._settings)
         self._revive = EngineReloader(self._open, self._settings)
 

@@ -10,6 +10,7 @@ import pytest
 from test_cli import localmoe, one_line_error
 
 from localmoe import LocalMoE
+from localmoe.catalog.catalog import model_aliases
 from localmoe.cli.config import TEMPLATE
 from localmoe.config.environment import engine_environment
 from localmoe.config.settings import load_settings, parse_size
@@ -197,7 +198,7 @@ def test_a_model_has_settings_of_its_own(
     config: Path, model: str, ctx_size: int | None, temperature: float, seed: int | None
 ) -> None:
     config.write_text(CONFIG)
-    settings = load_settings({}, model=model)
+    settings = load_settings({}, model=model, aliases=model_aliases)
     assert (settings.ctx_size, settings.temperature, settings.seed) == (ctx_size, temperature, seed)
 
 
@@ -226,7 +227,7 @@ def test_nonsense_in_the_file_is_refused_by_its_line(
 ) -> None:
     config.write_text(text)
     with pytest.raises(UsageError) as caught:
-        load_settings({}, model="demo")
+        load_settings({}, model="demo", aliases=model_aliases)
     assert str(caught.value).startswith(f"{config}:{line}")
     assert sentence in str(caught.value)
 

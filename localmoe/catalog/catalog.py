@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,6 +27,7 @@ from pydantic import (
     ValidationError,
 )
 
+from ..config.environment import config_folder
 from ..config.yaml_source import Place, YamlSource
 from ..errors import LocalMoeError
 from ..gguf.demo import PACKAGE
@@ -240,6 +242,16 @@ def read_catalog(user_folder: Path | None = None) -> dict[str, ModelSpec]:
     return {**shipped, **own}
 
 
+def model_aliases() -> dict[str, str]:
+    """The entry that each name of the person's catalog means, in lower case.
+
+    Raises LocalMoeError with file and line.
+    """
+    catalog = read_catalog(config_folder())
+    others = {alias: key for key, spec in catalog.items() for alias in spec.aliases}
+    return {**others, **{key: key for key in catalog}}
+
+
 def read_models(
     path: Path, package: Path | None = None, taken: Collection[str] = ()
 ) -> dict[str, ModelSpec]:
@@ -247,6 +259,18 @@ def read_models(
 
     An entry may be called as one of those `taken`, and then replaces it, but not in its aliases.
     """
+    try:
+        changed_ns = path.stat().st_mtime_ns
+    except OSError:
+        changed_ns = 0  # reading it says what is wrong
+    return dict(_parse_models(path, package, frozenset(taken), changed_ns))
+
+
+@lru_cache(maxsize=8)
+def _parse_models(
+    path: Path, package: Path | None, taken: frozenset[str], changed_ns: int
+) -> dict[str, ModelSpec]:
+    """Parses a file once for each time it was changed: several parts of a command ask for it."""
     source = YamlSource(path)
     models: dict[str, ModelSpec] = {}
     for key, entry in source.values.items():

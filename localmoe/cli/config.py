@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..catalog.catalog import model_aliases
 from ..config.environment import config_path
 from ..config.settings import Settings, settings_of, settings_said
 from ..config.settings import settings_of as checked
@@ -54,7 +55,7 @@ def config() -> None:
 @json_option
 def show(model: str | None, as_json: bool, **options: Any) -> None:
     """Every setting, its value, and where that comes from; of MODEL, if one is named."""
-    said = settings_said(options, model=model)
+    said = settings_said(options, model=model, aliases=model_aliases)
     values = checked(said, option_name).model_dump(mode="json")
     rows = [
         (file_key(name), values[name], said[name].where or "the command line")
@@ -150,7 +151,7 @@ def open_editor(draft: Path, before: bytes) -> None:
 
 def check(file: Path) -> None:
     """Raises LocalMoeError where a file can't be read or a value in it makes no sense."""
-    found = read_config(file, Settings.model_fields)
+    found = read_config(file, Settings.model_fields, model_aliases)
     for names in ((), *((name,) for name in found.models)):
         settings_of(found.said(names))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..catalog.catalog import model_aliases
 from ..config.environment import (
     config_folder,
     config_path,
@@ -127,7 +128,7 @@ def folders_of() -> dict[str, Path]:
 def settings_findings() -> Iterator[Finding]:
     """What stands in the config file, or in a variable, and makes no sense."""
     try:
-        load_settings({})
+        load_settings({}, aliases=model_aliases)
     except LocalMoeError as error:  # every command that takes settings ends like this
         yield Finding("error", error.message, error.hint or "Change it there.")
         return

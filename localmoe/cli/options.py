@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ..catalog.catalog import model_aliases
 from ..config.settings import load_settings
 from ..config.sources import file_key
 from ..engine.protocol import Sampling
@@ -107,7 +108,7 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
         said["json_schema"] = read_schema(said["json_schema"])
     if said.get("grammar") is not None:
         said["grammar"] = read_text(said["grammar"])
-    settings = load_settings(said, model=model, called=option_name)
+    settings = load_settings(said, model=model, called=option_name, aliases=model_aliases)
     if settings.json_schema is not None or settings.grammar is not None:
         check_sampling(Sampling(json_schema=settings.json_schema, grammar=settings.grammar))
     return settings

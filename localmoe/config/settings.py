@@ -15,8 +15,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..engine.protocol import KvType
 from ..errors import UsageError
-from .environment import FOLDERS, NOT_TEXT, PREFIX, config_folder, config_path, process_environment
-from .sources import MEND, ONE_COMMAND, Said, file_key, names_of, read_config, setting_name
+from .environment import FOLDERS, NOT_TEXT, PREFIX, config_path, process_environment
+from .sources import (
+    MEND,
+    ONE_COMMAND,
+    ModelAliases,
+    Said,
+    file_key,
+    names_of,
+    read_config,
+    setting_name,
+)
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -118,24 +127,28 @@ def load_settings(
     env: Mapping[str, str] | None = None,
     model: str | None = None,
     called: Callable[[str], str] = str,
+    aliases: ModelAliases | None = None,
 ) -> Settings:
     """Settings with what was given on top. Raises UsageError.
 
     `given` may hold None for what was not said. `model`, a name, takes what config.yaml says of
     it. With an `env`, that stands for the variables, and no file is read. `called` gives what the
-    person who gave a setting calls it.
+    person who gave a setting calls it, `aliases` what names of models mean.
     """
-    return settings_of(settings_said(given, env, model), called)
+    return settings_of(settings_said(given, env, model, aliases), called)
 
 
 def settings_said(
-    given: Mapping[str, Any], env: Mapping[str, str] | None = None, model: str | None = None
+    given: Mapping[str, Any],
+    env: Mapping[str, str] | None = None,
+    model: str | None = None,
+    aliases: ModelAliases | None = None,
 ) -> dict[str, Said]:
     """Every setting that was made, and where: what is nearest to the command counts."""
     said: dict[str, Said] = {}
     if env is None:
         env = process_environment()
-        said = config_said(model)
+        said = config_said(model, aliases)
     said.update(variables_said(env))
     for name, value in given.items():
         if value is not None and value != ():
@@ -176,11 +189,11 @@ def _unknown_variable(variable: str) -> UsageError:
     return UsageError(f"{variable[:60]}: no setting is called that.", hint)
 
 
-def config_said(model: str | None) -> dict[str, Said]:
+def config_said(model: str | None, aliases: ModelAliases | None) -> dict[str, Said]:
     """What the config file says, of a model by its name. Raises UsageError."""
-    file = read_config(config_path(), Settings.model_fields)
+    file = read_config(config_path(), Settings.model_fields, aliases)
     # which name the catalog has for it is asked only where it matters
-    return file.said(names_of(model, config_folder()) if model and file.models else ())
+    return file.said(names_of(model, aliases() if aliases else {}) if model and file.models else ())
 
 
 def settings_of(said: Mapping[str, Said], called: Callable[[str], str] = str) -> Settings:

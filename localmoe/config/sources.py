@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ OTHER_NAMES = {"temp": "temperature"}
 ONE_COMMAND = ("json_schema", "grammar")
 """What is said of one answer, not of all."""
 FLAGS = ("offline", "save", "plain", "tune", "think")
+
+ModelAliases = Callable[[], Mapping[str, str]]
+"""Gives the catalog's entry for each name that means one, in lower case. It is called only where
+a file names models, because the catalog takes a while to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,13 @@ class ConfigFile:
         return found
 
 
-def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
-    """The file, or an empty one where there is none. Raises UsageError with file and line."""
+def read_config(
+    path: Path, settings: Collection[str], aliases: ModelAliases | None = None
+) -> ConfigFile:
+    """Reads the file, or gives an empty one where there is none.
+
+    Names of models are checked where `aliases` are given. Raises UsageError with file and line.
+    """
     try:
         if not path.exists():
             return ConfigFile()
@@ -62,7 +71,7 @@ def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
         models = general.pop(MODELS, None) or {}
         if not isinstance(models, dict):
             raise source.refuse((MODELS,), "models is not a list of names with settings below them")
-        _check_names(source, models, path.parent)
+        _check_names(source, models, aliases)
         return ConfigFile(
             _section(source, (), general, settings),
             {
@@ -76,18 +85,16 @@ def read_config(path: Path, settings: Collection[str]) -> ConfigFile:
         raise UsageError(error.message, error.hint or MEND) from None
 
 
-def _check_names(source: YamlSource, models: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what can't be a model: a slip there would be obeyed by none."""
-    if not models:
+def _check_names(
+    source: YamlSource, models: Mapping[str, Any], aliases: ModelAliases | None
+) -> None:
+    """Refuses what can't be a model: a slip there would be obeyed by none."""
+    if not models or aliases is None:
         return
-    from ..catalog.catalog import read_catalog
-    from ..catalog.model_name import catalog_key
-
-    catalog = read_catalog(folder)
-    known = [*catalog, *(alias for spec in catalog.values() for alias in spec.aliases)]
+    known = aliases()
     for name in models:
         called = name.partition(":")[0]
-        if catalog_key(called, catalog) or re.search(r"[/\\]|\.gguf$", name):
+        if called.lower() in known or re.search(r"[/\\]|\.gguf$", name):
             continue
         near = difflib.get_close_matches(called[:40], known, n=1)
         hint = f"Did you mean {near[0]}?" if near else "See: localmoe list"
@@ -138,13 +145,10 @@ def _unknown(key: str, name: str, settings: Collection[str]) -> tuple[str, str]:
     return f"there is no setting {key[:40]}", hint
 
 
-def names_of(model: str, folder: Path) -> tuple[str, ...]:
+def names_of(model: str, aliases: Mapping[str, str]) -> tuple[str, ...]:
     """What a model may be called in the file: by the catalog, with and without its quant, and as
     it was typed."""
-    from ..catalog.catalog import read_catalog
-    from ..catalog.model_name import catalog_key
-
     called, colon, quant = model.partition(":")
-    key = catalog_key(called, read_catalog(folder))
+    key = aliases.get(called.lower())
     by_catalog = (key, f"{key}:{quant}") if key and colon else (key,) if key else ()
     return (*by_catalog, *(() if key else (called,)), model)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prompt_toolkit.completion import CompleteEvent, PathCompleter
 from prompt_toolkit.document import Document
 
-from ..catalog.catalog import read_catalog
+from ..catalog.catalog import model_aliases, read_catalog
 from ..chat.context_window import SUMMARIZE
 from ..chat.session import Sessions
 from ..config.environment import config_folder, sessions_folder
@@ -306,7 +306,7 @@ def change(repl: Repl, shown: str, value: str) -> None:
     elif value == "none":
         new = Settings.model_fields[name].get_default()
     else:
-        new = getattr(load_settings({name: value}, called=option_name), name)
+        new = getattr(load_settings({name: value}, called=option_name, aliases=model_aliases), name)
     conversation.change(conversation.settings.model_copy(update={name: new}))
     repl.renew_view()
     is_pending = name in conversation.pending
