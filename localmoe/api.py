@@ -141,8 +141,8 @@ class LocalMoE:
                 encoder,
                 self._living_engine,
                 defaults,
-                share=share,
-                markers=loaded.model.markers,
+                reuse_prefix=share,
+                reasoning_tokens=loaded.model.reasoning_tokens,
             )
 
     def _living_engine(self) -> EngineProcess:

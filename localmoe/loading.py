@@ -173,11 +173,11 @@ def load_once(
         engine.kill()
         raise
     log = planner.speed_log(meta, plan)
-    markers = find_reasoning_tokens(special_tokens(meta), engine)
-    remark = unstoppable(meta.chat_template, markers) if settings.think == "off" else ""
+    reasoning_tokens = find_reasoning_tokens(special_tokens(meta), engine)
+    remark = unstoppable(meta.chat_template, reasoning_tokens) if settings.think == "off" else ""
     if remark and watch.note:
         watch.note(remark)
-    model = ChatModel(engine, format, loaded.n_ctx, log.add, markers)
+    model = ChatModel(engine, format, loaded.n_ctx, log.add, reasoning_tokens)
     return OpenModel(meta, plan, model, engine, loaded, log, found.spec)
 
 
@@ -274,11 +274,11 @@ def special_tokens(meta: ModelMeta) -> frozenset[str]:
     return frozenset(meta.tokenizer.control_tokens).union(meta.tokenizer.user_tokens)
 
 
-def unstoppable(template: str, markers: ReasoningTokens | None) -> str:
+def unstoppable(template: str, reasoning_tokens: ReasoningTokens | None) -> str:
     """What to tell a person who wants no thinking of a model that can't be asked for that."""
-    if isinstance(markers, HarmonyMarkers):
+    if isinstance(reasoning_tokens, HarmonyMarkers):
         return "This model always thinks; its reasoning effort is set to low instead."
-    if markers is None or "think" not in template or ASKS_FOR_THINKING.search(template):
+    if reasoning_tokens is None or "think" not in template or ASKS_FOR_THINKING.search(template):
         return ""
     return "This model's prompt template has no way to turn its thinking off."
 

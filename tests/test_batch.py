@@ -107,7 +107,7 @@ class Run:
             )
             if out.changes:
                 runner.drop_superseded(out, backlog)
-            run_options = runner.RunOptions("demo", share=False)
+            run_options = runner.RunOptions("demo", reuse_prefix=False)
             stop = stop or StopFlag()
             done = runner.run_batch(backlog, out, self.engine_of, run_options, stop, on_progress)
             if ordered:
@@ -191,7 +191,9 @@ def test_only_what_waits_is_cancelled_where_that_is_wanted(engine: EngineProcess
 def test_without_sharing_nothing_held_is_used(engine: EngineProcess) -> None:
     inbox: Inbox = queue.SimpleQueue()
     for _ in range(2):
-        engine.submit(Request((1, 310, 311, 312), GREEDY, 2, stream=False, share=False), inbox)
+        engine.submit(
+            Request((1, 310, 311, 312), GREEDY, 2, stream=False, reuse_prefix=False), inbox
+        )
     for message in collect(inbox, 2).values():
         assert isinstance(message, Delta)
         assert message.usage is not None

@@ -109,7 +109,9 @@ def test_clear_keeps_the_system_message() -> None:
 
 def test_left_behind_a_held_back_stop_string_the_text_counts() -> None:
     """A token is sampled, but its text may be a stop string's beginning, and never came."""
-    chat = chat_with(FakeEngine([[Delta(1, "He", (7,)), Delta(1, "", (8,), is_held=True)]]))
+    chat = chat_with(
+        FakeEngine([[Delta(1, "He", (7,)), Delta(1, "", (8,), has_pending_text=True)]])
+    )
     turn = chat.ask("one")
     next(turn)
     next(turn)

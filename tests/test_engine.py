@@ -62,7 +62,9 @@ def test_text_is_that_of_the_tokens(tiny_engine: EngineProcess) -> None:
 
 def test_the_space_before_an_answer_is_left_out(tiny_engine: EngineProcess) -> None:
     plain = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=8)))
-    begun = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=8, starts_text=True)))
+    begun = text_of(
+        answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=8, strip_leading_space=True))
+    )
     assert begun == plain.removeprefix(" ")
 
 

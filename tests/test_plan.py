@@ -706,7 +706,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("n_ctx", "kv_type", "alike", "flash"),
+    ("n_ctx", "kv_type", "batch_invariant", "flash"),
     [
         (1024, "f16", True, "off"),
         (1024, "q8_0", True, "on"),
@@ -720,9 +720,9 @@ def test_answers_are_alike_where_there_is_room_for_it(
     wanted = PlanRequest(n_ctx=n_ctx, n_seq=4, kv_type=kv_type)
     plain = make_plan(machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, wanted)
     plan = make_plan(
-        machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, replace(wanted, alike=True)
+        machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, replace(wanted, batch_invariant=True)
     )
-    assert (plan.placement.alike, plan.placement.flash_attention) == (alike, flash)
-    assert not plain.placement.alike
+    assert (plan.placement.batch_invariant, plan.placement.flash_attention) == (alike, flash)
+    assert not plain.placement.batch_invariant
     more = plan.memory[-1].compute.n_bytes - plain.memory[-1].compute.n_bytes
     assert (more > 0) is (flash == "off")

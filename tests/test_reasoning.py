@@ -68,7 +68,7 @@ class Stream:
             if text.stopped_by is not None:
                 yield Delta(1, out, (token,), finish_reason="stop", stopped_by=text.stopped_by)
                 return
-            yield Delta(1, out, (token,), is_held=text.is_holding)
+            yield Delta(1, out, (token,), has_pending_text=text.has_pending_text)
         yield Delta(1, text.finish(), finish_reason="stop")
 
     def answer(self, markers: ReasoningTokens, *, is_open: bool = False) -> Answer:
@@ -278,12 +278,12 @@ class Fake:
 
 def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -> None:
     engine = Fake(Stream().say("{}"))
-    model = ChatModel(engine, MistralFormat("v1", 1, 2), 100, markers=THINK)  # type: ignore[arg-type]
+    model = ChatModel(engine, MistralFormat("v1", 1, 2), 100, reasoning_tokens=THINK)  # type: ignore[arg-type]
     prompt = Prompt("", (5, OPEN))
     bound = AnswerOptions(Sampling(json_schema="{}"))
     assert {d.kind for d in model.answer(prompt, bound) if d.text} == {"text"}
     assert {d.kind for d in model.answer(prompt, AnswerOptions()) if d.text} == {"thinking"}
-    assert engine.requests[0].markers == (OPEN, CLOSE)
+    assert engine.requests[0].reasoning_tokens == (OPEN, CLOSE)
 
 
 # ---- vocabularies ----
@@ -436,7 +436,9 @@ def test_the_engine_lets_text_out_at_a_marker() -> None:
         before = plain.tokens[: plain.tokens.index(once[1])]
         held = engine.detokenize(before)[-1] + "never"
         options = AnswerOptions(greedy.sampling, 24, (held,))
-        for delta in ChatModel(engine, format, 256, markers=markers).answer(prompt, options):
+        for delta in ChatModel(engine, format, 256, reasoning_tokens=markers).answer(
+            prompt, options
+        ):
             answer.add(delta)
         assert answer.tokens == plain.tokens
         assert answer.text

@@ -33,8 +33,12 @@ DEMO = PACKAGE / "models" / "demo" / "demo.gguf"
 N_CTX = 256
 N_SEQ = 4
 PLACEMENT = Placement(n_threads=1, n_ctx=N_CTX, n_seq=N_SEQ, n_ubatch=128)
-ALIKE = replace(PLACEMENT, flash_attention="off", alike=True)
-STREAMS = {"unified": replace(PLACEMENT, kv_unified=True), "streams": PLACEMENT, "alike": ALIKE}
+ALIKE = replace(PLACEMENT, flash_attention="off", batch_invariant=True)
+STREAMS = {
+    "unified": replace(PLACEMENT, kv_unified=True),
+    "streams": PLACEMENT,
+    "batch_invariant": ALIKE,
+}
 
 
 def prompt(seed: int, n_tokens: int) -> tuple[int, ...]:
@@ -122,7 +126,7 @@ def test_a_short_common_beginning_keeps_nobody_waiting(models: dict[str, NativeM
 
 
 def test_who_wants_no_sharing_gets_none(scheduler: Scheduler) -> None:
-    requests = [ask(prompt(0, 100) + prompt(n, 10), share=False) for n in range(1, 7)]
+    requests = [ask(prompt(0, 100) + prompt(n, 10), reuse_prefix=False) for n in range(1, 7)]
     assert cached(answers(scheduler, requests)) == 0
 
 
@@ -170,19 +174,19 @@ def test_prompts_of_other_lengths_are_filled_up_and_computed_together(
 ) -> None:
     lengths = (20, 31, 1, 26)
     requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
-    assert shapes(fresh(models["alike"]), requests) == [[31] * 4]
+    assert shapes(fresh(models["batch_invariant"]), requests) == [[31] * 4]
 
 
 def test_much_filling_is_not_worth_it(models: dict[str, NativeModel]) -> None:
     lengths = (100, 10, 12, 90)
     requests = [ask(prompt(n, length), max_tokens=1) for n, length in enumerate(lengths)]
-    assert shapes(fresh(models["alike"]), requests) == [[100], [12, 12], [90]]
+    assert shapes(fresh(models["batch_invariant"]), requests) == [[100], [12, 12], [90]]
 
 
 def test_a_lone_sequence_generates_beside_a_row_for_nothing(
     models: dict[str, NativeModel],
 ) -> None:
-    scheduler = fresh(models["alike"])
+    scheduler = fresh(models["batch_invariant"])
     answers(scheduler, [ask(prompt(1, 100))] * N_SEQ)  # what the others hold is not to be lost
     assert shapes(scheduler, [ask(prompt(2, 40), max_tokens=3)]) == [[40], [1, 1], [1, 1]]
     assert cached(answers(scheduler, [ask(prompt(1, 100) + prompt(3, 9))], first_id=9)) >= 100
@@ -299,7 +303,7 @@ def test_answers_do_not_depend_on_company(kv_type: KvType) -> None:
         many.load(str(DEMO), place)
         one.load(str(DEMO), replace(place, n_seq=2))
         together = asked(many, REQUESTS)
-        alone = [asked(one, [replace(request, share=False)])[0] for request in REQUESTS]
+        alone = [asked(one, [replace(request, reuse_prefix=False)])[0] for request in REQUESTS]
     assert together == alone
 
 
@@ -312,7 +316,7 @@ def test_answers_in_company_are_those_given_alone(
     model = models[kind]
     scheduler = fresh(model)
     together = [a.tokens for a in answers(scheduler, REQUESTS)]
-    apart = [replace(request, share=False) for request in REQUESTS]
+    apart = [replace(request, reuse_prefix=False) for request in REQUESTS]
     alone = [answers(fresh(model), [request])[0].tokens for request in apart]
     differing = [
         n for n, pair in enumerate(zip(together, alone, strict=True)) if pair[0] != pair[1]
@@ -421,7 +425,7 @@ def test_those_sharing_most_come_together() -> None:
 
 
 def test_requests_that_want_no_sharing_keep_their_order() -> None:
-    order = popped([waiting(n, prompt(n % 2, 60), share=False) for n in range(10)])
+    order = popped([waiting(n, prompt(n % 2, 60), reuse_prefix=False) for n in range(10)])
     assert order == list(range(10))
 
 

@@ -82,14 +82,14 @@ def _checked(question: _Question[Key], answer: Answer) -> Outcome[Key]:
 class Dispatcher(Generic[Key]):
     """Requests on their way to engines and back. `engine_of` starts an engine and loads the model.
 
-    With `stop` wanted, what isn't being computed yet is given up, without an outcome. `markers` are
-    those that requests name, where they do.
+    With `stop` wanted, what isn't being computed yet is given up, without an outcome.
+    `reasoning_tokens` are those that requests name, where they do.
     """
 
     requests: Iterable[tuple[Key, Request]]
     engine_of: Callable[[], BatchEngine]
     stop: StopFlag = field(default_factory=StopFlag)
-    markers: ReasoningTokens | None = None
+    reasoning_tokens: ReasoningTokens | None = None
     n_deaths: int = 0
     _engine: BatchEngine | None = None
     _inbox: Inbox = field(default_factory=queue.SimpleQueue)
@@ -196,8 +196,10 @@ class Dispatcher(Generic[Key]):
             return [Outcome(question.key, code="refused", message=said)]
         if message.finish_reason == "cancelled":
             return []
-        markers = self.markers if question.request.markers else None
-        return [_checked(question, join_reasoning(question.deltas, markers, question.request))]
+        reasoning_tokens = self.reasoning_tokens if question.request.reasoning_tokens else None
+        return [
+            _checked(question, join_reasoning(question.deltas, reasoning_tokens, question.request))
+        ]
 
     def _died(self, death: EngineError) -> list[Outcome[Key]]:
         """Bury the engine; what was under way waits to be asked again, or has been too often."""

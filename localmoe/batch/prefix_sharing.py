@@ -84,7 +84,7 @@ N_SAMPLED_LINES = 400
 
 
 def batch_shape_of(
-    backlog: PendingRequests, n_ctx: int, n_wanted: int | None, share: bool
+    backlog: PendingRequests, n_ctx: int, n_wanted: int | None, reuse_prefix: bool
 ) -> BatchShape:
     """What the requests of a batch need of a cache. `n_ctx` is the most that one may take."""
     asks = list(islice(backlog.asks(), N_SAMPLED_LINES))
@@ -94,7 +94,7 @@ def batch_shape_of(
         longest = n_ctx  # a longer one may follow
     choices = numbers(backlog.n_asks, n_wanted)
     n_cells = {}
-    if share:
+    if reuse_prefix:
         prompts = [ask.tokens for ask in asks]
         for n in choices:
             sharing = prefix_sharing_of(prompts, max(answers, default=n_ctx), n)

@@ -202,16 +202,17 @@ def line_name(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """`model` is what answers name as theirs. With `share`, requests that begin alike share work.
+    """`model` is what answers name as theirs. With `reuse_prefix`, requests that begin alike share
+    work.
 
-    `answers_start_text` is that of the model's prompt format, `markers` are those of its
+    `answers_start_text` is that of the model's prompt format, `reasoning_tokens` are those of its
     vocabulary; what a model thought is told where `thinking` is wanted.
     """
 
     model: str
     answers_start_text: bool = False
-    share: bool = True
-    markers: ReasoningTokens | None = None
+    reuse_prefix: bool = True
+    reasoning_tokens: ReasoningTokens | None = None
     thinking: bool = True
 
 
@@ -229,7 +230,7 @@ def run_batch(
     safe, and another run goes on from there.
     """
     asked = ((ask, engine_request(ask, options)) for ask in backlog.asks())
-    asking = Dispatcher(asked, engine_of, stop, options.markers)
+    asking = Dispatcher(asked, engine_of, stop, options.reasoning_tokens)
     progress = BatchProgress(backlog.n_asks)
     started = time.monotonic()
     for outcomes in asking.outcomes():
@@ -249,10 +250,12 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
         sampling=ask.options.sampling,
         max_tokens=ask.options.max_tokens,
         stop=ask.options.stop,
-        starts_text=ask.chat and options.answers_start_text,
+        strip_leading_space=ask.chat and options.answers_start_text,
         stream=False,
-        share=options.share,
-        markers=options.markers.ids if options.markers and ask.chat else (),
+        reuse_prefix=options.reuse_prefix,
+        reasoning_tokens=options.reasoning_tokens.ids
+        if options.reasoning_tokens and ask.chat
+        else (),
     )
 
 
@@ -305,8 +308,8 @@ def answers(
     engine_of: Callable[[], BatchEngine],
     defaults: Defaults,
     *,
-    share: bool = True,
-    markers: ReasoningTokens | None = None,
+    reuse_prefix: bool = True,
+    reasoning_tokens: ReasoningTokens | None = None,
 ) -> Iterator[BatchResult]:
     """Results as they finish. A request is a prompt, a list of messages, or a line's object.
 
@@ -314,7 +317,7 @@ def answers(
     may die; `engine_of` is called again when one has. Raises EngineError where none lives.
     """
     refused: list[BatchResult] = []
-    options = RunOptions("", encoder.format.answers_start_text, share, markers)
+    options = RunOptions("", encoder.format.answers_start_text, reuse_prefix, reasoning_tokens)
 
     def asked() -> Iterator[tuple[tuple[int, str | None], Request]]:
         for index, value in enumerate(requests):
@@ -326,7 +329,7 @@ def answers(
             else:
                 yield (index, request.custom_id), engine_request(ask, options)
 
-    for outcomes in Dispatcher(asked(), engine_of, markers=markers).outcomes():
+    for outcomes in Dispatcher(asked(), engine_of, reasoning_tokens=reasoning_tokens).outcomes():
         yield from [refused.pop(0) for _ in range(len(refused))]
         yield from map(result_of, outcomes)
     yield from refused

@@ -54,14 +54,15 @@ class ChatModel:
     """A model that can be talked to: an engine that has it loaded, its format, its room.
 
     `n_ctx` is in tokens, for a conversation and the answer to it. `on_answered` is told the last
-    delta of every answer. `markers` part thinking from answer, where the model has such tokens.
+    delta of every answer. `reasoning_tokens` part thinking from answer, where the model has such
+    tokens.
     """
 
     engine: ChatEngine
     format: PromptFormat
     n_ctx: int
     on_answered: Callable[[Delta], None] | None = None
-    markers: ReasoningTokens | None = None
+    reasoning_tokens: ReasoningTokens | None = None
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of a conversation. Raises PromptError where it leaves no room to answer."""
@@ -77,18 +78,18 @@ class ChatModel:
 
     def answer(self, prompt: Prompt, options: AnswerOptions) -> Generator[Delta, None, None]:
         """Generate after a prompt; the last delta has the finish reason."""
-        markers = self.markers
+        reasoning_tokens = self.reasoning_tokens
         request = Request(
             tokens=prompt.tokens,
             sampling=options.sampling,
             max_tokens=options.max_tokens,
             stop=options.stop,
-            starts_text=self.format.answers_start_text,
-            markers=markers.ids if markers else (),
+            strip_leading_space=self.format.answers_start_text,
+            reasoning_tokens=reasoning_tokens.ids if reasoning_tokens else (),
         )
-        is_open = begins_inside(markers, prompt.tokens, options.sampling)
+        is_open = begins_inside(reasoning_tokens, prompt.tokens, options.sampling)
         with closing(self.engine.generate(request)) as deltas:
-            for delta in split_reasoning(deltas, markers, is_open=is_open):
+            for delta in split_reasoning(deltas, reasoning_tokens, is_open=is_open):
                 if delta.finish_reason and self.on_answered:
                     self.on_answered(delta)
                 yield delta

@@ -230,7 +230,7 @@ def batch(
     files = BatchFiles(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
     check_files(files, as_json)
     settings = settings_of(options, model)
-    company = Parallelism(n_wanted(parallel), share=not no_share)
+    company = Parallelism(n_wanted(parallel), reuse_prefix=not no_share)
     with load_callbacks(model, quiet, verbose) as watch:
         return BatchCommand(model, files, settings, watch, company, quiet=quiet)(as_json)
 
@@ -249,7 +249,7 @@ class Parallelism:
     """How many requests are wanted at once (None leaves it open), and whether they share work."""
 
     n_at_once: int | None
-    share: bool
+    reuse_prefix: bool
 
 
 class BatchCommand:
@@ -329,7 +329,7 @@ class BatchCommand:
                 self._input, form, self._defaults, lambda: self._encoder, backlog, output
             )
             if checked.n_to_ask:
-                self._markers = self._find_markers()
+                self._markers = self._find_reasoning_tokens()
         if isinstance(output, FileOutput) and output.changes:
             drop_superseded(output, backlog)
         self._note(check_line(checked, recovered))
@@ -389,7 +389,7 @@ class BatchCommand:
         format = with_renderer(format_of(meta, think=wants_thinking(self._settings)), renderer)
         return Encoder(format, vocabulary, n_ctx, self._files.truncate)
 
-    def _find_markers(self) -> ReasoningTokens | None:
+    def _find_reasoning_tokens(self) -> ReasoningTokens | None:
         """What parts thinking from answer in this model's vocabulary."""
         return find_reasoning_tokens(special_tokens(self._found.meta), self._encoder.vocabulary)
 
@@ -427,12 +427,12 @@ class BatchCommand:
         options = RunOptions(
             title(meta),
             format_of(meta).answers_start_text,
-            self._company.share,
+            self._company.reuse_prefix,
             self._markers,
             thinking=self._settings.think == "on",
         )
         self._crowd = batch_shape_of(
-            backlog, self._n_ctx, self._company.n_at_once, self._company.share
+            backlog, self._n_ctx, self._company.n_at_once, self._company.reuse_prefix
         )
         told = ProgressReporter(self._stop, console.StatusLine(self._quiet), self._note)
         try:

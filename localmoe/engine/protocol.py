@@ -107,7 +107,7 @@ class Placement:
     flash_attention: Literal["auto", "on", "off"] = "auto"
     kv_unified: bool = False
     n_cells: int = 0
-    alike: bool = False
+    batch_invariant: bool = False
     offload_min_batch: int = 0
 
     @property
@@ -145,22 +145,22 @@ class Request:
     """All that an answer depends on. `tokens` is the whole prompt; the engine keeps no history
     that it needs, and finds by itself the longest beginning that it still holds.
 
-    `max_tokens` None means until the context is full. `starts_text` says that the answer begins a
-    text of its own, so that a SentencePiece vocabulary's space before its first word is left out.
-    `markers` are tokens that part a text from another (thinking from answer): they have no text,
-    and text that is held back ends at one. Without `stream` there is a delta at each of these and
-    at the end only, with all that is new. Without `share` the prompt is computed whole, whatever is
-    held of it.
+    `max_tokens` None means until the context is full. `strip_leading_space` says that the answer
+    begins a text of its own, so that a SentencePiece vocabulary's space before its first word is
+    left out. `reasoning_tokens` are tokens that part a text from another (thinking from answer):
+    they have no text, and text that is held back ends at one. Without `stream` there is a delta at
+    each of these and at the end only, with all that is new. Without `reuse_prefix` the prompt is
+    computed whole, whatever is held of it.
     """
 
     tokens: tuple[int, ...]
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    starts_text: bool = False
+    strip_leading_space: bool = False
     stream: bool = True
-    share: bool = True
-    markers: tuple[int, ...] = ()
+    reuse_prefix: bool = True
+    reasoning_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,12 +408,11 @@ class Delta:
     """What is new of an answer: its text and the tokens sampled, and the counts so far.
 
     While a prompt is computed, deltas without text tell how far it is. Text lags behind tokens
-    where a character or a stop string may be going on: then `is_held`. The last one has a finish
-    reason, usage and timings; `stopped_by` is the stop string that ended the answer (and is not in
-    its text). `kind` and `anew` are not the engine's: its callers set
-    them (prompt/reasoning.py, retry.py).
-    After one with `anew`, what came before of the answer is void: its engine died, and it begins
-    once more.
+    where a character or a stop string may be going on: then `has_pending_text`. The last one has a
+    finish reason, usage and timings; `stopped_by` is the stop string that ended the answer (and is
+    not in its text). `kind` and `anew` are not the engine's: its callers set them
+    (prompt/reasoning.py, retry.py). After one with `anew`, what came before of the answer is void:
+    its engine died, and it begins once more.
     """
 
     id: int
@@ -425,7 +424,7 @@ class Delta:
     stopped_by: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
-    is_held: bool = False
+    has_pending_text: bool = False
     kind: Literal["text", "thinking"] = "text"
     anew: bool = False
     type: Literal["delta"] = "delta"

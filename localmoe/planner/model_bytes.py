@@ -169,14 +169,14 @@ class ModelBytes:
         return tuple(name for name in experts if matrix_of(name) in wanted)
 
     @property
-    def is_alike(self) -> bool:
+    def is_batch_invariant(self) -> bool:
         """Whether answers can be made not to depend on those beside them, where that is wanted.
 
         On the CPU llama.cpp's flash attention takes another kernel for 64 tokens or more, but for
         quantized caches (ggml/src/ggml-cpu/ops.cpp): it is left out where there is room for that.
         """
         request = self.request
-        if not request.alike or request.n_ubatch < max(2, request.n_seq):
+        if not request.batch_invariant or request.n_ubatch < max(2, request.n_seq):
             return False
         n_bytes = scores_bytes(self.meta, self.n_ctx) * request.n_ubatch
         return request.kv_type not in FLOATS or n_bytes <= MAX_SCORES_BYTES
@@ -184,7 +184,7 @@ class ModelBytes:
     @property
     def has_scores(self) -> bool:
         """Whether the scores of all tokens are in memory at once: without flash attention."""
-        return self.is_alike and self.request.kv_type in FLOATS
+        return self.is_batch_invariant and self.request.kv_type in FLOATS
 
     @property
     def n_cells(self) -> int:
@@ -308,7 +308,7 @@ def matrix_of(name: str) -> str:
 
 def compute_kind(kind: str, request: PlanRequest) -> str:
     """The name under which compute buffers of a kind of placement are kept."""
-    shared = "/unified" if request.n_cells else "/alike" if request.alike else ""
+    shared = "/unified" if request.n_cells else "/alike" if request.batch_invariant else ""
     return f"{kind}/{request.kv_type}/{request.n_seq}{shared}"
 
 

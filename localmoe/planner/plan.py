@@ -85,7 +85,7 @@ def placement_of(machine: Machine, sizes: ModelBytes, layout: LayerPlacement) ->
         n_ubatch=request.n_ubatch,
         load_mode="pinned" if request.load_mode == "pinned" else "mmap",
         flash_attention=flash_attention(sizes),
-        alike=sizes.is_alike,
+        batch_invariant=sizes.is_batch_invariant,
     )
 
 
@@ -94,7 +94,7 @@ def flash_attention(sizes: ModelBytes) -> Literal["auto", "on", "off"]:
     number of tokens, which llama.cpp's does on the CPU for other caches."""
     if sizes.request.kv_type not in FLOATS:
         return "on"
-    return "off" if sizes.is_alike else "auto"
+    return "off" if sizes.is_batch_invariant else "auto"
 
 
 def cpu_experts_of(

@@ -243,7 +243,7 @@ class Planner:
     ) -> Plan:
         has_gpu = self._may_use_gpus(machine)
         request = tuned(self._request, speeds.tuning, self._open.n_ubatch and self._crowd is None)
-        request = replace(request, alike=request.n_seq > 1 and not has_gpu)
+        request = replace(request, batch_invariant=request.n_seq > 1 and not has_gpu)
         refusals: list[DoesNotFit] = []
         for wish, why in fallbacks(request, self._open):
             wanted = self._crowd.requests(wish, has_gpu) if self._crowd else [wish]

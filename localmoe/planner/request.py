@@ -28,7 +28,7 @@ class PlanRequest:
     """What a person fixed; None and "auto" leave the choice to the plan. Sizes are bytes.
 
     `vram_bytes` has a budget for each GPU; budgets never exceed what the machine has free.
-    `alike` asks that answers don't depend on the requests beside
+    `batch_invariant` asks that answers don't depend on the requests beside
     them (engine/worker/batch_builder.py).
     `n_cells` above 0 asks for one cache of so many tokens that all sequences share; else each has
     room for its own `n_ctx`. Tensors of experts above `largest_in_ram` are kept off RAM.
@@ -37,7 +37,7 @@ class PlanRequest:
     n_ctx: int | None = None
     n_seq: int = 1
     n_cells: int = 0
-    alike: bool = False
+    batch_invariant: bool = False
     n_gpu_layers: int | Literal["auto", "all"] = "auto"
     n_cpu_moe: int | None = None
     largest_in_ram: int | None = None
@@ -126,8 +126,10 @@ class BatchShape:
         wanted = {*self.n_at_once, *((2,) if self.is_open and not has_gpu else ())}
         for n in sorted(wanted, reverse=True):
             n_cells = max(self.n_cells[n], n_ctx) if has_gpu and n in self.n_cells else 0
-            alike = n > 1 and not has_gpu
-            yield replace(request, n_ctx=n_ctx, n_seq=n, n_cells=n_cells, alike=alike)
+            batch_invariant = n > 1 and not has_gpu
+            yield replace(
+                request, n_ctx=n_ctx, n_seq=n, n_cells=n_cells, batch_invariant=batch_invariant
+            )
 
 
 def numbers(n_requests: int, wanted: int | None = None) -> tuple[int, ...]:

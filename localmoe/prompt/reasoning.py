@@ -126,7 +126,7 @@ class Answer:
     tokens: tuple[int, ...] = ()
     text_tokens: tuple[int, ...] = ()
     last: Delta | None = None
-    is_held: bool = False
+    has_pending_text: bool = False
 
     def add(self, delta: Delta) -> None:
         if delta.anew:
@@ -137,7 +137,7 @@ class Answer:
             self.text += delta.text
             self.text_tokens += delta.tokens
         self.tokens += delta.tokens
-        self.is_held = delta.is_held and delta.kind == "text"
+        self.has_pending_text = delta.has_pending_text and delta.kind == "text"
         if delta.finish_reason:
             self.last = delta
 
@@ -147,7 +147,7 @@ class Answer:
         Cut at a stop string, or left while one might have been going on, its text is less than its
         tokens say; then the text counts.
         """
-        cut = self.is_held or (self.last is not None and self.last.stopped_by is not None)
+        cut = self.has_pending_text or (self.last is not None and self.last.stopped_by is not None)
         return Message("assistant", self.text, None if cut else self.text_tokens, self.thinking)
 
 
@@ -197,7 +197,7 @@ class _Brackets:
     def _trimmed(self, delta: Delta) -> Delta:
         if not self.is_first or not delta.tokens:
             return delta
-        if delta.is_held or delta.text.strip("\n"):
+        if delta.has_pending_text or delta.text.strip("\n"):
             self.is_first = False
             return replace(delta, text=delta.text.lstrip("\n")) if self.is_open else delta
         return replace(delta, text="", kind="thinking")

@@ -151,7 +151,7 @@ def engine(job: Job) -> None:
 
     placement = Placement(
         n_threads=job["threads"], n_ctx=N_CTX, n_seq=job["n_seq"],
-        flash_attention="off", alike=True,
+        flash_attention="off", batch_invariant=True,
     )  # fmt: skip
     with EngineProcess(engine_environment()) as moe:
         moe.load(job["model"], placement)

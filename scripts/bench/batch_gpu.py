@@ -287,7 +287,7 @@ def as_batch(job: Figures, out: Path) -> Figures:
         recover(output, backlog)
         fill(backlog, job["prompts"], job["n_generated"])
         is_one = job["kind"] == "one"  # then as `localmoe run` would load, which is fastest
-        crowd = None if is_one else batch_shape_of(backlog, 1 << 15, None, share=True)
+        crowd = None if is_one else batch_shape_of(backlog, 1 << 15, None, reuse_prefix=True)
         started = time.monotonic()
         loaded = load_found(
             ResolvedModel(ModelName(str(path), path=path), path, meta), settings_of(job),

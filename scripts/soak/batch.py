@@ -260,7 +260,9 @@ def answer_directly(source: Path, output: Path, retry_errors: bool) -> int:
             checked = runner.check_input(stream, "json", defaults, lambda: encoder, backlog, out)
             say_safe(checked.n_bad)
             supply = supply_of(first, engines)
-            options = runner.RunOptions("demo", encoder.format.answers_start_text, share=False)
+            options = runner.RunOptions(
+                "demo", encoder.format.answers_start_text, reuse_prefix=False
+            )
             runner.run_batch(
                 backlog, out, lambda: next(supply), options, StopFlag(),
                 lambda progress: say_safe(checked.n_bad + progress.n_ended),

@@ -1,6 +1,6 @@
-"""The sequences of a cache as places for requests: what each holds, and what can be copied.
+"""Slots: the sequences of a KV cache, what each holds, and what can be copied.
 
-A sequence that nothing runs in keeps what it holds until its place, or its cells, are needed.
+A free slot keeps what it holds until the slot, or its cells, are needed for another request.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .model import NativeModel
 
 
 class KvSlots:
-    """The sequences of a model's cache; `free` are those that nothing runs in, oldest first, with
-    the tokens that the cache still holds of them."""
+    """The slots of a model's KV cache; `free` are those without a request, oldest first, with the
+    tokens that the cache still holds of them."""
 
     def __init__(self, model: NativeModel) -> None:
         self._model = model
@@ -29,95 +29,94 @@ class KvSlots:
         n_most: int,
         running: Mapping[int, Sequence[int]],
         *,
-        share: bool = True,
+        reuse_prefix: bool = True,
     ) -> tuple[int, int] | None:
-        """A place for a prompt that may grow to `n_most` tokens: its sequence, and how many of the
-        tokens that holds already. None while the cache has no room for it.
+        """Takes a slot for a prompt that may grow to `n_most` tokens.
 
-        What is missing is copied from another sequence, one of `running` among them, where that
-        holds more. The last token is always left to compute: its logits are what is wanted.
+        Returns the slot and how many of the tokens it holds already, or None while the cache has
+        no room. A longer prefix is copied from another slot, one of `running` among them. The
+        last token is always left to compute, because its logits are wanted.
         """
-        sequence, source, n_shared = self._choose(tokens, running, share)
-        del self.free[sequence]
-        n_shared = self._bring(sequence, source, min(n_shared, len(tokens) - 1))
-        if self._make_room(sequence, n_most):
-            return sequence, n_shared
-        self.free[sequence] = list(tokens[:n_shared])
+        slot, source, n_shared = self._choose(tokens, running, reuse_prefix)
+        del self.free[slot]
+        n_shared = self._copy_prefix(slot, source, min(n_shared, len(tokens) - 1))
+        if self._reserve_cells(slot, n_most):
+            return slot, n_shared
+        self.free[slot] = list(tokens[:n_shared])
         return None
 
-    def give_back(self, sequence: int, tokens: list[int]) -> None:
-        """End the use of a sequence that holds these tokens now."""
-        self._cells.cut(sequence, len(tokens))
-        self.free[sequence] = tokens
+    def give_back(self, slot: int, tokens: list[int]) -> None:
+        """Frees a slot that holds these tokens now."""
+        self._cells.cut(slot, len(tokens))
+        self.free[slot] = tokens
 
-    def shorten(self, sequence: int, n_tokens: int) -> None:
-        """Leave a free sequence its first tokens only."""
-        n_kept = self._model.keep(sequence, n_tokens)
-        self._cells.cut(sequence, n_kept)
-        self.free[sequence] = self.free[sequence][:n_kept]
+    def shorten(self, slot: int, n_tokens: int) -> None:
+        """Keeps only the first tokens of a free slot."""
+        n_kept = self._model.keep(slot, n_tokens)
+        self._cells.cut(slot, n_kept)
+        self.free[slot] = self.free[slot][:n_kept]
 
     def fill(self, tokens: list[int], fill: Callable[[int], bool]) -> bool:
-        """Let the sequence that holds least have these tokens' state, which `fill` gives to it.
+        """Lets the free slot that holds least take these tokens' state, which `fill` restores.
 
-        False where there is no room, or it could not; then it holds nothing.
+        Returns False where there is no room or `fill` fails; the slot then holds nothing.
         """
         if not self.free:
             return False
-        sequence = min(self.free, key=lambda n: len(self.free[n]))
-        self.shorten(sequence, 0)
-        del self.free[sequence]
-        filled = self._make_room(sequence, len(tokens)) and fill(sequence)
-        self.free[sequence] = tokens if filled else []
+        slot = min(self.free, key=lambda n: len(self.free[n]))
+        self.shorten(slot, 0)
+        del self.free[slot]
+        filled = self._reserve_cells(slot, len(tokens)) and fill(slot)
+        self.free[slot] = tokens if filled else []
         if not filled:
-            self.shorten(sequence, 0)
+            self.shorten(slot, 0)
         return filled
 
-    def end_of(self, sequence: int) -> int:
-        """The position behind what a free sequence holds; what fills its stream is given up."""
-        if len(self.free[sequence]) >= self._model.n_ctx:
-            self._model.keep(sequence, 0)
-            self._cells.cut(sequence, 0)
-            self.free[sequence] = []
-        return len(self.free[sequence])
+    def end_of(self, slot: int) -> int:
+        """The position behind what a free slot holds; a slot that is full is emptied."""
+        if len(self.free[slot]) >= self._model.n_ctx:
+            self._model.keep(slot, 0)
+            self._cells.cut(slot, 0)
+            self.free[slot] = []
+        return len(self.free[slot])
 
     def _choose(
-        self, tokens: Sequence[int], running: Mapping[int, Sequence[int]], share: bool
+        self, tokens: Sequence[int], running: Mapping[int, Sequence[int]], reuse_prefix: bool
     ) -> tuple[int, int, int]:
-        """Where to put it, where to take its beginning from, and how many tokens of that.
+        """Chooses a slot, the slot to copy a prefix from, and how many tokens that prefix has.
 
-        The place is the one where least is lost: what a free sequence holds beyond what it has in
-        common with the prompt.
+        The slot is the free one that loses least: what it holds beyond the common prefix.
         """
-        if not share:
-            sequence = min(self.free, key=lambda n: len(self.free[n]))
-            return sequence, sequence, 0
+        if not reuse_prefix:
+            slot = min(self.free, key=lambda n: len(self.free[n]))
+            return slot, slot, 0
         shared = {n: common_prefix(held, tokens) for n, held in self.free.items()}
-        sequence = min(shared, key=lambda n: (len(self.free[n]) - shared[n], -shared[n], n))
+        slot = min(shared, key=lambda n: (len(self.free[n]) - shared[n], -shared[n], n))
         if self._model.can_share:
             shared |= {n: common_prefix(held, tokens) for n, held in running.items()}
-        source = max(shared, key=lambda n: (shared[n], n == sequence))
-        if source != sequence and not self._is_worth_copying(shared[source] - shared[sequence]):
-            source = sequence
-        return sequence, source, shared[source]
+        source = max(shared, key=lambda n: (shared[n], n == slot))
+        if source != slot and not self._is_worth_copying(shared[source] - shared[slot]):
+            source = slot
+        return slot, source, shared[source]
 
     def _is_worth_copying(self, n_more: int) -> bool:
         return self._model.can_share and n_more >= (
             1 if self._model.placement.kv_unified else MIN_SHARED_TOKENS
         )
 
-    def _bring(self, sequence: int, source: int, n_tokens: int) -> int:
-        """Make a sequence hold the first tokens of another, or its own; gives how many it does."""
-        if source != sequence:
-            self._model.copy(source, sequence)
-        n_kept = self._model.keep(sequence, n_tokens)
-        if source != sequence:
-            self._cells.share(source, sequence, n_kept)
-        self._cells.cut(sequence, n_kept)
+    def _copy_prefix(self, slot: int, source: int, n_tokens: int) -> int:
+        """Makes a slot hold the first tokens of another, or of itself; returns how many it does."""
+        if source != slot:
+            self._model.copy(source, slot)
+        n_kept = self._model.keep(slot, n_tokens)
+        if source != slot:
+            self._cells.share(source, slot, n_kept)
+        self._cells.cut(slot, n_kept)
         return n_kept
 
-    def _make_room(self, sequence: int, n_most: int) -> bool:
-        """Set cells apart for a sequence, at the cost of what nothing runs in, oldest first."""
-        n_more = n_most - self._cells.count(sequence)
+    def _reserve_cells(self, slot: int, n_most: int) -> bool:
+        """Reserves cells for a slot; evicts what free slots hold, oldest first."""
+        n_more = n_most - self._cells.count(slot)
         for other in self.free:
             if n_more <= self._cells.n_free:
                 break
@@ -126,15 +125,15 @@ class KvSlots:
             self.free[other] = []
         if n_more > self._cells.n_free:
             return False
-        self._cells.extend(sequence, n_more)
+        self._cells.extend(slot, n_more)
         return True
 
 
 class CellAccounting:
-    """Which cells of the cache are whose; those of a copied beginning are several sequences'.
+    """Counts which cells of the cache belong to which slots; those of a shared prefix to several.
 
     llama.cpp chooses the cells and does not tell which; only their number is the same here. Where
-    sequences have streams of their own nothing is common, and there is always room.
+    slots have streams of their own nothing is shared, and there is always room.
     """
 
     def __init__(self, n_cells: int) -> None:
@@ -142,25 +141,25 @@ class CellAccounting:
         self._of: dict[int, npt.NDArray[np.int64]] = {}
         self.n_free = n_cells
 
-    def count(self, sequence: int) -> int:
-        return len(self._of.get(sequence, ()))
+    def count(self, slot: int) -> int:
+        return len(self._of.get(slot, ()))
 
     def share(self, source: int, target: int, n_cells: int) -> None:
-        """Give a sequence the first cells of another, and none beside."""
+        """Gives a slot the first cells of another, and no others."""
         self.cut(target, 0)
         self._of[target] = self._of[source][:n_cells]
         self._n_holders[self._of[target]] += 1
 
-    def extend(self, sequence: int, n_cells: int) -> None:
-        """Give a sequence more cells; there must be so many free."""
+    def extend(self, slot: int, n_cells: int) -> None:
+        """Gives a slot more cells; so many must be free."""
         more = np.flatnonzero(self._n_holders == 0)[:n_cells]
         self._n_holders[more] = 1
-        self._of[sequence] = np.concatenate([self._of[sequence], more])
+        self._of[slot] = np.concatenate([self._of[slot], more])
         self.n_free -= len(more)
 
-    def cut(self, sequence: int, n_cells: int) -> None:
-        """Leave a sequence its first cells only."""
-        cells = self._of.get(sequence, np.zeros(0, np.int64))
-        self._of[sequence], rest = cells[:n_cells], cells[n_cells:]
+    def cut(self, slot: int, n_cells: int) -> None:
+        """Keeps only the first cells of a slot."""
+        cells = self._of.get(slot, np.zeros(0, np.int64))
+        self._of[slot], rest = cells[:n_cells], cells[n_cells:]
         self._n_holders[rest] -= 1
         self.n_free += int(np.count_nonzero(self._n_holders[rest] == 0))

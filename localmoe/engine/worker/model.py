@@ -118,7 +118,7 @@ class NativeModel:
         else:
             self._pages = PinnedPages()
         self.placement = placement
-        if placement.alike:
+        if placement.batch_invariant:
             os.putenv(ONE_KERNEL, "1")
         self._model = load_model(path, placement, on_progress)
         self._pages.pin(pinned)

@@ -1,4 +1,4 @@
-"""Requests that wait: those that begin alike come one after the other.
+"""Requests that wait for a slot: those with a common prefix start one after the other.
 
 Among requests in the order of their tokens, as words in a dictionary, those that share most are
 neighbours. So the next to be started is a neighbour of the one that was started last, as long as
@@ -27,16 +27,16 @@ class QueuedRequest:
     arrived: float
 
     @property
-    def place(self) -> tuple[tuple[int, ...], int]:
-        """Where it stands among others: by its tokens, if it wants to share any."""
-        return (self.request.tokens if self.request.share else (), self.id)
+    def sort_key(self) -> tuple[tuple[int, ...], int]:
+        """Orders requests by their tokens, so that those with a common prefix are neighbours."""
+        return (self.request.tokens if self.request.reuse_prefix else (), self.id)
 
 
 class RequestQueue:
     """Waiting requests. Ids grow with arrival."""
 
     def __init__(self) -> None:
-        self._places: list[tuple[tuple[int, ...], int]] = []  # sorted
+        self._sorted: list[tuple[tuple[int, ...], int]] = []  # sorted
         self._by_id: dict[int, QueuedRequest] = {}
         self._last: tuple[int, ...] = ()
         self._n_passed = 0
@@ -48,14 +48,14 @@ class RequestQueue:
         return iter(self._by_id.values())
 
     def add(self, waiting: QueuedRequest) -> None:
-        insort(self._places, waiting.place)
+        insort(self._sorted, waiting.sort_key)
         self._by_id[waiting.id] = waiting
 
     def remove(self, id: int) -> QueuedRequest | None:
         """Take one out that is no longer wanted; None where it isn't here."""
         waiting = self._by_id.pop(id, None)
         if waiting is not None:
-            del self._places[bisect_left(self._places, waiting.place)]
+            del self._sorted[bisect_left(self._sorted, waiting.sort_key)]
         return waiting
 
     def pop(self) -> QueuedRequest:
@@ -67,13 +67,13 @@ class RequestQueue:
         self._n_passed = 0 if id == oldest else self._n_passed + 1
         waiting = self._by_id[id]
         self.remove(id)
-        self._last = waiting.place[0]
+        self._last = waiting.sort_key[0]
         return waiting
 
     def _neighbour(self, otherwise: int) -> int:
-        at = bisect_left(self._places, (self._last, 0))
+        at = bisect_left(self._sorted, (self._last, 0))
         n_most, id = MIN_SHARED_TOKENS - 1, otherwise
-        for tokens, neighbour in self._places[max(0, at - 1) : at + 1]:
+        for tokens, neighbour in self._sorted[max(0, at - 1) : at + 1]:
             if (n_shared := common_prefix(tokens, self._last)) > n_most:
                 n_most, id = n_shared, neighbour
         return id

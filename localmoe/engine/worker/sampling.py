@@ -38,7 +38,7 @@ class TextStream:
         return self._take(self._decoder.decode(raw))
 
     @property
-    def is_holding(self) -> bool:
+    def has_pending_text(self) -> bool:
         """Whether text that was fed hasn't come out yet."""
         return bool(self._held or self._decoder.getstate()[0])
 

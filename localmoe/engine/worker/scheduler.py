@@ -1,13 +1,14 @@
 """Requests and the sequences that answer them: what goes into the next batch, what comes out.
 
-`Scheduler.step()` is the whole loop. Requests that begin alike compute their common part once:
-the first of them does, the others wait for it and copy it. A sequence keeps what the cache holds of
-it when its request is done, so that later requests can go on from there.
+`Scheduler.step()` is the whole loop: admit, build a batch, decode it, sample. Requests with a
+common prefix compute it once: the first of them does, and the others wait for it and copy it. A
+slot keeps what the cache holds of a finished request, so that later requests can reuse it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from ..native.llama import NativeError
 from ..prefix import MIN_SHARED_TOKENS, common_prefix
@@ -33,17 +34,17 @@ class RequestRefused(Exception):
 
 
 class Scheduler:
-    """Answers requests on a loaded model, as many at once as it has sequences."""
+    """Answers requests on a loaded model, as many at once as it has slots."""
 
     def __init__(self, model: NativeModel, most_wait_s: float = MOST_WAIT_S) -> None:
         self._model = model
         self._most_wait_s = most_wait_s
         self._queue = RequestQueue()
         self._running: dict[int, Sequence] = {}
-        self._places = KvSlots(model)
-        self.states = StateFiles(model, self._places)
-        self._lacks_room = False  # until a run ends
-        self._layout = BatchBuilder(model, self._places)
+        self._slots = KvSlots(model)
+        self.states = StateFiles(model, self._slots)
+        self._lacks_room = False  # until a sequence ends
+        self._builder = BatchBuilder(model, self._slots)
         self._eog = frozenset(model.facts().eog)
         self._computing_prompt_of: int | None = None
 
@@ -64,8 +65,8 @@ class Scheduler:
         if waiting := self._queue.remove(id) or self._take_follower(id):
             usage, timings = Usage(len(waiting.request.tokens), 0, 0), Timings(0.0, 0.0, 0.0)
             return [Delta(id, finish_reason="cancelled", usage=usage, timings=timings)]
-        run = None if only_waiting else self._running.get(id)
-        return [self._finish(run, "cancelled")] if run else []
+        sequence = None if only_waiting else self._running.get(id)
+        return [self._finish(sequence, "cancelled")] if sequence else []
 
     def interrupt(self, id: int) -> None:
         """From another thread: give up the decode under way if it serves this request alone."""
@@ -73,20 +74,14 @@ class Scheduler:
             self._model.context.abort()
 
     def step(self) -> list[Delta | Failed]:
-        """Admit, build one batch, compute it, sample: what is new of each answer."""
+        """Takes every answer one step further; returns what is new of each."""
         news: list[Delta | Failed] = [*self._admit()]
         if self._model.lacks_copies and self._are_copies_due():
             self._make_copies()
             return news
-        laid = self._layout.lay(self._running.values())
-        if not laid.parts or not self._compute(laid):
-            return news
-        for part in laid.parts:
-            run = part.run
-            run.n_done += part.n_tokens
-            new = self._progress(run) if run.n_waiting else self._sample(run, part.last)
-            if new is not None:
-                news.append(new)
+        batch = self._builder.build(self._running.values())
+        if batch.parts and self._decode(batch):
+            news += self._sample(batch)
         return news
 
     def _are_copies_due(self) -> bool:
@@ -95,26 +90,26 @@ class Scheduler:
         One that is to be repeatable does, since it must not depend on when they are made. Others
         do where a plan says so, as it reckoned with them, or where they don't wait for long.
         """
-        runs = [run for run in self._running.values() if run.n_sampled]
+        sequences = [sequence for sequence in self._running.values() if sequence.n_sampled]
         is_reckoned_with = not self._model.placement.repack_in_idle
-        again = any(run.request.sampling.is_repeatable for run in runs)
+        again = any(sequence.request.sampling.is_repeatable for sequence in sequences)
         soon = self._model.copies_left_s <= self._most_wait_s
-        return bool(runs) and (is_reckoned_with or again or soon)
+        return bool(sequences) and (is_reckoned_with or again or soon)
 
     def _make_copies(self) -> None:
         """Some of those that answers are generated with. A step of its own, so that it can be
         broken off; an answer's speed is not that of this."""
         started = time.perf_counter()
         self._model.make_copies()
-        for run in self._running.values():
-            run.copying_s += (time.perf_counter() - started) * bool(run.n_sampled)
+        for sequence in self._running.values():
+            sequence.copying_s += (time.perf_counter() - started) * bool(sequence.n_sampled)
 
     def fail_all(self, reason: str) -> list[Failed]:
         """Drop every request under way, for one reason."""
-        runs = list(self._running.values())
-        for run in runs:
-            self._release(run)
-        return [Failed(run.id, reason) for run in runs]
+        sequences = list(self._running.values())
+        for sequence in sequences:
+            self._release(sequence)
+        return [Failed(sequence.id, reason) for sequence in sequences]
 
     # ---- admitting ----
 
@@ -141,7 +136,7 @@ class Scheduler:
         """Start waiting requests while there is room, but for those that wait for a beginning."""
         refused: list[Failed] = []
         n_following = self._let_followers_go()
-        while self._queue and len(self._places.free) > n_following and not self._lacks_room:
+        while self._queue and len(self._slots.free) > n_following and not self._lacks_room:
             waiting = self._queue.pop()
             if leader := self._leader_of(waiting):
                 leader[1].followers.append((leader[0], waiting))
@@ -153,51 +148,53 @@ class Scheduler:
     def _let_followers_go(self) -> int:
         """Queue those again whose beginning is computed; gives how many still wait for theirs."""
         n_following = 0
-        for run in self._running.values():
-            for n_shared, waiting in run.followers:
-                if n_shared <= run.n_done:
+        for sequence in self._running.values():
+            for n_shared, waiting in sequence.followers:
+                if n_shared <= sequence.n_done:
                     self._queue.add(waiting)
-            run.followers = [f for f in run.followers if f[0] > run.n_done]
-            n_following += len(run.followers)
+            sequence.followers = [f for f in sequence.followers if f[0] > sequence.n_done]
+            n_following += len(sequence.followers)
         return n_following
 
     def _leader_of(self, waiting: QueuedRequest) -> tuple[int, Sequence] | None:
-        """The run that is about to compute how this request begins, and how much of it."""
-        if not (waiting.request.share and self._model.can_share):
+        """The sequence that is about to compute how this request begins, and how much of it."""
+        if not (waiting.request.reuse_prefix and self._model.can_share):
             return None
         tokens = waiting.request.tokens
         n_most, leader, n_computed = 0, None, 0
-        for run in self._running.values():
-            n = min(common_prefix(run.tokens, tokens), len(tokens) - 1)
-            n_computed = max(n_computed, min(n, run.n_done))
+        for sequence in self._running.values():
+            n = min(common_prefix(sequence.tokens, tokens), len(tokens) - 1)
+            n_computed = max(n_computed, min(n, sequence.n_done))
             if n > n_most:
-                n_most, leader = n, run
-        for held in self._places.free.values():
+                n_most, leader = n, sequence
+        for held in self._slots.free.values():
             n_computed = max(n_computed, common_prefix(held, tokens))
         is_worth_it = n_most - n_computed >= MIN_SHARED_TOKENS
         return (n_most, leader) if leader and is_worth_it else None
 
     def _start(self, waiting: QueuedRequest) -> Failed | None:
-        """Give a request a place, or put it back where there is no room; says why it can't run."""
+        """Gives a request a slot, or puts it back where there is no room; says why it can't run."""
         request, n_prompt = waiting.request, len(waiting.request.tokens)
         n_most = min(self._model.n_ctx, n_prompt + (request.max_tokens or self._model.n_ctx))
-        computed = {run.sequence: run.tokens[: run.n_done] for run in self._running.values()}
+        computed = {s.slot: s.tokens[: s.n_done] for s in self._running.values()}
         try:
             sampler = Sampler(self._model.vocab, request.sampling, request.tokens)
         except NativeError as error:
             return Failed(waiting.id, str(error))
-        place = self._places.take(request.tokens, n_most, computed, share=request.share)
-        if place is None:
+        taken = self._slots.take(
+            request.tokens, n_most, computed, reuse_prefix=request.reuse_prefix
+        )
+        if taken is None:
             sampler.free()
             self._queue.add(waiting)
             self._lacks_room = True
             return None
-        sequence, n_kept = place
-        skip_space = request.starts_text and self._model.vocab.is_spm
+        slot, n_kept = taken
+        skip_space = request.strip_leading_space and self._model.vocab.is_spm
         self._running[waiting.id] = Sequence(
             id=waiting.id,
             request=request,
-            sequence=sequence,
+            slot=slot,
             sampler=sampler,
             text=TextStream(request.stop, skip_space=skip_space),
             tokens=list(request.tokens),
@@ -209,114 +206,134 @@ class Scheduler:
         return None
 
     def _take_follower(self, id: int) -> QueuedRequest | None:
-        for run in self._running.values():
-            for follower in run.followers:
+        for sequence in self._running.values():
+            for follower in sequence.followers:
                 if follower[1].id == id:
-                    run.followers.remove(follower)
+                    sequence.followers.remove(follower)
                     return follower[1]
         return None
 
-    # ---- computing ----
+    # ---- decoding ----
 
-    def _compute(self, laid: DecodeBatch) -> bool:
-        """Decode the batch; False where `interrupt` ended it and nothing was computed."""
+    def _decode(self, batch: DecodeBatch) -> bool:
+        """Computes the batch; False where `interrupt` ended it and nothing was computed."""
         self._model.context.allow()
-        if len(laid.parts) == 1 and laid.parts[0].run.n_sampled == 0:
-            self._computing_prompt_of = laid.parts[0].run.id
+        if len(batch.parts) == 1 and batch.parts[0].sequence.n_sampled == 0:
+            self._computing_prompt_of = batch.parts[0].sequence.id
         whole = not self._model.lacks_copies  # else this answer does without
-        generating = whole and all(part.run.n_sampled for part in laid.parts)
-        again = any(part.run.request.sampling.is_repeatable for part in laid.parts)
+        generating = whole and all(part.sequence.n_sampled for part in batch.parts)
+        again = any(part.sequence.request.sampling.is_repeatable for part in batch.parts)
         try:
-            if not self._model.decode(laid.n_rows, generating=generating, again=again):
+            if not self._model.decode(batch.n_rows, generating=generating, again=again):
                 return False
         finally:
             self._computing_prompt_of = None
-        self._layout.forget_padding(laid)
+        self._builder.forget_padding(batch)
         return True
 
-    # ---- answering ----
+    # ---- sampling ----
 
-    def _progress(self, run: Sequence) -> Delta | None:
-        return Delta(run.id, prompt_tokens=run.n_done) if run.request.stream else None
+    def _sample(self, batch: DecodeBatch) -> Iterator[Delta | Failed]:
+        """Draws a token for each sequence whose prompt is computed; tells how far others are."""
+        for part in batch.parts:
+            sequence = part.sequence
+            sequence.n_done += part.n_tokens
+            if sequence.n_waiting:
+                new = self._progress(sequence)
+            else:
+                new = self._sample_next(sequence, part.last)
+            if new is not None:
+                yield new
 
-    def _sample(self, run: Sequence, index: int) -> Delta | Failed | None:
-        """Draw the next token; gives what is to be told of it now."""
-        try:
-            token = run.sampler.sample(self._model.context, index)
-        except GrammarDeadEnd as error:
-            self._release(run)
-            return Failed(run.id, str(error))
-        run.n_drawn += 1
-        run.last_token = time.perf_counter()
-        run.first_token = run.first_token or run.last_token
-        if token in self._eog:
-            return self._finish(run, "stop")
-        run.tokens.append(token)
-        is_marker = token in run.request.markers
-        text = run.text.finish() if is_marker else run.text.feed(self._model.vocab.piece(token))
-        if run.text.stopped_by is not None:
-            return self._finish(run, "stop", text, (token,))
-        full = len(run.tokens) >= self._model.n_ctx
-        if full or run.n_sampled == run.request.max_tokens:
-            return self._finish(run, "length", text, (token,))
-        if not (run.request.stream or is_marker):
-            run.untold += text
-            return None
-        text, tokens = self._untold(run, text, (token,))
-        return Delta(
-            run.id,
-            text=text,
-            tokens=tokens,
-            prompt_tokens=run.n_prompt,
-            completion_tokens=run.n_sampled,
-            is_held=run.text.is_holding,
+    def _progress(self, sequence: Sequence) -> Delta | Failed | None:
+        return (
+            Delta(sequence.id, prompt_tokens=sequence.n_done) if sequence.request.stream else None
         )
 
-    def _untold(
-        self, run: Sequence, text: str, tokens: tuple[int, ...]
+    def _sample_next(self, sequence: Sequence, index: int) -> Delta | Failed | None:
+        """Draws the next token; returns what is to be told of it now."""
+        try:
+            token = sequence.sampler.sample(self._model.context, index)
+        except GrammarDeadEnd as error:
+            self._release(sequence)
+            return Failed(sequence.id, str(error))
+        sequence.n_sampled_with_eog += 1
+        sequence.last_token = time.perf_counter()
+        sequence.first_token = sequence.first_token or sequence.last_token
+        if token in self._eog:
+            return self._finish(sequence, "stop")
+        sequence.tokens.append(token)
+        is_reasoning_token = token in sequence.request.reasoning_tokens
+        if is_reasoning_token:
+            text = sequence.text.finish()
+        else:
+            text = sequence.text.feed(self._model.vocab.piece(token))
+        if sequence.text.stopped_by is not None:
+            return self._finish(sequence, "stop", text, (token,))
+        full = len(sequence.tokens) >= self._model.n_ctx
+        if full or sequence.n_sampled == sequence.request.max_tokens:
+            return self._finish(sequence, "length", text, (token,))
+        if not (sequence.request.stream or is_reasoning_token):
+            sequence.unsent += text
+            return None
+        text, tokens = self._take_unsent(sequence, text, (token,))
+        return Delta(
+            sequence.id,
+            text=text,
+            tokens=tokens,
+            prompt_tokens=sequence.n_prompt,
+            completion_tokens=sequence.n_sampled,
+            has_pending_text=sequence.text.has_pending_text,
+        )
+
+    def _take_unsent(
+        self, sequence: Sequence, text: str, tokens: tuple[int, ...]
     ) -> tuple[str, tuple[int, ...]]:
         """What is new, with all that was gathered of a request that isn't streamed."""
-        if run.request.stream:
+        if sequence.request.stream:
             return text, tokens
-        text, run.untold = run.untold + text, ""
-        tokens, run.n_told = tuple(run.tokens[run.n_prompt + run.n_told :]), run.n_sampled
+        text = sequence.unsent + text
+        tokens = tuple(sequence.tokens[sequence.n_prompt + sequence.n_sent :])
+        sequence.unsent = ""
+        sequence.n_sent = sequence.n_sampled
         return text, tokens
 
     def _finish(
-        self, run: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
+        self, sequence: Sequence, reason: FinishReason, text: str = "", tokens: tuple[int, ...] = ()
     ) -> Delta:
-        text, tokens = self._untold(run, text + run.text.finish(), tokens)
-        self._release(run)
+        text, tokens = self._take_unsent(sequence, text + sequence.text.finish(), tokens)
+        self._release(sequence)
         return Delta(
-            run.id,
+            sequence.id,
             text=text,
             tokens=tokens,
-            prompt_tokens=min(run.n_done, run.n_prompt),
-            completion_tokens=run.n_sampled,
+            prompt_tokens=min(sequence.n_done, sequence.n_prompt),
+            completion_tokens=sequence.n_sampled,
             finish_reason=reason,
-            stopped_by=run.text.stopped_by,
-            usage=Usage(run.n_prompt, run.n_sampled, run.n_cached),
-            timings=timings_of(run),
+            stopped_by=sequence.text.stopped_by,
+            usage=Usage(sequence.n_prompt, sequence.n_sampled, sequence.n_cached),
+            timings=timings_of(sequence),
         )
 
-    def _release(self, run: Sequence) -> None:
-        run.sampler.free()
-        del self._running[run.id]
-        self._places.give_back(run.sequence, run.tokens[: run.n_done])
+    def _release(self, sequence: Sequence) -> None:
+        sequence.sampler.free()
+        del self._running[sequence.id]
+        self._slots.give_back(sequence.slot, sequence.tokens[: sequence.n_done])
         self._lacks_room = False
-        for _, waiting in run.followers:
+        for _, waiting in sequence.followers:
             self._queue.add(waiting)
 
 
-def timings_of(run: Sequence) -> Timings:
-    """The speeds of a run: its prompt up to the first token, its answer from there on."""
-    if not run.first_token:
+def timings_of(sequence: Sequence) -> Timings:
+    """The speeds of a sequence: its prompt up to the first token, its answer from there on."""
+    if not sequence.first_token:
         return Timings(0.0, 0.0, 0.0)
-    prompt_s = run.first_token - run.started
-    generation_s = run.last_token - run.first_token - run.copying_s
-    n_computed, n_after_first = run.n_prompt - run.n_cached, run.n_drawn - 1
+    prompt_s = sequence.first_token - sequence.started
+    generation_s = sequence.last_token - sequence.first_token - sequence.copying_s
+    n_computed = sequence.n_prompt - sequence.n_cached
+    n_after_first = sequence.n_sampled_with_eog - 1
     return Timings(
-        first_token_s=run.first_token - run.arrived,
+        first_token_s=sequence.first_token - sequence.arrived,
         prompt_tps=n_computed / prompt_s if prompt_s > 0 else 0.0,
         generation_tps=n_after_first / generation_s if generation_s > 0 else 0.0,
     )

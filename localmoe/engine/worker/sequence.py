@@ -1,4 +1,4 @@
-"""A request being answered in one sequence of the cache."""
+"""A sequence: a request that is being answered in one slot of the KV cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .sampling import Sampler, TextStream
 
 @dataclass(slots=True)
 class Sequence:
-    """A request being answered in a sequence of the cache.
+    """A request being answered in a slot of the cache.
 
     `tokens` are the prompt's and then the sampled ones; the first `n_done` are in the cache.
-    `n_drawn` counts what was sampled, the end-of-text token too. Times are seconds of one clock.
+    `n_sampled_with_eog` counts the end-of-generation token, too. Times are seconds of one clock.
     """
 
     id: int
     request: Request
-    sequence: int
+    slot: int
     sampler: Sampler
     text: TextStream
     tokens: list[int]
@@ -29,20 +29,22 @@ class Sequence:
     started: float
     # requests that begin alike, each with how many tokens: they wait until those are computed
     followers: list[tuple[int, QueuedRequest]] = field(default_factory=list)
-    n_drawn: int = 0
+    n_sampled_with_eog: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
     copying_s: float = 0.0  # since the first token
-    # of a request that isn't streamed: the text, and sampled tokens, that no delta has told yet
-    untold: str = ""
-    n_told: int = 0
+    # of a request that isn't streamed: the text, and sampled tokens, that no delta has brought yet
+    unsent: str = ""
+    n_sent: int = 0
 
     @property
     def n_prompt(self) -> int:
+        """Tokens of the prompt."""
         return len(self.request.tokens)
 
     @property
     def n_sampled(self) -> int:
+        """Tokens sampled so far, without the end-of-generation token."""
         return len(self.tokens) - self.n_prompt
 
     @property

@@ -60,9 +60,9 @@ class StateFiles:
     """Takes states of a model's sequences to files and back. Nothing it does raises an error: what
     can't be is 0 tokens and a reason."""
 
-    def __init__(self, model: NativeModel, places: KvSlots) -> None:
+    def __init__(self, model: NativeModel, slots: KvSlots) -> None:
         self._model = model
-        self._places = places
+        self._slots = slots
 
     def save(
         self, path: Path, key: str, tokens: tuple[int, ...], room_bytes: int
@@ -95,7 +95,7 @@ class StateFiles:
     def _save(
         self, path: Path, key: str, tokens: tuple[int, ...], room_bytes: int
     ) -> tuple[int, int, str]:
-        context, held = self._model.context, self._places.free
+        context, held = self._model.context, self._slots.free
         n_held = {n: common_prefix(found, tokens) for n, found in held.items()}
         sequence = max(n_held, key=lambda n: n_held[n], default=-1)
         n_tokens = n_held.get(sequence, 0)
@@ -104,7 +104,7 @@ class StateFiles:
         can_cut = self._model.can_share and context.first_position(sequence) == 0
         if n_tokens < len(held[sequence]) and not can_cut:
             raise StateMismatch(f"what is held can't be cut to the {n_tokens} tokens in common")
-        self._places.shorten(sequence, n_tokens)
+        self._slots.shorten(sequence, n_tokens)
         data_bytes = ggml.llama_state_seq_get_size(context.handle, sequence)
         layout = StateFileLayout.of(
             key, state_layout_of(self._model), tokens[:n_tokens], data_bytes
@@ -136,7 +136,7 @@ class StateFiles:
             is_all = context.last_position(sequence) == len(state.tokens) - 1
             return bool(taken == len(state.data)) and is_all
 
-        if not self._places.fill(state.tokens, fill):
+        if not self._slots.fill(state.tokens, fill):
             raise StateMismatch("llama.cpp refused it")
         return len(state.tokens)
 
