@@ -12,9 +12,10 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from ..engine.client import Inbox
+from ..engine.interfaces import Engine
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..errors import EngineError
 from ..prompt.reasoning import Answer, ReasoningTokens, join_reasoning
@@ -31,16 +32,6 @@ WAKE_SECONDS = 0.25
 MAX_GROUP = 256
 
 Key = TypeVar("Key")
-
-
-class BatchEngine(Protocol):
-    """What is needed of an engine with a loaded model; engine.client.Engine is one."""
-
-    def submit(self, request: Request, inbox: Inbox) -> int: ...
-
-    def cancel(self, id: int, *, only_waiting: bool = False) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +78,11 @@ class Dispatcher(Generic[Key]):
     """
 
     requests: Iterable[tuple[Key, Request]]
-    engine_of: Callable[[], BatchEngine]
+    engine_of: Callable[[], Engine]
     stop: StopFlag = field(default_factory=StopFlag)
     reasoning_tokens: ReasoningTokens | None = None
     n_deaths: int = 0
-    _engine: BatchEngine | None = None
+    _engine: Engine | None = None
     _inbox: Inbox = field(default_factory=queue.SimpleQueue)
     _under_way: dict[int, _Question[Key]] = field(default_factory=dict)
     _again: list[_Question[Key]] = field(default_factory=list)

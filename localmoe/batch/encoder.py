@@ -8,8 +8,9 @@ from __future__ import annotations
 import os.path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
+from ..engine.interfaces import Engine, Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import EngineError, PromptError, RequestError
 from ..prompt.chat_template import TemplateFormat
@@ -25,29 +26,15 @@ N_TRIES = 8
 MAX_DEATHS_IN_A_ROW = 5
 
 
-class TextVocabulary(Protocol):
-    """A tokenizer that also goes back; engine.client.Engine is one."""
-
-    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
-
-    def detokenize(self, tokens: Sequence[int]) -> str: ...
-
-
-class VocabularyEngine(TextVocabulary, Protocol):
-    """An engine that has a vocabulary, and can be ended."""
-
-    def close(self) -> None: ...
-
-
 class RestartingVocabulary:
     """A vocabulary whose engine is started again where a text made it die. Close it.
 
     The text then is a PromptError: it alone can't be asked.
     """
 
-    def __init__(self, engine_of: Callable[[], VocabularyEngine]) -> None:
+    def __init__(self, engine_of: Callable[[], Engine]) -> None:
         self._engine_of = engine_of
-        self._engine: VocabularyEngine | None = None
+        self._engine: Engine | None = None
         self._n_deaths_in_a_row = 0
 
     def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
@@ -61,7 +48,7 @@ class RestartingVocabulary:
             self._engine.close()
             self._engine = None
 
-    def _ask(self, question: Callable[[VocabularyEngine], Answer]) -> Answer:
+    def _ask(self, question: Callable[[Engine], Answer]) -> Answer:
         if self._engine is None:
             self._engine = self._engine_of()
         try:
@@ -86,7 +73,7 @@ class Encoder:
     """
 
     format: PromptFormat
-    vocabulary: TextVocabulary
+    vocabulary: Tokenizer
     n_ctx: int
     truncate: Side | None = None
 

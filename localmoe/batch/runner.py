@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from ..engine.interfaces import Engine
 from ..engine.protocol import FinishReason, Request, Timings, Usage
 from ..files import InputLine, digest, read_lines
 from ..prompt.reasoning import ReasoningTokens
-from .dispatch import BatchEngine, Dispatcher, Outcome, StopFlag
+from .dispatch import Dispatcher, Outcome, StopFlag
 from .encoder import Encoder
 from .journal import Record
 from .pending import PendingRequest, PendingRequests
@@ -219,7 +220,7 @@ class RunOptions:
 def run_batch(
     backlog: PendingRequests,
     output: Output,
-    engine_of: Callable[[], BatchEngine],
+    engine_of: Callable[[], Engine],
     options: RunOptions,
     stop: StopFlag,
     on_progress: Callable[[BatchProgress], None] | None = None,
@@ -305,7 +306,7 @@ class BatchResult:
 def answers(
     requests: Iterable[object],
     encoder: Encoder,
-    engine_of: Callable[[], BatchEngine],
+    engine_of: Callable[[], Engine],
     defaults: Defaults,
     *,
     reuse_prefix: bool = True,

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
-from ..engine.protocol import Delta, Request, Sampling, TextPiece
+from ..engine.interfaces import Engine
+from ..engine.protocol import Delta, Request, Sampling
 from ..engine.retry import retry_on_crash
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from ..prompt.messages import Message, Prompt, PromptFormat
@@ -32,14 +33,6 @@ OnFull = Literal["stop", "drop", "summarize"]
 T = TypeVar("T")
 
 
-class ChatEngine(Protocol):
-    """What a conversation needs of an engine; a real one is engine.client.Engine."""
-
-    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]: ...
-
-    def generate(self, request: Request) -> Generator[Delta, None, None]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class AnswerOptions:
     """How answers are asked for: sampling, at most how many tokens, where to stop."""
@@ -58,7 +51,7 @@ class ChatModel:
     tokens.
     """
 
-    engine: ChatEngine
+    engine: Engine
     format: PromptFormat
     n_ctx: int
     on_answered: Callable[[Delta], None] | None = None

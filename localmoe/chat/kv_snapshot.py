@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
 
-from ..engine.protocol import StateRestored, StateSaved
+from ..engine.interfaces import Engine
 from ..errors import EngineError, LocalMoeError, RequestError
 from .session import STATE, Session, Sessions
 
@@ -28,16 +27,6 @@ FREE_BYTES = 1 << 30
 HEADER_BYTES = 1 << 20
 N_SAMPLES = 64
 SAMPLE_BYTES = 4096
-
-
-class SnapshotEngine(Protocol):
-    """What is needed of an engine; a real one is engine.client.Engine."""
-
-    def save_state(
-        self, path: str, key: str, tokens: Sequence[int], room_bytes: int
-    ) -> StateSaved: ...
-
-    def restore_state(self, path: str, key: str) -> StateRestored: ...
 
 
 def file_key(paths: Sequence[Path]) -> str:
@@ -63,7 +52,7 @@ def _file_key(paths: tuple[Path, ...]) -> str:
     return hashed.hexdigest()
 
 
-def restore_state(session: Session, engine: SnapshotEngine) -> int:
+def restore_state(session: Session, engine: Engine) -> int:
     """Let a loaded model hold what a session's state has; gives how many tokens it does.
 
     0 where there is none that suits. The model has to be the one that the session goes on with
@@ -89,7 +78,7 @@ def restore_state(session: Session, engine: SnapshotEngine) -> int:
 def save_state(
     sessions: Sessions,
     session: Session,
-    engine: SnapshotEngine,
+    engine: Engine,
     tokens: Sequence[int],
     quota_bytes: int = QUOTA_BYTES,
 ) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import PromptError
 from .injection_guard import (
@@ -31,7 +32,7 @@ from .injection_guard import (
     spelled_by_messages,
 )
 from .jinja_client import Renderer, RenderError, Rendering, RenderJob, render
-from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
+from .messages import Message, Prompt, check_conversation, without_empty_system
 from .segments import encode_parts
 
 JOIN = "\n\n"

@@ -14,17 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import PromptError
 from .chat_template import TemplateFormat
-from .messages import (
-    Message,
-    Prompt,
-    PromptFormat,
-    Tokenizer,
-    check_conversation,
-    without_empty_system,
-)
+from .messages import Message, Prompt, PromptFormat, check_conversation, without_empty_system
 from .mistral import BEGIN, MistralFormat
 
 # marks of other formats that share [INST] or the architecture with Mistral's

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..engine.protocol import TextPiece
+from ..engine.interfaces import Tokenizer
 from ..errors import PromptError
 
 ROLES = ("system", "user", "assistant")
@@ -26,14 +26,6 @@ OTHER_ROLES = {
     "human": 'Call it "user".',
     "gpt": 'Call it "assistant".',
 }
-
-
-class Tokenizer(Protocol):
-    """A model's vocabulary at work; engine.client.Engine is one."""
-
-    def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
-        """Ids of each piece apart, nothing added; only `special` pieces spell control tokens."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

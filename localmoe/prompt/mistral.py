@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import PromptError
-from .messages import Message, Prompt, Tokenizer, check_conversation, without_empty_system
+from .messages import Message, Prompt, check_conversation, without_empty_system
 
 JOIN = "\n\n"
 BEGIN, END = "[INST]", "[/INST]"

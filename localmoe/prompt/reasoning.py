@@ -12,8 +12,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ..engine.interfaces import Tokenizer
 from ..engine.protocol import Delta, Request, Sampling, TextPiece
-from .messages import Message, Tokenizer
+from .messages import Message
 
 Kind = Literal["text", "thinking"]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import PromptError
-from .messages import Tokenizer
 
 ANCHOR = "\U0010fffd"
 Ids = tuple[int, ...]
