@@ -1,8 +1,4 @@
-"""Files that a power cut leaves as they were promised: written, synced, renamed.
-
-A file that is written beside its final name and gets it when it is whole, or goes away.
-
-Lines of files of any size, read with bounded memory.
+"""Files: written whole or not at all, added to durably, and read with bounded memory.
 
 A line that is longer than what is allowed is read past in pieces and never held; it still counts,
 and has a digest, so that every line after it has its right number.
@@ -11,13 +7,14 @@ and has a digest, so that every line after it has its right number.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from .errors import UsageError
@@ -25,6 +22,7 @@ from .errors import UsageError
 if sys.platform == "darwin":
     import fcntl
 
+TEMPORARY_SUFFIX = ".new"
 APPENDING = (
     os.O_WRONLY | os.O_CREAT | os.O_APPEND
     | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -32,7 +30,7 @@ APPENDING = (
 """Flags of os.open for a file that is only added to."""
 
 
-def append(fd: int, block: bytes, n_bytes: int) -> None:
+def append_durably(fd: int, block: bytes, n_bytes: int) -> None:
     """Write a block behind the `n_bytes` of a file; when this returns, it is on the disk.
 
     Where it can't be, the file is cut back to what it was, and the OSError is raised.
@@ -68,62 +66,49 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def replace_file(new: Path, old: Path) -> None:
-    """Let a file that is on the disk take another's name, for good where the file system can."""
-    os.replace(new, old)
-    with contextlib.suppress(OSError):
-        sync_folder(old.parent)
+@contextlib.contextmanager
+def atomic_file(
+    path: Path, *, durable: bool, mode: int = 0o666, replace: bool = True
+) -> Iterator[BinaryIO]:
+    """Opens a file for reading and writing that takes the name `path` when the block ends.
 
-
-class UnfinishedFile:
-    """What becomes `target`: `path` beside it, open as `file`. Leaving it early removes it.
-
-    What a killed process left under that name is replaced. Where another process does the same at
-    the same time, one of the two fails with FileExistsError and changes nothing of the other's.
-    Every method raises OSError.
+    Until then, and where the block raises, what had that name stays as it was, and nothing is left
+    behind. The temporary name beside it (`file.name`) can't be guessed. A `durable` file is on the
+    disk before it takes the name. Without `replace`, a file that has the name by then stays, and
+    FileExistsError is raised. Raises OSError.
     """
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.path = target.with_name(target.name + ".partial")
-        self.path.unlink(missing_ok=True)
-        self.file: BinaryIO = self.path.open("xb")
-        self._identity = _identity(os.fstat(self.file.fileno()))
-
-    def complete(self) -> None:
-        """All of it is on the disk. Nothing can be written to it afterwards."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def rename(self) -> None:
-        """Give it its name, and have the folder written too where the system can do that."""
-        if not self._is_ours() or self.target.exists():
-            raise FileExistsError(0, "another process writes it too")
-        self.path.rename(self.target)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_CLOEXEC", 0)
+    try:
+        with open(temporary, "w+b", opener=lambda name, _: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            if durable:
+                sync(file.fileno())
+        if not replace and path.exists():
+            raise FileExistsError(0, "another process writes it too", str(path))
+        os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            sync_folder(self.target.parent)
-
-    def _is_ours(self) -> bool:
-        return self.path.exists() and _identity(self.path.stat()) == self._identity
-
-    def __enter__(self) -> UnfinishedFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):  # a full disk is told already, and again by closing
-            self.file.close()
-        if self._is_ours():
-            self.path.unlink()
+            temporary.unlink()
+        raise
+    if durable:
+        with contextlib.suppress(OSError):  # not every file system can
+            sync_folder(path.parent)
 
 
-def _identity(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino
+def write_atomically(path: Path, data: bytes, *, durable: bool, mode: int = 0o666) -> None:
+    """Writes a file whole or not at all, as `atomic_file` does. Raises OSError."""
+    with atomic_file(path, durable=durable, mode=mode) as file:
+        file.write(data)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Deletes what killed processes left of `path`, for the one process that may write it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 MAX_LINE_BYTES = 16 << 20

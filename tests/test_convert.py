@@ -410,7 +410,9 @@ def test_it_gets_its_name_after_the_check(early: Path) -> None:
         merge_experts(conversion, target, check=fail)
     nothing_but(early.parent, "early.gguf")
     merge_experts(conversion, target, check=check)
-    assert seen == [("new.gguf.partial", False, False)]
+    ((name, *rest),) = seen
+    assert re.fullmatch(r"\.new\.gguf\.[0-9a-f]{8}\.new", name)
+    assert rest == [False, False]
     nothing_but(early.parent, "early.gguf", "new.gguf")
 
 
@@ -520,7 +522,8 @@ def test_a_kill_leaves_no_file_and_the_next_one_succeeds(early: Path) -> None:
             assert target.read_bytes() == wanted
             target.unlink()
         else:
-            assert early.with_name("new.gguf.partial").stat().st_size <= len(wanted)
+            (left,) = early.parent.glob(".new.gguf.*.new")
+            assert left.stat().st_size <= len(wanted)
     assert merged(early, target).read_bytes() == wanted
     nothing_but(early.parent, "early.gguf", "new.gguf", "wanted.gguf")
 

@@ -272,8 +272,7 @@ def killed_while_saving(large: Path, path: Path, delay_s: float) -> None:
 
         writing = threading.Thread(target=save)
         writing.start()
-        beside = path.with_name(f".{path.name}.new")
-        while not beside.exists() and writing.is_alive():
+        while not list(path.parent.glob(f".{path.name}.*.new")) and writing.is_alive():
             pass
         time.sleep(delay_s)
         os.kill(engine.pid, signal.SIGKILL)
@@ -372,10 +371,10 @@ def test_a_state_that_ends_the_engine_is_tried_once(tmp_path: Path) -> None:
 def test_what_was_cut_short_is_cleared_unless_it_is_being_written(tmp_path: Path) -> None:
     store = Sessions(tmp_path)
     for name in ("a", "b"):
-        (tmp_path / f".{name}.state.new").write_bytes(b"x")
+        (tmp_path / f".{name}.state.0f12ab34.new").write_bytes(b"x")
     with session_with_text(store, "b") as session:
         clear_unfinished(store)
-        assert [p.name for p in tmp_path.glob("*.new")] == [".b.state.new"]
+        assert [p.name for p in tmp_path.glob("*.new")] == [".b.state.0f12ab34.new"]
         assert session.path.exists()
 
 

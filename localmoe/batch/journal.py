@@ -19,7 +19,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import LocalMoeError, UsageError
-from ..files import APPENDING, InputLine, append, read_lines, replace_file, sync, sync_folder
+from ..files import (
+    APPENDING,
+    InputLine,
+    append_durably,
+    atomic_file,
+    read_lines,
+    remove_temporaries,
+    sync,
+    sync_folder,
+)
 
 MAX_RECORD_BYTES = 64 << 20
 COPY_BYTES = 1 << 20
@@ -61,7 +70,7 @@ class Journal:
             ) from None
         except OSError as error:
             raise UsageError(f"{path} can't be written: {error.strerror}.") from None
-        self._beside.unlink(missing_ok=True)  # of a rewrite that a crash cut short
+        remove_temporaries(self.path)  # of a rewrite that a crash cut short
 
     def __enter__(self) -> Journal:
         return self
@@ -116,7 +125,7 @@ class Journal:
         """
         block = b"".join(lines)
         try:
-            append(self._fd, block, self._n_bytes)
+            append_durably(self._fd, block, self._n_bytes)
         except OSError as error:
             raise self._failed(error) from None
         self._n_bytes += len(block)
@@ -124,24 +133,16 @@ class Journal:
     def rewrite(self, places: Iterable[tuple[int, int]]) -> None:
         """Keep only the records at these places (offset, length), in this order."""
         try:
-            with self._beside.open("wb") as new, self.path.open("rb") as old:
-                for offset, n_bytes in places:
-                    old.seek(offset)
-                    for n_left in range(n_bytes, 0, -COPY_BYTES):
-                        new.write(old.read(min(n_left, COPY_BYTES)))
-                new.flush()
-                sync(new.fileno())
-            self._close_file()
-            replace_file(self._beside, self.path)
+            with atomic_file(self.path, durable=True) as new:
+                with self.path.open("rb") as old:
+                    for offset, n_bytes in places:
+                        old.seek(offset)
+                        for n_left in range(n_bytes, 0, -COPY_BYTES):
+                            new.write(old.read(min(n_left, COPY_BYTES)))
+                self._close_file()  # Windows replaces nothing that is open
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._beside.unlink(missing_ok=True)
             raise self._failed(error) from None
         self._open(self.path.stat().st_size)
-
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.new")
 
     def _open(self, end: int) -> int:
         """Open for appending with everything after `end` cut off; gives how much that was."""

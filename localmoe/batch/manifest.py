@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import LocalMoeError, UsageError
-from ..files import replace_file, sync
+from ..files import remove_temporaries, write_atomically
 
 FORM = "localmoe batch 1"
 MAX_SHOWN = 24
@@ -77,13 +77,10 @@ def read_manifest(output: Path) -> Manifest | None:
 def write_manifest(output: Path, manifest: Manifest) -> None:
     """Put a manifest beside an output: whole and on disk, or not at all."""
     path = manifest_path(output)
-    beside = path.with_name(f".{path.name}.new")
+    data = json.dumps(asdict(manifest), indent=1).encode() + b"\n"
     try:
-        with beside.open("wb") as file:
-            file.write(json.dumps(asdict(manifest), indent=1).encode() + b"\n")
-            file.flush()
-            sync(file.fileno())
-        replace_file(beside, path)
+        remove_temporaries(path)
+        write_atomically(path, data, durable=True)
     except OSError as error:
         raise LocalMoeError(f"{path} can't be written: {error.strerror}.") from None
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..engine.interfaces import Engine
 from ..errors import EngineError, LocalMoeError, RequestError
+from ..files import TEMPORARY_SUFFIX
 from .session import STATE, Session, Sessions
 
 QUOTA_BYTES = 8 << 30
@@ -103,8 +104,8 @@ def save_state(
 
 def clear_unfinished(sessions: Sessions) -> None:
     """Delete what was left of states whose writing was cut short."""
-    for path in sessions.folder.glob(f".*{STATE}.new"):
-        name = path.name[1:].removesuffix(f"{STATE}.new")
+    for path in sessions.folder.glob(f".*{STATE}*{TEMPORARY_SUFFIX}"):
+        name = path.name[1:].rpartition(STATE)[0]
         with contextlib.suppress(LocalMoeError, OSError):
             lock = sessions.lock(name)  # of one in use the writing may be going on
             try:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..config.environment import sessions_folder
 from ..errors import LocalMoeError, UsageError
-from ..files import APPENDING, append, sync_folder
+from ..files import APPENDING, append_durably, sync_folder
 from ..prompt.messages import Message
 from .transcript import Transcript, changes, head, other_model, read_transcript
 
@@ -372,7 +372,7 @@ class Session:
         try:
             if self._fd < 0:
                 self._open()
-            append(self._fd, block, self._found.end)
+            append_durably(self._fd, block, self._found.end)
         except OSError as error:
             raise LocalMoeError(
                 f"The chat can't be kept: {self.path} can't be written: {error.strerror}."

@@ -15,6 +15,7 @@ from ..config.settings import Settings, settings_of, settings_said
 from ..config.settings import settings_of as checked
 from ..config.sources import file_key, read_config
 from ..errors import LocalMoeError, UsageError
+from ..files import write_atomically
 from ..terminal import console
 from .options import (
     chat_options,
@@ -103,7 +104,9 @@ def edit() -> None:
             draft.unlink()
             console.note("Nothing was changed.")
             return
-        os.replace(draft, os.path.realpath(file))  # where the file is a link, what it points at
+        # where the file is a link, what it points at
+        write_atomically(Path(os.path.realpath(file)), draft.read_bytes(), durable=True)
+        draft.unlink()
     except OSError as error:
         raise UsageError(f"{error.filename or file}: {error.strerror}.") from None
     console.note(f"Saved: {file}")

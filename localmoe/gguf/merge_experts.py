@@ -30,7 +30,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import LocalMoeError, ModelFileError, UsageError, gib, model_file_error
-from ..files import UnfinishedFile
+from ..files import atomic_file, remove_temporaries, sync
 from .model_meta import ModelMeta, meta_of, read_meta
 from .reader import Header, RawTensor, read_header
 from .tensors import TensorInfo
@@ -239,13 +239,14 @@ def merge_experts(
             raise UsageError(
                 f"{target} exists already.", "Remove it, or take another name: -o FILE"
             )
-        with UnfinishedFile(target) as unfinished:
+        remove_temporaries(target)
+        with atomic_file(target, durable=True, replace=False) as file:
             _check_room(conversion, target)
-            _write(conversion, unfinished.file, on_progress or (lambda n_bytes: None))
-            unfinished.complete()
+            _write(conversion, file, on_progress or (lambda n_bytes: None))
+            file.flush()
+            sync(file.fileno())
             if check:
-                check(unfinished.path)
-            unfinished.rename()
+                check(Path(file.name))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         hint = "Try: -o FILE in another folder or on another disk"

@@ -11,7 +11,6 @@ names, authentication, the layout of the cache and its locks; bytes come by http
 from __future__ import annotations
 
 import json
-import os
 import re
 import ssl
 import sys
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from ..errors import DownloadError, LocalMoeError, UsageError, printable
+from ..files import write_atomically
 from .cache_layout import COMMIT, SHA256, commit_here, commits_here
 from .http import (
     OFFLINE_HINT,
@@ -122,9 +122,7 @@ def keep_listing(headers: Path, listed: RemoteRepo, revision: str | None) -> Non
         path = listing_path(headers, listed.repo, called)
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f"{path.name}.new")
-            beside.write_text(text, "utf-8")
-            beside.replace(path)
+            write_atomically(path, text.encode(), durable=False)
 
 
 def kept_listing(headers: Path, repo: str, revision: str | None) -> RemoteRepo | None:
@@ -362,11 +360,9 @@ class Hub:
         if revision == file.commit:
             return
         ref = self._folder(file.repo) / "refs" / revision
-        beside = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
         with suppress(OSError):  # a cache that can't be written to has the file all the same
             ref.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(file.commit, "utf-8")
-            os.replace(beside, ref)
+            write_atomically(ref, file.commit.encode(), durable=False)
 
 
 def check_repo(repo: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from ..files import sync_folder
+from ..files import remove_temporaries, sync_folder, write_atomically
 from .types import RemoteFile
 from .verify import PIECE_BYTES, as_ranges, fill, n_pieces
 
@@ -92,11 +92,10 @@ class Partial:
         records = b"".join(
             RECORD.pack(*pair) for pair in zip(self.checksums, self._states, strict=True)
         )
-        beside = self._journal_path.with_name(self._journal_path.name + ".new")
-        beside.write_bytes(json.dumps(head).encode().ljust(HEAD_BYTES) + records)
-        self._journal = FileIO(beside, "r+")
-        datasync(self._journal)
-        beside.replace(self._journal_path)
+        remove_temporaries(self._journal_path)
+        data = json.dumps(head).encode().ljust(HEAD_BYTES) + records
+        write_atomically(self._journal_path, data, durable=True)
+        self._journal = FileIO(self._journal_path, "r+")
 
     def agree(self, etag: str | None) -> bool:
         """Whether this ETag is of the same content; the first one is remembered."""
@@ -237,6 +236,8 @@ def leftovers(blobs: Path) -> Iterator[Leftover]:
 
 def remove_leftover(blob: Path) -> None:
     """For whoever holds the blob's lock. The journal goes first: never one without its bytes."""
+    remove_temporaries(blob.with_name(blob.name + JOURNAL_SUFFIX))
+    # version 0.1.0 wrote a journal anew under the second name
     for suffix in (JOURNAL_SUFFIX, JOURNAL_SUFFIX + ".new", PARTIAL_SUFFIX):
         blob.with_name(blob.name + suffix).unlink(missing_ok=True)
 

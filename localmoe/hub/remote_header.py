@@ -7,12 +7,11 @@ the model. It holds no weights, and lies in a folder of its own so that nobody r
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from ..errors import DownloadError
+from ..files import atomic_file
 from ..gguf.reader import HeaderIncomplete, read_header
 from .client import Hub, check_name, check_repo
 from .types import RemoteFile
@@ -88,16 +87,8 @@ class _Beginning:
 
 
 def _write(path: Path, header: bytes, n_bytes: int) -> None:
-    """Written beside and renamed, so that there is a whole one or none."""
+    """Keeps a header as a sparse file of the model's full length."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as stream:
-        try:
-            stream.write(header)
-            stream.truncate(n_bytes)
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-            os.replace(stream.name, path)
-        except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
-            raise
+    with atomic_file(path, durable=True, mode=0o600) as file:
+        file.write(header)
+        file.truncate(n_bytes)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import gib
+from ..files import write_atomically
 from .cache_layout import SHA256
 
 PIECE_BYTES = 1 << 20
@@ -99,9 +100,7 @@ def write_pieces(stamps: Path, hashes: FileHashes) -> None:
     head = {"n_bytes": hashes.n_bytes, "piece_bytes": PIECE_BYTES, "crc32": zlib.crc32(packed)}
     path = pieces_path(stamps, hashes.sha256)
     stamps.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(json.dumps(head).encode() + b"\n" + packed)
-    beside.replace(path)
+    write_atomically(path, json.dumps(head).encode() + b"\n" + packed, durable=False)
 
 
 def read_pieces(stamps: Path, sha256: str, n_bytes: int) -> tuple[int, ...] | None:

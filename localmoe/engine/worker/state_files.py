@@ -37,7 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ...files import replace_file, sync
+from ...files import atomic_file
 from ..native.llama import ggml
 from ..prefix import MIN_SHARED_TOKENS, common_prefix
 from .kv_slots import KvSlots
@@ -280,21 +280,12 @@ def checksums(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
 def write_file(path: Path, n_bytes: int, fill: Callable[[npt.NDArray[np.uint8]], None]) -> None:
     """A file of this size, mapped for `fill`, that takes the name `path` once it is on disk; until
     then, and where anything fails, what had that name stays as it was."""
-    beside = path.with_name(f".{path.name}.new")
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-    try:
-        with os.fdopen(os.open(beside, flags, 0o600), "r+b") as file:
-            allocate(file, n_bytes)
-            whole = mmap.mmap(file.fileno(), n_bytes)
-            fill(np.frombuffer(whole, np.uint8))
-            whole.flush()
-            whole.close()  # Windows renames nothing that is mapped
-            sync(file.fileno())
-        replace_file(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    with atomic_file(path, durable=True, mode=0o600) as file:
+        allocate(file, n_bytes)
+        whole = mmap.mmap(file.fileno(), n_bytes)
+        fill(np.frombuffer(whole, np.uint8))
+        whole.flush()
+        whole.close()  # Windows renames nothing that is mapped
 
 
 def allocate(file: BinaryIO, n_bytes: int) -> None:
