@@ -209,13 +209,13 @@ def start(
     path = str(meta.paths[0])
     try:
         loaded = engine.load(path, place, pinned=spans, on_progress=watch.loading)
-        if place.n_gpu_layers and not planner.is_proved(meta, plan):
+        if place.n_gpu_layers and not planner.is_verified(meta, plan):
             try_out(engine, meta, place)
-            planner.prove(meta, plan)
+            planner.mark_verified(meta, plan)
     except EngineError as error:
         if not (place.n_gpu_layers and says_out_of_memory(error, engine.log)):
             raise
-        planner.set_back(meta)
+        planner.reserve_more(meta)
         raise OutOfMemory(f"The GPU ran out of memory: {error.message}") from None
     return loaded
 
@@ -384,7 +384,7 @@ class EngineReloader:
         on_gpu = self.loaded.plan.placement.n_gpu_layers > 0
         if on_gpu and KILLED not in error.message:
             with Planner(self.settings, self.workload) as planner:
-                planner.set_back(self.loaded.meta)
+                planner.reserve_more(self.loaded.meta)
             return
         self.settings = safer(self.settings, self.loaded.plan)
 

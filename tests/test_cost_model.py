@@ -42,7 +42,7 @@ from localmoe.perf.speed_records import (
     correction,
     measured_too_slow,
 )
-from localmoe.perf.store import MeasurementKey, SpeedStore
+from localmoe.perf.store import MeasurementKey, MeasurementStore
 
 PARTS = ("down", "gate", "up")
 LAYERS = 32
@@ -388,28 +388,28 @@ def test_regimes_tell_apart_what_speed_depends_on() -> None:
 
 
 def test_records_are_kept_for_their_machine_whatever_the_model(tmp_path: Path) -> None:
-    store = SpeedStore(tmp_path / "new")
-    store.add(KEY, [record(8), record(9)])
-    store.add(replace(KEY, model="another"), [record(10)])
-    assert store.read(KEY) == (record(8), record(9), record(10))
-    assert store.read(replace(KEY, machine="another")) == ()
-    assert store.read(replace(KEY, build="another")) == ()
+    store = MeasurementStore(tmp_path / "new")
+    store.add_speed_records(KEY, [record(8), record(9)])
+    store.add_speed_records(replace(KEY, model="another"), [record(10)])
+    assert store.speed_records(KEY) == (record(8), record(9), record(10))
+    assert store.speed_records(replace(KEY, machine="another")) == ()
+    assert store.speed_records(replace(KEY, build="another")) == ()
 
 
 def test_a_machine_that_is_measured_anew_forgets(tmp_path: Path) -> None:
-    store = SpeedStore(tmp_path)
-    store.forget(KEY)
-    store.add(KEY, [record(8)])
-    store.add(replace(KEY, machine="another"), [record(9)])
-    store.forget(KEY)
-    assert store.read(KEY) == ()
-    assert store.read(replace(KEY, machine="another")) == (record(9),)
+    store = MeasurementStore(tmp_path)
+    store.forget_speed_records(KEY)
+    store.add_speed_records(KEY, [record(8)])
+    store.add_speed_records(replace(KEY, machine="another"), [record(9)])
+    store.forget_speed_records(KEY)
+    assert store.speed_records(KEY) == ()
+    assert store.speed_records(replace(KEY, machine="another")) == (record(9),)
 
 
 def test_damaged_lines_are_none(tmp_path: Path) -> None:
-    store = SpeedStore(tmp_path)
-    store.add(KEY, [record(8)])
-    (path,) = tmp_path.iterdir()
+    store = MeasurementStore(tmp_path)
+    store.add_speed_records(KEY, [record(8)])
+    (path,) = tmp_path.glob("[!.]*")
     good = json.loads(path.read_text())
     bad = [
         b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 5000,
@@ -421,31 +421,33 @@ def test_damaged_lines_are_none(tmp_path: Path) -> None:
     ]  # fmt: skip
     with path.open("ab") as file:
         file.write(b"\n".join(bad) + b'\n{"kind": "torn')
-    store.add(KEY, [record(9)])
-    assert store.read(KEY) == (record(8), record(9))
+    store.add_speed_records(KEY, [record(9)])
+    assert store.speed_records(KEY) == (record(8), record(9))
 
 
 def test_a_run_that_was_absurdly_slow_is_not_kept(tmp_path: Path) -> None:
-    SpeedStore(tmp_path).add(KEY, [record(0.01), record(float("nan")), record(0.0)])
+    MeasurementStore(tmp_path).add_speed_records(
+        KEY, [record(0.01), record(float("nan")), record(0.0)]
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
-    store = SpeedStore(tmp_path)
+    store = MeasurementStore(tmp_path)
     for n in range(2 * MAX_RECORDS + 50):
-        store.add(KEY, [record(8, model=str(n))])
-    (path,) = tmp_path.iterdir()
+        store.add_speed_records(KEY, [record(8, model=str(n))])
+    (path,) = tmp_path.glob("[!.]*")
     assert len(path.read_text().splitlines()) <= 2 * MAX_RECORDS
-    kept = [r.model for r in store.read(KEY)]
+    kept = [r.model for r in store.speed_records(KEY)]
     assert len(kept) == MAX_RECORDS
     assert kept[-1] == str(2 * MAX_RECORDS + 49)
 
 
 def test_where_nothing_can_be_written_nothing_is_learned(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    store = SpeedStore(tmp_path / "taken")
-    store.add(KEY, [record(8)])
-    assert store.read(KEY) == ()
+    store = MeasurementStore(tmp_path / "taken")
+    store.add_speed_records(KEY, [record(8)])
+    assert store.speed_records(KEY) == ()
 
 
 def test_a_measured_product_counts_more_than_the_formula() -> None:

@@ -31,7 +31,7 @@ from localmoe.perf.cpu_tuning import (
     threads_to_try,
 )
 from localmoe.perf.figures import NOTHING_MEASURED
-from localmoe.perf.store import MeasurementKey, TuningStore
+from localmoe.perf.store import MeasurementKey, MeasurementStore
 from localmoe.planner.plan import Plan, make_plan
 from localmoe.planner.request import PlanRequest
 from localmoe.planner.search import (
@@ -233,25 +233,25 @@ def test_a_forecast_knows_of_copies(mixtral: ModelMeta) -> None:
 
 
 def test_what_was_timed_is_kept_for_machine_build_and_model(tmp_path: Path) -> None:
-    store = TuningStore(tmp_path)
-    assert store.read(KEY) is None
-    store.write(KEY, TuningRecord(TUNING))
-    assert store.read(KEY) == TuningRecord(TUNING)
-    assert store.read(replace(KEY, model="other")) is None
-    assert store.read(replace(KEY, build="other")) is None
+    store = MeasurementStore(tmp_path)
+    assert store.timing(KEY) is None
+    store.write_timing(KEY, TuningRecord(TUNING))
+    assert store.timing(KEY) == TuningRecord(TUNING)
+    assert store.timing(replace(KEY, model="other")) is None
+    assert store.timing(replace(KEY, build="other")) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"n_layers": 1}', '{"times": "x"}'])
 def test_a_damaged_file_is_none(tmp_path: Path, text: str) -> None:
-    store = TuningStore(tmp_path)
-    store.write(KEY, TuningRecord(TUNING))
-    next(tmp_path.iterdir()).write_text(text)
-    assert store.read(KEY) is None
+    store = MeasurementStore(tmp_path)
+    store.write_timing(KEY, TuningRecord(TUNING))
+    next(tmp_path.glob("[!.]*")).write_text(text)
+    assert store.timing(KEY) is None
 
 
 def test_a_model_that_could_not_be_timed_is_tried_again_but_not_for_ever(tmp_path: Path) -> None:
-    TuningStore(tmp_path).write(KEY, TuningRecord(UNTUNED))
-    found = TuningStore(tmp_path).read(KEY)
+    MeasurementStore(tmp_path).write_timing(KEY, TuningRecord(UNTUNED))
+    found = MeasurementStore(tmp_path).timing(KEY)
     assert found == TuningRecord(UNTUNED)
     assert not found.is_final
     assert found.or_better(UNTUNED).or_better(UNTUNED).is_final

@@ -27,7 +27,7 @@ from localmoe.engine.native.ggml import (
 from localmoe.engine.rates import CPU, Bandwidths, DeviceRates, ProductRate
 from localmoe.gguf.reader import TENSOR_TYPES
 from localmoe.perf.rates import NO_BANDWIDTHS, rates_of, threads_to_measure
-from localmoe.perf.store import BandwidthStore, MeasurementKey, unmeasured
+from localmoe.perf.store import MeasurementKey, MeasurementStore, unmeasured
 
 LIBRARY: Any = llama.ggml
 SMALL = 0.02  # of the sizes that a real measurement has
@@ -228,13 +228,13 @@ KEY = MeasurementKey("a machine", "a build", "a model")
 
 
 def test_rates_are_kept_for_their_machine_whatever_the_model(tmp_path: Path) -> None:
-    BandwidthStore(tmp_path / "new").write(KEY, KNOWN)
-    store = BandwidthStore(tmp_path / "new")
-    assert store.read(KEY) == KNOWN
-    assert store.read(replace(KEY, model="another")) == KNOWN
-    assert store.read(replace(KEY, machine="another")) == NO_BANDWIDTHS
-    assert store.read(replace(KEY, build="another")) == NO_BANDWIDTHS
-    assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".json"]
+    MeasurementStore(tmp_path / "new").write_rates(KEY, KNOWN)
+    store = MeasurementStore(tmp_path / "new")
+    assert store.rates(KEY) == KNOWN
+    assert store.rates(replace(KEY, model="another")) == KNOWN
+    assert store.rates(replace(KEY, machine="another")) == NO_BANDWIDTHS
+    assert store.rates(replace(KEY, build="another")) == NO_BANDWIDTHS
+    assert [path.suffix for path in (tmp_path / "new").glob("[!.]*")] == [".json"]
 
 
 DEVICE = asdict(HOST)
@@ -249,20 +249,20 @@ DAMAGED = [
 
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_counts_as_none(text: bytes, tmp_path: Path) -> None:
-    store = BandwidthStore(tmp_path)
-    store.write(KEY, KNOWN)
-    (path,) = tmp_path.iterdir()
+    store = MeasurementStore(tmp_path)
+    store.write_rates(KEY, KNOWN)
+    (path,) = tmp_path.glob("[!.]*")
     path.write_bytes(text)
-    assert store.read(KEY) == NO_BANDWIDTHS
-    store.write(KEY, KNOWN)
-    assert store.read(KEY) == KNOWN
+    assert store.rates(KEY) == NO_BANDWIDTHS
+    store.write_rates(KEY, KNOWN)
+    assert store.rates(KEY) == KNOWN
 
 
 def test_where_nothing_can_be_written_it_is_measured_again(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    store = BandwidthStore(tmp_path / "taken")
-    store.write(KEY, KNOWN)
-    assert store.read(KEY) == NO_BANDWIDTHS
+    store = MeasurementStore(tmp_path / "taken")
+    store.write_rates(KEY, KNOWN)
+    assert store.rates(KEY) == NO_BANDWIDTHS
 
 
 def test_no_processor_multiplies_faster_than_its_ram_gives_the_weights() -> None:

@@ -14,7 +14,7 @@ from ..errors import DoesNotFit, LocalMoeError, ModelFileError, gib
 from ..hardware.machine import Machine
 from ..hub.quants import Quant, base_label, rank
 from ..perf.cost_model import likely_tps
-from ..perf.store import BandwidthStore, key_of
+from ..perf.store import MeasurementStore, key_of
 from ..planner.request import PlanRequest, gpu_budgets, ram_budget
 from .catalog import ModelSpec
 
@@ -36,7 +36,7 @@ def estimated_speed(
     catalog doesn't say how large the model is."""
     if not (spec.parameters and spec.active_parameters):
         return None
-    bandwidths = BandwidthStore(state_folder() / "measured").read(key_of(machine, None))
+    bandwidths = MeasurementStore(state_folder() / "measured").rates(key_of(machine, None))
     active = spec.active_parameters / spec.parameters
     for_weights = max(0, gpu_bytes - overhead_estimate(quant.n_bytes))
     return likely_tps(quant.n_bytes, active, bandwidths, machine.n_cores, for_weights)

@@ -22,6 +22,7 @@ class Machine:
     """What there is to place a model on. Memory is in bytes, `n_cores` are physical ones.
 
     RAM and cores are those that this process may use, within control groups, affinity and quota;
+    `cpu` is the processor's name,
     `gpus` those that llama.cpp can use, in its own order. `cpu_features` (the processor's) and
     `build` (llama.cpp's) are empty where unknown. `findings` are what a person should know.
     """
@@ -33,6 +34,7 @@ class Machine:
     cpu_features: frozenset[str] = frozenset()
     build: Build = Build()
     findings: tuple[Finding, ...] = ()
+    cpu: str = ""
 
 
 def detect(ask_devices: Callable[[], DeviceList], sources: SystemAccess) -> Machine:
@@ -69,6 +71,7 @@ def _machine(host: Host, build: Build, matched: Matched, broken: str) -> Machine
         cpu_features=host.processor.features,
         build=build,
         findings=findings_of(host, build, matched, broken),
+        cpu=host.processor.name,
     )
 
 

@@ -44,14 +44,14 @@ class Measured:
     """Measurements under one key; what is not there was not measured.
 
     `overhead_bytes` is what a device loses beside weights, cache and compute buffers.
-    `setback_bytes` is left empty beyond that since a plan of this model ran out of memory, and
-    `proved` names plans that have run.
+    `reserve_bytes` is left empty beyond that since a plan of this model ran out of memory, and
+    `verified_plans` names plans that have run.
     """
 
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     compute: tuple[ComputePoint, ...] = ()
-    setback_bytes: int = 0
-    proved: tuple[str, ...] = ()
+    reserve_bytes: int = 0
+    verified_plans: tuple[str, ...] = ()
 
     def with_points(self, points: tuple[ComputePoint, ...]) -> Measured:
         """These measurements and newer ones, which count where both say something."""

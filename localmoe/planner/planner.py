@@ -29,7 +29,7 @@ from ..perf.cpu_tuning import (
     threads_to_try,
 )
 from ..perf.figures import NOTHING_MEASURED, Measured
-from ..perf.store import MeasuredStore, MeasurementKey, TuningStore, key_of
+from ..perf.store import MeasurementKey, MeasurementStore, key_of
 from .fit import fit, overhead_bytes
 from .plan import Plan, make_plan
 from .request import DEFAULT_UBATCH, BatchShape, PlanRequest, machine_like
@@ -44,9 +44,9 @@ from .search import (
 )
 
 CALIBRATION_TOKENS = 512
-SETBACK_BYTES, SETBACK_SHARE = 256 << 20, 0.02
+RESERVE_BYTES, RESERVE_SHARE = 256 << 20, 0.02
 """What a plan leaves more after one that ran out of memory."""
-MAX_PROVED = 64
+MAX_VERIFIED = 64
 WORTH_TUNING_BYTES = 64 << 20
 """A smaller model answers sooner than it could be timed."""
 TUNING_BYTES = 1 << 30
@@ -108,9 +108,8 @@ class Planner:
             raise
         warn(self.here, on_warning)
         self.machine = machine_like(self.here, self._request)
-        self._store = MeasuredStore(state_folder() / "measured")
-        self._tunings = TuningStore(state_folder() / "measured")
-        self.learned = Calibration(state_folder() / "measured", key_of(self.here, None))
+        self._store = MeasurementStore(state_folder() / "measured")
+        self.learned = Calibration(self._store, key_of(self.here, None))
 
     def plan(self, path: Path, meta: ModelMeta) -> Plan:
         """The plan of a model, of which the header is enough. Raises DoesNotFit.
@@ -149,7 +148,7 @@ class Planner:
     def _is_to_be_tuned(self, meta: ModelMeta) -> bool:
         if not self._may_tune or meta.weights_bytes < WORTH_TUNING_BYTES:
             return False
-        known = self._tunings.read(self._tuning_key(meta))
+        known = self._store.timing(self._tuning_key(meta))
         return known is None or not known.is_final
 
     def lost_bytes(self) -> int:
@@ -157,24 +156,27 @@ class Planner:
         now = {gpu.name: gpu.free_bytes for gpu in self._look().gpus}
         return max((gpu.free_bytes - now[gpu.name] for gpu in self.here.gpus), default=0)
 
-    def set_back(self, meta: ModelMeta) -> None:
-        """Remember that a plan of this model ran out of memory here: the next ones leave more."""
-        key = key_of(self.here, meta)
-        known = self._store.read(key)
+    def reserve_more(self, meta: ModelMeta) -> None:
+        """Remembers that a plan of this model ran out of memory: the next ones leave more."""
         largest = max((gpu.total_bytes for gpu in self.here.gpus), default=0)
-        more = max(SETBACK_BYTES, int(largest * SETBACK_SHARE))
-        self._store.write(key, replace(known, setback_bytes=known.setback_bytes + more))
+        more = max(RESERVE_BYTES, int(largest * RESERVE_SHARE))
+        self._store.update_buffers(
+            key_of(self.here, meta),
+            lambda known: replace(known, reserve_bytes=known.reserve_bytes + more),
+        )
 
-    def is_proved(self, meta: ModelMeta, plan: Plan) -> bool:
+    def is_verified(self, meta: ModelMeta, plan: Plan) -> bool:
         """Whether this very plan ran on this machine before."""
-        return plan_name(plan) in self._store.read(key_of(self.here, meta)).proved
+        return plan_name(plan) in self._store.buffers(key_of(self.here, meta)).verified_plans
 
-    def prove(self, meta: ModelMeta, plan: Plan) -> None:
-        """Remember that a plan was loaded and used here."""
-        key = key_of(self.here, meta)
-        known = self._store.read(key)
-        proved = (*known.proved, plan_name(plan))[-MAX_PROVED:]
-        self._store.write(key, replace(known, proved=proved))
+    def mark_verified(self, meta: ModelMeta, plan: Plan) -> None:
+        """Remembers that a plan was loaded and used here."""
+
+        def with_plan(known: Measured) -> Measured:
+            names = (*known.verified_plans, plan_name(plan))
+            return replace(known, verified_plans=names[-MAX_VERIFIED:])
+
+        self._store.update_buffers(key_of(self.here, meta), with_plan)
 
     def speed_log(self, meta: ModelMeta, plan: Plan) -> SpeedLog:
         tuning = self._tuning(meta)
@@ -196,7 +198,7 @@ class Planner:
     def _tune(self, path: Path, meta: ModelMeta) -> None:
         """Time a model, in a process that may die of it."""
         key = self._tuning_key(meta)
-        known = self._tunings.read(key)
+        known = self._store.timing(key)
         wanted = self._request.n_threads
         n_threads = (wanted,) if wanted else threads_to_try(self.here.n_cores)
         try:
@@ -204,7 +206,7 @@ class Planner:
                 tuning = engine.tune(str(path), n_threads, LIMIT_S)
         except EngineError:
             tuning = UNTUNED
-        self._tunings.write(key, known.or_better(tuning) if known else TuningRecord(tuning))
+        self._store.write_timing(key, known.or_better(tuning) if known else TuningRecord(tuning))
 
     def _plan_here(self, path: Path, meta: ModelMeta, measure: bool) -> Plan:
         planned = self._measured_plan(path, meta) if measure else unmeasured_plan(self.here, meta)
@@ -221,7 +223,7 @@ class Planner:
 
     def _tuning(self, meta: ModelMeta) -> Tuning | None:
         """What the model was timed with, if it was and that is wanted."""
-        found = self._tunings.read(self._tuning_key(meta)) if self._may_tune else None
+        found = self._store.timing(self._tuning_key(meta)) if self._may_tune else None
         return found.tuning if found and found.tuning.times else None
 
     def _look(self) -> Machine:
@@ -265,8 +267,8 @@ class Planner:
         """Plans by what was measured here before, and measured now where that says nothing."""
         overhead = measured_overhead(self.here, self._store, self._engine).overhead_bytes
         key = key_of(self.here, meta)
-        stored = self._store.read(key)
-        left = {name: n_bytes + stored.setback_bytes for name, n_bytes in overhead.items()}
+        stored = self._store.buffers(key)
+        left = {name: n_bytes + stored.reserve_bytes for name, n_bytes in overhead.items()}
         known = replace(stored, overhead_bytes=left)
 
         def planned(request: PlanRequest) -> Plan:
@@ -275,7 +277,8 @@ class Planner:
             fitted = fit(self.here, meta, known, request, probe)
             if fitted.n_probes:
                 known = fitted.measured
-                self._store.write(key, replace(known, overhead_bytes={}))
+                points = fitted.measured.compute
+                self._store.update_buffers(key, lambda now: now.with_points(points))
             return fitted.plan
 
         return planned
@@ -317,24 +320,24 @@ def warn(machine: Machine, on_warning: Callable[[str], None] | None) -> None:
             on_warning(f"{finding.what} {finding.how_to_mend}{command}")
 
 
-def measured_overhead(machine: Machine, store: MeasuredStore, prober: EngineProcess) -> Measured:
+def measured_overhead(machine: Machine, store: MeasurementStore, prober: EngineProcess) -> Measured:
     """What this machine's GPUs lose to contexts and libraries; measured once, on the demo model.
 
     The demo model runs on the GPUs for a moment, and the driver says how much more than its
     weights, cache and buffers is gone. `machine` was looked at with nothing of ours running.
     """
     key = key_of(machine, None)
-    known = store.read(key)
+    known = store.buffers(key)
     if all(gpu.name in known.overhead_bytes or gpu.free_from != "driver" for gpu in machine.gpus):
         return known
     meta = read_meta(DEMO)
     request = PlanRequest(n_gpu_layers="all", n_ctx=2 * CALIBRATION_TOKENS)
     plan = fit(machine, meta, known, request, lambda place: prober.probe(str(DEMO), place)).plan
     during = machine_while_running(DEMO, plan, prober)
-    for device, n_bytes in overhead_bytes(machine, during, plan).items():
-        known = known.with_overhead(device, n_bytes)
-    store.write(key, known)
-    return known
+    lost = overhead_bytes(machine, during, plan)
+    return store.update_buffers(
+        key, lambda now: replace(now, overhead_bytes={**now.overhead_bytes, **lost})
+    )
 
 
 def machine_while_running(path: Path, plan: Plan, engine: EngineProcess) -> Machine:
