@@ -6,6 +6,8 @@ heavy is imported before it is used.
 
 from __future__ import annotations
 
+from .errors import LocalMoeError
+
 TYPE_CHECKING = False  # as typing has it, which takes a while to import
 if TYPE_CHECKING:
     from typing import Any
@@ -13,17 +15,12 @@ if TYPE_CHECKING:
     from .api import LocalMoE, Reply
     from .batch.runner import BatchResult
     from .engine.protocol import Delta
-    from .errors import LocalMoeError
 
 __version__ = "0.1.0"
 __all__ = ["BatchResult", "Delta", "LocalMoE", "LocalMoeError", "Reply", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LocalMoeError":
-        from .errors import LocalMoeError  # start-up, 5 ms
-
-        return LocalMoeError
     if name in __all__:
         from . import api  # start-up, 700 ms
 

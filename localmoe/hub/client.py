@@ -275,6 +275,7 @@ class Hub:
 
     def _asked(self, repo: str, revision: str | None, question: Callable[[HfApi], T]) -> T:
         """The answer of huggingface_hub, its errors turned into ours."""
+        # start-up, 200 ms
         from huggingface_hub import HfApi
 
         # token False: none, and not the one that the library would find by itself
@@ -282,6 +283,7 @@ class Hub:
         return self.retried(lambda: self._once(repo, revision, lambda: question(api)))
 
     def _once(self, repo: str, revision: str | None, question: Callable[[], T]) -> T:
+        # start-up, 200 ms
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         host = urlsplit(self.access.endpoint).hostname or ""
@@ -310,6 +312,7 @@ class Hub:
 
     def _near(self, repo: str) -> list[str]:
         """Repositories with a name like it, as far as the Hub's search finds them."""
+        # start-up, 200 ms
         from huggingface_hub import get_session
 
         org, name = repo.split("/")
@@ -467,6 +470,7 @@ def _check_beginning(remote: RemoteBytes, file: RemoteFile) -> None:
 
 def _tls_context() -> ssl.SSLContext:
     """Trusts whom huggingface_hub trusts: the system's authorities, or those of SSL_CERT_FILE."""
+    # start-up, 200 ms
     from huggingface_hub import get_session
 
     client = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx or httpx2

@@ -132,7 +132,7 @@ class RemoteBytes:
     """
 
     def __init__(
-        self, connection: _Connection, response: HTTPResponse, start: int, n: int, total: int
+        self, connection: _HttpConnection, response: HTTPResponse, start: int, n: int, total: int
     ) -> None:
         self.status: int = response.status
         self.start, self.total_bytes = start, total
@@ -205,7 +205,7 @@ class Transport:
         self._stall_s = stall_s
         self._make_tls = make_tls
         self._tls: ssl.SSLContext | None = None
-        self._idle: dict[Origin, list[_Connection]] = {}
+        self._idle: dict[Origin, list[_HttpConnection]] = {}
 
     def get(self, url: str, start: int, end: int | None, etag: str | None = None) -> RemoteBytes:
         """Bytes `start` to `end` (not included; None: all) of what lies at `url`, or all of it
@@ -236,7 +236,7 @@ class Transport:
             raise DownloadError("The Hub redirects from https to http: refused.", "Try again.")
         return there
 
-    def _request(self, url: str, wanted: Mapping[str, str]) -> tuple[_Connection, HTTPResponse]:
+    def _request(self, url: str, wanted: Mapping[str, str]) -> tuple[_HttpConnection, HTTPResponse]:
         origin = Origin.of(url)
         headers = {"User-Agent": "localmoe", "Accept-Encoding": "identity", **wanted}
         if self._token and origin == self._home:
@@ -250,7 +250,7 @@ class Transport:
                 raise connection.stalled() from None
             except (OSError, HTTPException):  # it was closed while it waited
                 connection.abort()
-        connection = _Connection(origin, idle, self._stall_s)
+        connection = _HttpConnection(origin, idle, self._stall_s)
         try:
             connection.open(self._context(origin))
             return connection, connection.ask(url, headers)
@@ -266,7 +266,7 @@ class Transport:
         return self._tls if origin.scheme == "https" else None
 
     def _checked(
-        self, connection: _Connection, response: HTTPResponse, start: int, end: int | None
+        self, connection: _HttpConnection, response: HTTPResponse, start: int, end: int | None
     ) -> RemoteBytes:
         status, headers = response.status, response.headers
         if status in (200, 206):
@@ -288,10 +288,10 @@ class Transport:
         raise HttpRefusal(status, why)
 
 
-class _Connection:
+class _HttpConnection:
     """One connection to an origin, by a proxy where one is set."""
 
-    def __init__(self, origin: Origin, idle: list[_Connection], stall_s: float) -> None:
+    def __init__(self, origin: Origin, idle: list[_HttpConnection], stall_s: float) -> None:
         self.origin, self.host = origin, origin.host
         self._idle, self._stall_s = idle, stall_s
         self._http: HTTPConnection | None = None
@@ -363,7 +363,7 @@ class _Connection:
         return unreachable(self.host, reason_of(error))
 
 
-def _popped(idle: list[_Connection]) -> _Connection | None:
+def _popped(idle: list[_HttpConnection]) -> _HttpConnection | None:
     """One of them; another thread may take the last one at any time."""
     try:
         return idle.pop()

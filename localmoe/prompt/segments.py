@@ -22,7 +22,7 @@ Part = TextPiece | Ids
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PromptSegment:
     """A piece; it `goes_on` if a space would come before it that the whole text doesn't have."""
 
     piece: TextPiece
@@ -39,7 +39,7 @@ def encode_parts(
     there = [p for p in parts if (p.text if isinstance(p, TextPiece) else p)]
     ends = tuple(text for text in control if text)
     cuts = [
-        Segment(part, puts_space and not (before is None or after_control(before, ends)))
+        PromptSegment(part, puts_space and not (before is None or after_control(before, ends)))
         for before, part in zip([None, *there], there, strict=False)
         if isinstance(part, TextPiece)
     ]
@@ -55,7 +55,9 @@ def after_control(before: Part, control: tuple[str, ...]) -> bool:
     return isinstance(before, TextPiece) and before.special and before.text.endswith(control)
 
 
-def encode_segments(cuts: Sequence[Segment], tokenizer: Tokenizer, puts_space: bool) -> list[Ids]:
+def encode_segments(
+    cuts: Sequence[PromptSegment], tokenizer: Tokenizer, puts_space: bool
+) -> list[Ids]:
     """The ids of each piece.
 
     Some vocabularies hold control tokens that llama.cpp finds even in plain text (those of the type
@@ -87,7 +89,7 @@ def without_anchor(ids: Ids, anchor: Ids, piece: TextPiece, tokenizer: Tokenizer
     return tokenizer.tokenize([piece])[0]
 
 
-def break_up(cut: Segment, tokenizer: Tokenizer, puts_space: bool) -> Ids:
+def break_up(cut: PromptSegment, tokenizer: Tokenizer, puts_space: bool) -> Ids:
     """The ids of a piece, each of its characters kept apart from the others."""
     text = cut.piece.text
     if len(text) < 2:

@@ -345,7 +345,7 @@ def settable(repl: Repl) -> Iterable[tuple[str, str]]:
         yield option_name(name), f"now: {shown_value(getattr(settings, name))}"
 
 
-def show(repl: Repl, argument: str) -> None:
+def show_settings(repl: Repl, argument: str) -> None:
     conversation = repl.ready()
     chat, settings = conversation.chat, conversation.settings
     sampling = chat.options.sampling
@@ -525,7 +525,7 @@ COMMANDS = SlashCommands(
         SlashCommand(
             "set", "NAME VALUE", "change an option; default takes it back", set_option, settable
         ),
-        SlashCommand("show", "", "what is set, and what the last prompt took", show),
+        SlashCommand("show", "", "what is set, and what the last prompt took", show_settings),
         SlashCommand("stats", "[on|off|now]", "figures after each answer", stats, switches),
         SlashCommand("plan", "", "what of the model is where", plan),
         SlashCommand(
