@@ -8,7 +8,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -683,15 +682,24 @@ def test_what_was_measured_makes_room() -> None:
     assert 300 * MIB < after - before < 362 * MIB + 60 * MIB
 
 
-def test_planning_is_fast() -> None:
-    """Two unequal cards; most of it is the search for a longer context that fits as well."""
+def test_planning_does_little_work() -> None:
+    """Two unequal cards; most of it is the search for a longer context that fits as well.
+
+    Calls are counted, as seconds depend on what else the machine does. Half a million take 0.1 s.
+    """
     meta = meta_named(MIXTRAL)
-    spent = []
-    for _ in range(3):
-        started = time.perf_counter()
+    n_calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal n_calls
+        n_calls += event == "call"
+
+    sys.setprofile(count)
+    try:
         make_plan(machine(32, 12, 8), meta, NOTHING_MEASURED, PlanRequest())
-        spent.append(time.perf_counter() - started)
-    assert min(spent) < 0.15
+    finally:
+        sys.setprofile(None)
+    assert 0 < n_calls < 800_000  # 540,000 on Python 3.11
 
 
 def test_planning_imports_nothing_heavy() -> None:
@@ -715,14 +723,17 @@ if __name__ == "__main__":
     ],
 )
 def test_answers_are_alike_where_there_is_room_for_it(
-    n_ctx: int, kv_type: KvType, alike: bool, flash: str
+    n_ctx: int, kv_type: KvType, batch_invariant: bool, flash: str
 ) -> None:
     wanted = PlanRequest(n_ctx=n_ctx, n_seq=4, kv_type=kv_type)
     plain = make_plan(machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, wanted)
     plan = make_plan(
         machine(64), meta_named(MIXTRAL), NOTHING_MEASURED, replace(wanted, batch_invariant=True)
     )
-    assert (plan.placement.batch_invariant, plan.placement.flash_attention) == (alike, flash)
+    assert (plan.placement.batch_invariant, plan.placement.flash_attention) == (
+        batch_invariant,
+        flash,
+    )
     assert not plain.placement.batch_invariant
     more = plan.memory[-1].compute.n_bytes - plain.memory[-1].compute.n_bytes
     assert (more > 0) is (flash == "off")
