@@ -5,6 +5,8 @@ Raised anywhere, turned into one line once, in the click group.
 
 from __future__ import annotations
 
+import re
+
 
 class LocalMoeError(Exception):
     """One sentence saying what was wanted and the numbers, and a hint naming the next command."""
@@ -71,6 +73,19 @@ def model_file_error(file: str, reason: str, hint: str = "") -> ModelFileError:
     room = MESSAGE_CHARS - (len(hint) + 2 if hint else 1)
     message = message if len(message) <= room else message[: room - 1] + "…"
     return ModelFileError(message if message.endswith((".", "?", "…")) else message + ".", hint)
+
+
+# C0 but tab and newline, DEL, C1, the controls of bidirectional text (Unicode UAX 9), Unicode's own
+# line ends, and halves of surrogate pairs, which can't be written
+UNSAFE_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What steers a terminal or breaks a line, wherever text from outside is shown or kept."""
+
+
+def escape_unsafe(json_text: str) -> str:
+    """A JSON document with its unsafe characters escaped: it says the same, and steers nothing."""
+    return UNSAFE_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -11,15 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
+from ..errors import UsageError, escape_unsafe
 from ..prompt.reasoning import Answer
 from .journal import Journal, Record
 from .manifest import Manifest, differences, manifest_path, read_manifest, write_manifest
 from .pending import PendingRequest, PendingRequests
 from .requests import ItemError
-
-# what some readers take for a line end, and what could steer a terminal
-AWKWARD = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ def _line(key: bytes, name: str, number: int, response: Any, error: Any) -> byte
         "error": error,
     }
     text = json.dumps(value, ensure_ascii=False)
-    text = AWKWARD.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = escape_unsafe(text)
     return text.encode("utf-8") + b"\n"
 
 

@@ -18,7 +18,6 @@ version doesn't know are read past.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,15 +25,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..errors import LocalMoeError
+from ..errors import LocalMoeError, escape_unsafe
 from ..files import InputLine, read_lines
 from ..prompt.messages import Message
 
 VERSION = 1
 MAX_RECORD_BYTES = 64 << 20
-# what a terminal would obey if someone printed the file, beyond what JSON escapes: DEL, C1 and the
-# controls of bidirectional text (Unicode UAX 9)
-STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(slots=True)
@@ -193,7 +189,7 @@ def _message(n: int, message: Message, at: str) -> bytes:
 
 def _line(record: dict[str, Any]) -> bytes:
     text = json.dumps(record, ensure_ascii=False)
-    text = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = escape_unsafe(text)
     try:
         raw = text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write

@@ -231,10 +231,8 @@ def server_flags(place: Placement, found: ResolvedModel) -> Iterator[str]:
     yield from ("-fa", place.flash_attention)
     if place.tensor_split:
         yield from ("-ts", ",".join(f"{share:g}" for share in place.tensor_split))
-    patterns = [rf"blk\.{n}\.ffn_.*_exps=CPU" for n in place.cpu_expert_layers]
-    patterns += [f"{name.replace('.', chr(92) + '.')}=CPU" for name in place.cpu_expert_tensors]
-    if patterns:
-        yield from ("-ot", ",".join(patterns))
+    if patterns := place.cpu_patterns():
+        yield from ("-ot", ",".join(f"{pattern}=CPU" for pattern in patterns))
     if place.load_mode == "pinned":
         yield "--no-mmap"
     yield "--no-repack"  # it can have one order only, and prompts suffer more from the other

@@ -8,9 +8,11 @@ writes its file by itself.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..gguf.tensors import experts_of_layer
 from .rates import Bandwidths, Tuning
 
 FLOATS = ("f32", "f16", "bf16")
@@ -114,6 +116,11 @@ class Placement:
     def n_ctx_total(self) -> int:
         n_full = self.n_ctx * self.n_seq
         return (self.n_cells or n_full) if self.kv_unified else n_full
+
+    def cpu_patterns(self) -> list[str]:
+        """Returns regular expressions for the tensors that are kept in RAM, as -ot takes them."""
+        layers = [experts_of_layer(n) for n in self.cpu_expert_layers]
+        return layers + [f"^{re.escape(name)}$" for name in self.cpu_expert_tensors]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,14 @@ Role: TypeAlias = Literal[
 BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
 # the layout of before April 2024: a tensor for each expert, blk.N.ffn_gate.E.weight
 SPLIT_EXPERT = re.compile(r"^blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight$")
+EXPERT_NAME = r"ffn_(up|down|gate|gate_up)_(ch|)exps"
+"""Names of merged expert tensors, fused and "ch" variants included (src/llama-arch.cpp); as a
+regular expression that llama.cpp takes in an override, too."""
 # of a block's tensors, the first that matches the name behind "blk.N."
 BLOCK_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ("shared_experts", re.compile(r"ffn_\w+_shexp\b")),
     ("router", re.compile(r"ffn_gate_inp\b|exp_probs_b\b|ffn_gate_tid2eid\b")),
-    # what placement patterns move: ffn_(up|down|gate|gate_up)_(ch|)exps
-    ("experts", re.compile(r"ffn_(?:gate|up|down|gate_up)(?:_(?:ch)?exps\b|\.\d+\.)")),
+    ("experts", re.compile(rf"{EXPERT_NAME}\b|ffn_(?:gate|up|down|gate_up)\.\d+\.")),
     ("recurrent", re.compile(r"ssm_|shortconv\.|time_mix_|channel_mix_")),
     ("norm", re.compile(r"\w*norm\w*\.(?:weight|bias)$")),
     ("dense_ffn", re.compile(r"ffn_(?:gate|up|down)\b")),
@@ -36,6 +38,16 @@ MODEL_ROLES: dict[str, Role] = {
     "token_types": "embedding", "output": "output", "output_norm": "norm",
     "token_embd_norm": "norm", "per_layer_proj_norm": "norm",
 }  # fmt: skip
+
+
+def is_merged_expert(name: str) -> bool:
+    """Whether a tensor holds one matrix of all experts of a layer."""
+    return re.search(EXPERT_NAME, name) is not None
+
+
+def experts_of_layer(layer: int) -> str:
+    """The regular expression for a layer's expert tensors."""
+    return rf"^blk\.{layer}\.{EXPERT_NAME}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,4 +125,4 @@ def recurrent_layers(tensors: Iterable[TensorInfo]) -> tuple[int, ...]:
 def has_split_experts(tensors: Iterable[TensorInfo]) -> bool:
     """Whether this is the early layout, which llama.cpp refuses since October 2024."""
     names = [t.name for t in tensors]
-    return any(map(SPLIT_EXPERT.match, names)) and not any("_exps." in name for name in names)
+    return any(map(SPLIT_EXPERT.match, names)) and not any(map(is_merged_expert, names))

@@ -157,6 +157,10 @@ class ModelBytes:
         """The same, where larger tensors of experts are kept off RAM."""
         return model_bytes(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
 
+    def first_on_gpu(self, n_gpu_layers: int) -> int:
+        """The first layer on a GPU: llama.cpp offloads the last ones, the output counted as one."""
+        return min(len(self.layers), len(self.layers) + 1 - n_gpu_layers)
+
     def n_experts(self) -> Counter[int]:
         """How many matrices of experts each layer has."""
         layers = {n: matrices(tensors) for n, tensors in tensors_by_layer(self.meta).items()}

@@ -105,7 +105,7 @@ def cpu_experts_of(
         return (), ()
     if sizes.request.n_cpu_moe is not None:
         return tuple(range(min(sizes.request.n_cpu_moe, len(sizes.layers)))), ()
-    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
+    on_gpu = sizes.layers[sizes.first_on_gpu(layout.n_gpu_layers) :]
     in_ram = {
         n.index: [name for name, _ in n.experts if name in layout.cpu_experts] for n in on_gpu
     }
@@ -255,7 +255,7 @@ def left_in_ram(at: Situation, layout: LayerPlacement) -> HostResidue:
     sizes = at.sizes
     if kind_of(layout, sizes) in (CPU_ONLY, ALL_ON_GPU):
         return HostResidue()
-    n_first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    n_first = sizes.first_on_gpu(layout.n_gpu_layers)
     largest, following = sizes.expert_sizes(
         layout.cpu_experts, max(n_first, sizes.request.n_cpu_moe or 0)
     )
@@ -327,7 +327,7 @@ def kind_of(layout: LayerPlacement, sizes: ModelBytes) -> str:
 def ram_experts(layout: LayerPlacement, sizes: ModelBytes) -> int:
     """Bytes of experts that stay in RAM although their layer's dense part is on a GPU."""
     names = layout.cpu_experts
-    on_gpu = sizes.layers[len(sizes.layers) + 1 - layout.n_gpu_layers :]
+    on_gpu = sizes.layers[sizes.first_on_gpu(layout.n_gpu_layers) :]
     in_ram = sum(n for layer in on_gpu for name, n in layer.experts if name in names)
     return in_ram + sizes.moved_bytes
 
@@ -352,7 +352,7 @@ def gpu_memory(
 ) -> Memory:
     """What one GPU holds: its run of layers, their cache, perhaps the output."""
     sizes, (gpu, budget), (start, end) = at.sizes, at.gpus[place], run
-    first = len(sizes.layers) + 1 - layout.n_gpu_layers
+    first = sizes.first_on_gpu(layout.n_gpu_layers)
     mine = sizes.layers[first + start : first + end]
     experts = [tensor for layer in mine for tensor in layer.experts]
     weights = sum(layer.dense_bytes for layer in mine)
@@ -378,7 +378,7 @@ def ram_memory(
 ) -> Memory:
     """What stays in RAM: the embeddings, the first layers, experts."""
     sizes = at.sizes
-    n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
+    n_first = sizes.first_on_gpu(layout.n_gpu_layers)
     mine = sizes.layers[:n_first]
     weights = sizes.embedding_bytes + ram_experts(layout, sizes)
     weights += sum(layer.dense_bytes + layer.expert_bytes for layer in mine)
@@ -400,7 +400,7 @@ def pinned_bytes(at: Situation, layout: LayerPlacement) -> int:
     sizes = at.sizes
     if sizes.request.load_mode != "pinned" or not layout.n_gpu_layers:
         return 0
-    n_first = min(len(sizes.layers), len(sizes.layers) + 1 - layout.n_gpu_layers)
+    n_first = sizes.first_on_gpu(layout.n_gpu_layers)
     first = sum(layer.dense_bytes + layer.expert_bytes for layer in sizes.layers[:n_first])
     return first + ram_experts(layout, sizes)
 

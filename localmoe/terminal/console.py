@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
+
+from ..errors import UNSAFE_CHARACTERS, escape_unsafe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,11 +32,6 @@ localmoe runs Mixture-of-Experts models on the hardware you own. Try:
 
 localmoe --help lists every command."""
 
-# C0 but tab and newline, DEL, C1, the controls of bidirectional text (Unicode UAX 9), line ends of
-# Unicode's own, and halves of surrogate pairs, which can't be written
-STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 PROGRESS_AFTER_SECONDS = 0.4
 PLAIN_EVERY_SECONDS = 60.0
 
@@ -46,7 +42,7 @@ def greeting() -> None:
 
 def safe(text: str) -> str:
     """Text without the characters that could steer a terminal."""
-    return STEERING.sub("", text)
+    return UNSAFE_CHARACTERS.sub("", text)
 
 
 def error(message: str, hint: str = "") -> None:
@@ -124,7 +120,7 @@ def clipboard(text: str) -> None:
 def document(value: Any) -> None:
     """The one JSON document that --json promises."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
-    text = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = escape_unsafe(text)
     print(text)
 
 

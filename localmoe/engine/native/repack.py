@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
+from ...gguf.tensors import is_merged_expert
 from ..protocol import RepackMode
 from . import llama
 from .llama import ggml
@@ -25,7 +26,6 @@ FILE_TYPES = (b"CPU", b"CPU_Mapped")  # names of buffers that hold weights as th
 EXPERT_PRODUCT = b"MUL_MAT_ID"
 PRODUCTS = (b"MUL_MAT", EXPERT_PRODUCT)
 F32 = 0  # enum ggml_type (ggml.h)
-EXPERTS = "_exps"
 OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead counts too (ggml.c)
 WEIGHTS_USAGE = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS (ggml-backend.h)
 N_TRIED = 256  # tokens: the least that llama.cpp makes a context for
@@ -173,7 +173,7 @@ def size_of(tensor: GgmlTensor) -> int:
 def is_wanted(tensor: GgmlTensor, mode: RepackMode, n_layers: int, n_all: int) -> bool:
     """Whether a matrix is to be copied; those outside of the `n_all` layers count as one more."""
     layer = layer_of(tensor)
-    if mode == "experts" and EXPERTS not in tensor.name.decode():
+    if mode == "experts" and not is_merged_expert(tensor.name.decode()):
         return False
     return (n_all if layer is None else layer) < n_layers
 

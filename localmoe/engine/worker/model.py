@@ -11,7 +11,6 @@ A loaded model and its context, by Placement: what it computes, what its cache s
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -81,9 +80,6 @@ class ThreadGovernor:
         elif self.n < self._n_most and since >= self._patience_s:
             self.n = self._n_most
 
-
-# Names of merged expert tensors, fused and "ch" variants included (llama.cpp, src/llama-arch.cpp)
-EXPERTS_OF_LAYER = r"^blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 # llama.cpp has two kernels for products with K-quants on x86 and takes one from 8 rows of an expert
 # on: set before the first product of a process, the second for all (ggml-cpu/tiled/tiled.cpp)
@@ -228,7 +224,7 @@ def load_model(
         path,
         n_gpu_layers=placement.n_gpu_layers,
         load_mode=placement.load_mode,
-        cpu_patterns=cpu_patterns(placement),
+        cpu_patterns=placement.cpu_patterns(),
         tensor_split=placement.tensor_split,
         on_progress=on_progress,
         no_alloc=no_alloc,
@@ -248,9 +244,3 @@ def open_context(model: llama.LlamaModel, placement: Placement) -> llama.LlamaCo
         kv_type=placement.kv_type,
         flash_attention=placement.flash_attention,
     )
-
-
-def cpu_patterns(placement: Placement) -> list[str]:
-    """Regular expressions for the tensors that a placement keeps in RAM."""
-    layers = [EXPERTS_OF_LAYER.format(layer=n) for n in placement.cpu_expert_layers]
-    return layers + [f"^{re.escape(name)}$" for name in placement.cpu_expert_tensors]
