@@ -81,9 +81,11 @@ class OpenModel:
         return self.loaded.load_s
 
     def options(self, settings: Settings) -> AnswerOptions:
+        """Returns how this model is to answer by some settings."""
         return answer_options(self.meta, settings, self.spec)
 
     def close(self) -> None:
+        """Ends the engine."""
         self.engine.close()
 
     def __enter__(self) -> OpenModel:
@@ -229,6 +231,7 @@ def try_out(engine: EngineProcess, meta: ModelMeta, place: Placement) -> None:
 
 
 def says_out_of_memory(error: EngineError, log: Sequence[str]) -> bool:
+    """Whether an error or the log before it says that memory ran out."""
     text = "\n".join((error.message, *log)).lower()
     return any(sign in text for sign in OUT_OF_MEMORY)
 
@@ -271,6 +274,7 @@ def format_of(meta: ModelMeta, *, think: bool = True) -> PromptFormat:
 
 
 def special_tokens(meta: ModelMeta) -> frozenset[str]:
+    """Returns the texts of all control and user-defined tokens."""
     return frozenset(meta.tokenizer.control_tokens).union(meta.tokenizer.user_tokens)
 
 
@@ -419,6 +423,7 @@ def freed_bytes(ram: Memory, place: Placement, n_ubatch: int) -> int:
 
 
 def sources() -> SystemAccess:
+    """Returns access to the machine that this runs on."""
     return SystemAccess(env=engine_environment())
 
 
@@ -433,6 +438,7 @@ def oom_kills(sources: SystemAccess) -> int | None:
 
 
 def count_of(name: str, lines: Sequence[str]) -> int | None:
+    """Returns the number behind a word at the beginning of a line."""
     for line in lines:
         word, _, number = line.partition(" ")
         if word == name and number.strip().isdecimal():

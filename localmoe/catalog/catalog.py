@@ -50,6 +50,7 @@ class Better:
 
     @property
     def command(self) -> str:
+        """The command that fetches it."""
         return f"localmoe pull {self.key}" + (f":{self.label}" if self.label else "")
 
 

@@ -67,6 +67,7 @@ class CatalogRow:
 
     @property
     def is_here(self) -> bool:
+        """Whether a file of it is on this machine."""
         return self.spec.path.is_file() if self.spec.path else bool(self.installed)
 
 
@@ -92,6 +93,7 @@ def catalog_rows(finder: ModelResolver) -> tuple[list[CatalogRow], list[Installe
 
 
 def memory_budget_of(machine: Machine, request: PlanRequest) -> MemoryBudget:
+    """Returns what a request may use of a machine."""
     gpu_bytes = sum(n_bytes for _, n_bytes in gpu_budgets(machine, request))
     return MemoryBudget(machine, free_bytes(machine, request), gpu_bytes)
 
@@ -109,5 +111,6 @@ def best_quant(
 
 
 def is_poor(spec: ModelSpec, label: str) -> bool:
+    """Whether a quant is known to lose much of this model."""
     share = (spec.active_parameters or 0) / (spec.parameters or 1)
     return share > LARGE_SHARE and is_coarse(label)

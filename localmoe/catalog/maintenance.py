@@ -114,6 +114,7 @@ def check(
 
 
 def is_wrong(verdict: Verdict) -> bool:
+    """Whether a file failed its check; one without a known hash did not."""
     return not verdict.is_ok and verdict.outcome != "unknown hash"
 
 
@@ -148,11 +149,13 @@ def link_anew(hub: Hub, file: RemoteFile, path: Path) -> None:
 
 
 def wanted(file: RemoteFile) -> ExpectedHash:
+    """Returns the hash and size that a file of the Hub must have."""
     assert file.sha256 is not None
     return ExpectedHash(file.sha256, file.n_bytes)
 
 
 def catalog_files() -> Iterator[RemoteFile]:
+    """Yields every file that the catalog knows by its hash."""
     for spec in read_catalog(config_folder()).values():
         for quant in catalog_quants(spec):
             yield from quant.files
@@ -216,6 +219,7 @@ def begun_of(finder: ModelResolver, name: ModelName) -> list[PartialDownload]:
 
 
 def is_begun(broken_off: PartialDownload, name: ModelName) -> bool:
+    """Whether a download that was broken off is one that a name means."""
     left = broken_off.left
     file = RemoteFile(broken_off.repo, "", left.name, left.n_bytes, left.blob.name)
     quants = quants_of(RemoteRepo(broken_off.repo, "", (file,)))
@@ -223,10 +227,12 @@ def is_begun(broken_off: PartialDownload, name: ModelName) -> bool:
 
 
 def repositories(name: ModelName) -> set[str]:
+    """Returns the repositories that a name leaves open."""
     return {repo for repo, _ in repositories_of(name)}
 
 
 def parsed(text: str) -> ModelName:
+    """Returns what a text means by the person's catalog. Raises UsageError."""
     return parse_name(text, read_catalog(config_folder()))
 
 
@@ -244,6 +250,7 @@ def real(path: Path) -> Path:
 
 
 def not_here(name: ModelName) -> UsageError:
+    """The error for a name of which the cache has nothing."""
     text = printable(name.text)
     if name.key and name.path and name.path.is_relative_to(PACKAGE):
         return UsageError(f"{text} ships with localmoe, and goes with it alone.")
@@ -254,5 +261,6 @@ def not_here(name: ModelName) -> UsageError:
 
 
 def only_elsewhere(name: ModelName, copy: InstalledModel) -> UsageError:
+    """The error for a name of which the cache has a copy of another repository."""
     what = f"Of {printable(name.text)} the cache has only the copy of another repository."
     return UsageError(what, printable(f"If that shall go: localmoe rm {copy.repo}:{copy.label}"))

@@ -228,18 +228,22 @@ class ResolvedModel:
 
     @property
     def label(self) -> str:
+        """The label of its quant; "" for a file of a person's own."""
         return self.quant.label if self.quant else ""
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of all its files."""
         return self.meta.file_bytes
 
     @property
     def spec(self) -> ModelSpec | None:
+        """Its entry of the catalog, if it has one."""
         return self.name.spec
 
     @property
     def called(self) -> str:
+        """What to call it in a sentence."""
         return self.typed or self.name.text
 
 
@@ -321,6 +325,7 @@ class ModelResolver:
             self._note(f"A newer commit is on the Hub: localmoe pull {typed}")
 
     def close(self) -> None:
+        """Ends the planner and its engine."""
         self._planner_done()
 
     def __enter__(self) -> ModelResolver:

@@ -74,6 +74,8 @@ class QuantChoice:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
+    """A quant that does not run here, and why."""
+
     quant: Quant
     error: DoesNotFit | ModelFileError
 
@@ -130,10 +132,12 @@ def much_faster(usual: Quant, quants: Sequence[Quant], speed: Speed) -> list[Qua
 
 
 def is_too_large(quant: Quant, refused: Refused) -> bool:
+    """Whether a quant needs no check: a smaller one did not fit."""
     return isinstance(refused.error, DoesNotFit) and quant.n_bytes >= refused.quant.n_bytes
 
 
 def refusal_of_all(refusals: Sequence[Refused]) -> LocalMoeError:
+    """The error where no quant runs here; of too large ones, that of the smallest."""
     too_large = [refused for refused in refusals if isinstance(refused.error, DoesNotFit)]
     if not too_large:
         return refusals[0].error
@@ -173,6 +177,7 @@ def best_first(quants: Sequence[Quant]) -> list[Quant]:
 
 
 def reason(quant: Quant, refused: Sequence[Refused], are_here: bool) -> str:
+    """Says why a quant was chosen, in a sentence."""
     named = f"{quant.label} ({gib(quant.n_bytes)})"
     if refused:
         first = refused[0]

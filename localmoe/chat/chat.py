@@ -344,10 +344,12 @@ def answered(messages: Sequence[Message]) -> list[Message]:
 
 
 def are(leaving: DroppedTurns) -> str:
+    """The verb for some turns."""
     return "is" if leaving.n_turns == 1 else "are"
 
 
 def them(leaving: DroppedTurns) -> str:
+    """The pronoun for some turns."""
     return "it" if leaving.n_turns == 1 else "them"
 
 

@@ -38,13 +38,16 @@ class ContextBudget:
 
     @property
     def n_answer(self) -> int:
+        """Tokens that are kept free for the answer."""
         fair = max(1, self.n_ctx // ANSWER_SHARE)
         return min(self.max_tokens or fair, fair)
 
     def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt leaves room for a whole answer."""
         return len(prompt.tokens) + self.n_answer <= self.n_ctx
 
     def fits_barely(self, prompt: Prompt) -> bool:
+        """Whether a prompt leaves room for a short answer."""
         return len(prompt.tokens) + min(LEAST_ANSWER, self.n_answer) <= self.n_ctx
 
     def is_eased(self, prompt: Prompt) -> bool:

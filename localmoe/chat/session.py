@@ -161,6 +161,7 @@ class Sessions:
         return self.folder / f"{name}{TEXT}"
 
     def state_path(self, name: str) -> Path:
+        """The file with the state of the KV cache for a session."""
         return self.path(name).with_name(f"{name}{STATE}")
 
     def lock(self, name: str) -> FileLock:
@@ -258,6 +259,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        """Closes the file and lets other processes have the session."""
         self._close_file()
         if self._lock.is_locked:
             self._sessions.unlock(self.name, self._lock)
@@ -294,23 +296,28 @@ class Session:
 
     @property
     def model(self) -> str:
+        """The name of the model that the session was last with."""
         return self._found.model
 
     @property
     def file(self) -> str:
+        """What tells that model's files from all others."""
         return self._found.file
 
     @property
     def messages(self) -> list[Message]:
+        """The conversation, without a question that has no answer."""
         return self._written[: -1 if self.unanswered else None]
 
     @property
     def unanswered(self) -> str:
+        """The last question, where it has no answer; else ""."""
         last = self._written[-1] if self._written else None
         return last.content if last and last.role == "user" else ""
 
     @property
     def n_dropped(self) -> int:
+        """Messages at the beginning that a full context left out."""
         return self._found.n_dropped
 
     def use(self, model: str, file: str) -> None:
@@ -389,6 +396,7 @@ class Session:
 
 
 def asked(messages: Sequence[Message]) -> list[str]:
+    """Returns the user's messages."""
     return [message.content for message in messages if message.role == "user"]
 
 
@@ -419,4 +427,5 @@ def _cannot_read(path: Path, error: OSError) -> LocalMoeError:
 
 
 def kept_sessions() -> Sessions:
+    """Returns the sessions of this person."""
     return Sessions(sessions_folder())

@@ -155,10 +155,12 @@ def _cut(slots: dict[int, Message], keep: int) -> None:
 
 
 def head(model: str, file: str) -> bytes:
+    """The first record of a session."""
     return _line({"type": "head", "version": VERSION, "model": model, "file": file, "at": now()})
 
 
 def other_model(model: str, file: str) -> bytes:
+    """The record of a change of the model."""
     return _line({"type": "model", "model": model, "file": file, "at": now()})
 
 
@@ -202,4 +204,5 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def now() -> str:
+    """The time, UTC, in ISO 8601."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

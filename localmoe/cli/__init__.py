@@ -112,10 +112,12 @@ class LazyGroup(click.Group):
             formatter.write_dl([(c.name or "", c.get_short_help_str(limit)) for c in shown])
 
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        """Parses a command line; aborts end as `run_command` wants them."""
         with intercept_aborts():
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; aborts end as `run_command` wants them."""
         with intercept_aborts():
             return super().invoke(ctx)
 
@@ -198,5 +200,6 @@ def discard_stdout() -> None:
 
 
 def usage_of(error: click.ClickException) -> str:
+    """The command that an error is about, as it is typed."""
     context = getattr(error, "ctx", None)
     return context.command_path if context else "localmoe"

@@ -94,6 +94,7 @@ class BatchFiles:
 
     @property
     def is_file(self) -> bool:
+        """Whether the answers go to a file, so that the batch can be resumed."""
         return self.output != "-"
 
 

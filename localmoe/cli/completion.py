@@ -41,6 +41,7 @@ class ModelType(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        """Completes names of models, or else paths."""
         found = [name for name in model_names() if name.startswith(incomplete)]
         if found:
             return [CompletionItem(name) for name in found]
@@ -53,6 +54,7 @@ class SessionType(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        """Completes names of sessions."""
         from ..chat.session import kept_sessions  # start-up, 100 ms before each command
 
         names = kept_sessions().names()
@@ -74,6 +76,7 @@ def model_names() -> list[str]:
 
 
 def catalog_names(path: Path) -> list[str]:
+    """Returns the names of a catalog without parsing it whole."""
     try:
         return ENTRY.findall(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError):

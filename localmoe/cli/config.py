@@ -139,6 +139,7 @@ def edit_until_right(draft: Path, before: bytes) -> None:
 
 
 def open_editor(draft: Path, before: bytes) -> None:
+    """Opens the draft in an editor. Raises UsageError where there is none."""
     try:
         click.edit(filename=str(draft))
     except (click.ClickException, ValueError) as error:  # ValueError: quotes that don't end
@@ -160,5 +161,6 @@ def check(file: Path) -> None:
 
 
 def wants_again(error: LocalMoeError) -> bool:
+    """Shows what is wrong, and asks whether to edit it again."""
     console.error(error.message, error.hint)
     return click.confirm("Edit it again?", default=True, err=True)

@@ -71,6 +71,7 @@ class Checkup:
 
     @property
     def can_run(self) -> bool:
+        """Whether models can run on this machine."""
         return all(finding.severity != "error" for finding in self.findings)
 
 
@@ -139,6 +140,7 @@ def settings_findings() -> Iterator[Finding]:
 
 
 def is_no_error(finding: Finding) -> bool:
+    """Whether a finding keeps nothing from running."""
     return finding.severity != "error"
 
 
@@ -208,6 +210,7 @@ def facts(checkup: Checkup) -> Iterator[str]:
 
 
 def ram_line(checkup: Checkup) -> str:
+    """RAM in a line, with the limit of a control group."""
     ram = checkup.host.ram
     size = console.size
     line = f"{size(ram.total_bytes)}, {size(ram.available_bytes)} available"
@@ -217,6 +220,7 @@ def ram_line(checkup: Checkup) -> str:
 
 
 def cpu_line(checkup: Checkup) -> str:
+    """The processor and its cores in a line."""
     cpu = checkup.host.processor
     cores = "1 core" if cpu.n_physical == 1 else f"{cpu.n_physical} cores"
     used = f", {cpu.n_usable} to be used" if cpu.n_usable != cpu.n_physical else ""
@@ -234,6 +238,7 @@ def feature_line(machine: Machine) -> str:
 
 
 def gpu_line(gpu: Gpu) -> str:
+    """A GPU and its memory in a line."""
     free = f"{console.size(gpu.free_bytes)} of {console.size(gpu.total_bytes)} free"
     if gpu.free_from == "llama.cpp":
         free += " by llama.cpp's own count"
@@ -243,6 +248,7 @@ def gpu_line(gpu: Gpu) -> str:
 
 
 def llama_line(machine: Machine) -> str:
+    """llama.cpp's version and backends in a line."""
     backends = ", ".join(sorted(machine.build.backends)) or "unknown"
     return f"llama-cpp-python {machine.build.version or 'is missing'}, backends: {backends}"
 

@@ -103,6 +103,7 @@ def facts(found: ResolvedModel) -> list[tuple[str, str]]:
 
 
 def experts(meta: ModelMeta) -> str:
+    """How many experts a model has and uses, in words."""
     if not meta.is_moe:
         return "none: a dense model"
     shared = f", {meta.n_shared_experts} shared" if meta.n_shared_experts else ""
@@ -110,10 +111,12 @@ def experts(meta: ModelMeta) -> str:
 
 
 def billions(n: int) -> str:
+    """A count of parameters as people write it."""
     return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
 
 
 def shown_value_of(value: float | int | str) -> str:
+    """A value of the metadata in a few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -200,6 +203,7 @@ def plan_document(found: Plan) -> dict[str, Any]:
 
 
 def memory_document(memory: Memory) -> dict[str, Any]:
+    """One device's memory as --json promises it."""
     parts = ("weights", "kv", "compute", "overhead", "repacked")
     figures = {part: getattr(memory, part) for part in parts}
     shown: dict[str, Any] = {

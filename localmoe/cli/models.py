@@ -52,6 +52,7 @@ def list_models(only_installed: bool, as_json: bool) -> None:
 
 
 def catalog_row(entry: CatalogRow) -> Sequence[str]:
+    """A model of the catalog as a row of the table."""
     spec, suited = entry.spec, entry.best_quant
     if spec.path:
         found = ("yes", "fits") if entry.is_here else ("", f"missing: {spec.path}")
@@ -77,15 +78,18 @@ def verdict(suited: SuitableQuant) -> str:
 
 
 def label_and_size(model: InstalledModel) -> tuple[str, str]:
+    """Two cells of a row."""
     return model.label, console.size(model.n_bytes)
 
 
 def missing(model: InstalledModel) -> str:
+    """Says how many shards are missing; "" where none is."""
     n = len(model.missing)
     return f"{n} shard{'s' if n > 1 else ''} missing" if n else ""
 
 
 def other_row(model: InstalledModel) -> Sequence[str]:
+    """A model that is not in the catalog as a row of the table."""
     return (model.repo, *label_and_size(model), "yes", missing(model), "")
 
 
@@ -95,6 +99,7 @@ def footer(
     unfinished: Sequence[PartialDownload],
     only_installed: bool,
 ) -> Iterator[str]:
+    """Yields the lines below the table: what it takes of the disk, and what to type."""
     here = [model for entry in known for model in entry.installed] + list(others)
     # one model may be of several names, and one file of several commits
     blobs = {file.blob: file.n_bytes for model in here for file in model.files}
@@ -117,6 +122,7 @@ def list_document(
     others: Sequence[InstalledModel],
     unfinished: Sequence[PartialDownload],
 ) -> dict[str, Any]:
+    """All models as --json promises them."""
     return {
         "catalog": [entry_document(entry) for entry in known],
         "others": [installed_document(model) for model in others],
@@ -129,6 +135,7 @@ def list_document(
 
 
 def entry_document(entry: CatalogRow) -> dict[str, Any]:
+    """A model of the catalog as --json promises it."""
     spec, suited = entry.spec, entry.best_quant
     return {
         "name": entry.key,
@@ -147,6 +154,7 @@ def entry_document(entry: CatalogRow) -> dict[str, Any]:
 
 
 def installed_document(model: InstalledModel) -> dict[str, Any]:
+    """An installed model as --json promises it."""
     return {
         "repo": model.repo,
         "revision": model.commit,
@@ -234,6 +242,7 @@ def checked(
 
 
 def verdict_document(verdict: Verdict) -> dict[str, Any]:
+    """A file's check as --json promises it."""
     return {
         "file": str(verdict.path),
         "outcome": verdict.outcome,
@@ -277,6 +286,7 @@ def say_what_goes(
     removal: Removal,
     say: Callable[[str], None],
 ) -> None:
+    """Says which models will be deleted and what that frees."""
     models = (f"{model.repo}:{model.label}" for model in installed)
     begun = (f"{broken_off.repo}/{broken_off.left.name}" for broken_off in unfinished)
     names = printable(", ".join(dict.fromkeys((*models, *begun))))
@@ -285,6 +295,7 @@ def say_what_goes(
 
 
 def model_document(model: InstalledModel) -> dict[str, Any]:
+    """A model that was deleted as --json promises it."""
     return {
         "repo": model.repo,
         "revision": model.commit,

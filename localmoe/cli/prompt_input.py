@@ -41,6 +41,7 @@ def conversation_of(
 
 
 def system_message(text: str | None) -> list[Message]:
+    """Returns the system message as the beginning of a conversation."""
     return [] if text is None else [Message("system", text)]
 
 
@@ -72,6 +73,7 @@ def whole_prompt(
 
 
 def file_text(path: str) -> str:
+    """Reads a text file without its last line end. Raises UsageError."""
     return read_text(path).rstrip("\r\n")
 
 

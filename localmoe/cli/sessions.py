@@ -117,6 +117,7 @@ def read_session(store: Sessions, name: str) -> Transcript:
 
 
 def row(found: SessionFacts) -> Sequence[str]:
+    """A session as a row of the table."""
     title = found.title[:TITLE_LENGTH] + ("..." if len(found.title) > TITLE_LENGTH else "")
     if found.damaged:
         title = f"(line {found.damaged[0]} is damaged) {title}"
@@ -133,6 +134,7 @@ def short_model_name(model: str) -> str:
 
 
 def totals(facts: Sequence[SessionFacts]) -> Iterator[str]:
+    """Yields the lines below the table: number and size of all sessions."""
     text = sum(found.text_bytes for found in facts)
     states = sum(found.state_bytes for found in facts)
     yield ""
@@ -143,10 +145,12 @@ def totals(facts: Sequence[SessionFacts]) -> Iterator[str]:
 
 
 def counted(n: int, what: str) -> str:
+    """A number with its noun in the singular or plural."""
     return f"{n} {what}{'s' if n != 1 else ''}"
 
 
 def session_document(found: SessionFacts) -> dict[str, Any]:
+    """A session as --json promises it."""
     return {
         "name": found.name,
         "model": found.model,
@@ -175,6 +179,7 @@ def spoken(found: Transcript, think: bool) -> Iterator[str]:
 
 
 def as_markdown(found: Transcript) -> str:
+    """A conversation as a Markdown document."""
     title = found.title[:TITLE_LENGTH] or "A conversation"
     parts = [f"# {title}", f"*{short_model_name(found.model)}, {found.created[:10]}*"]
     for message in found.messages:
@@ -193,6 +198,7 @@ def exported(name: str, found: Transcript) -> dict[str, Any]:
 
 
 def as_json_text(name: str, found: Transcript) -> str:
+    """A session as a JSON document."""
     return json.dumps(exported(name, found), ensure_ascii=False, indent=2) + "\n"
 
 

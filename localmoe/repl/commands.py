@@ -86,6 +86,7 @@ class SlashCommands:
         command.run(repl, argument)
 
     def find(self, name: str) -> SlashCommand:
+        """Returns a command by its name. Raises UsageError with one that is near."""
         if name in self._by_name:
             return self._by_name[name]
         near = difflib.get_close_matches(name, self._by_name, n=1)
@@ -95,6 +96,7 @@ class SlashCommands:
         )
 
     def help(self) -> str:
+        """Returns what can be typed, a line for each command."""
         shown = [(f"/{c.name} {c.arguments}".rstrip(), c.about) for c in self._commands]
         width = max(len(usage) for usage, _ in shown)
         return "\n".join([*(f"{usage:<{width}}  {about}" for usage, about in shown), "", KEYS])
@@ -136,24 +138,29 @@ MAX_TOKEN_BYTES = 16
 
 
 def show_help(repl: Repl, argument: str) -> None:
+    """Lists the commands."""
     repl.tell(repl.commands.help())
 
 
 def leave(repl: Repl, argument: str) -> None:
+    """Ends the chat."""
     raise EOFError
 
 
 def clear(repl: Repl, argument: str) -> None:
+    """Begins a new conversation."""
     repl.ready().begin_anew()
     repl.last, repl.attached = None, ""
     repl.tell("A new conversation.")
 
 
 def regenerate(repl: Repl, argument: str) -> None:
+    """Answers the last question again."""
     repl.answer(repl.ready().chat.regenerate())
 
 
 def undo(repl: Repl, argument: str) -> None:
+    """Takes the last question and its answer back."""
     question = repl.ready().chat.undo()
     if question is None:
         raise UsageError("Nothing was asked yet.")
@@ -163,6 +170,7 @@ def undo(repl: Repl, argument: str) -> None:
 
 
 def edit(repl: Repl, argument: str) -> None:
+    """Offers the last question to be changed and sent again."""
     asked = [m.content for m in repl.ready().messages if m.role == "user"]
     asked = [text for text in asked if text != SUMMARIZE]
     if not asked:
@@ -172,6 +180,7 @@ def edit(repl: Repl, argument: str) -> None:
 
 
 def system(repl: Repl, argument: str) -> None:
+    """Shows, sets or removes the system message."""
     chat = repl.ready().chat
     if argument:
         chat.set_system(None if argument in ("none", '""') else argument.strip('"'))
@@ -181,6 +190,7 @@ def system(repl: Repl, argument: str) -> None:
 
 
 def read(repl: Repl, argument: str) -> None:
+    """Puts a text file before the next message."""
     if not argument:
         raise UsageError("Which file?", "Try: /read notes.txt")
     path = Path(argument).expanduser()
@@ -212,15 +222,18 @@ def checked_text(repl: Repl, path: Path) -> str:
 
 
 def count(repl: Repl, text: str) -> int:
+    """Returns how many tokens a text has."""
     (tokens,) = repl.ready().chat.model.engine.tokenize([TextPiece(text)])
     return len(tokens)
 
 
 def no_images(repl: Repl, argument: str) -> None:
+    """Says that no model sees images here."""
     raise UsageError("No model can see images here: localmoe runs text models only.")
 
 
 def copy(repl: Repl, argument: str) -> None:
+    """Copies the last answer, or one of its code blocks."""
     text = last_answer(repl)
     if argument:
         blocks = [unindented(found) for found in CODE_BLOCK.finditer(text)]
@@ -241,6 +254,7 @@ def unindented(found: re.Match[str]) -> str:
 
 
 def think(repl: Repl, argument: str) -> None:
+    """Shows what the model thought, or sets whether it thinks."""
 
     if argument:
         change(repl, "think", argument)
@@ -252,6 +266,7 @@ def think(repl: Repl, argument: str) -> None:
 
 
 def last_answer(repl: Repl) -> str:
+    """Returns the last answer. Raises UsageError where there is none."""
     said = [m.content for m in repl.ready().messages if m.role == "assistant"]
     if not said:
         raise UsageError("Nothing was answered yet.")
@@ -292,6 +307,7 @@ AT_ONCE = (
 
 
 def set_option(repl: Repl, argument: str) -> None:
+    """Changes an option."""
     name, _, value = argument.partition(" ")
     if not value.strip():
         raise UsageError("Set what to what?", "Try: /set temp 0.2, or /show for what is set.")
@@ -328,10 +344,12 @@ def setting(shown: str) -> str:
 
 
 def option_name(name: str) -> str:
+    """A setting's name as it is typed."""
     return file_key(name).replace("_", "-")
 
 
 def shown_value(value: Any) -> str:
+    """A setting's value as a person reads it."""
     if value is None or value == ():
         return "left to the model"
     if isinstance(value, bool):
@@ -340,12 +358,14 @@ def shown_value(value: Any) -> str:
 
 
 def settable(repl: Repl) -> Iterable[tuple[str, str]]:
+    """Yields the options that can be set, each with its value."""
     settings = repl.conversation.settings
     for name in AT_ONCE + AT_LOADING:
         yield option_name(name), f"now: {shown_value(getattr(settings, name))}"
 
 
 def show_settings(repl: Repl, argument: str) -> None:
+    """Shows what is set and what the last prompt took."""
     conversation = repl.ready()
     chat, settings = conversation.chat, conversation.settings
     sampling = chat.options.sampling
@@ -366,6 +386,7 @@ def show_settings(repl: Repl, argument: str) -> None:
 
 
 def kept_as(repl: Repl) -> str:
+    """Says under which name the chat is kept."""
     conversation = repl.conversation
     name = conversation.session.name if conversation.session else ""
     if conversation.sessions is None:
@@ -382,6 +403,7 @@ def waiting(repl: Repl) -> Iterable[tuple[str, str]]:
 
 
 def n_messages(repl: Repl) -> str:
+    """Says how many messages there are, and how many were left out."""
     chat = repl.conversation.chat
     n_said = sum(m.role != "system" for m in chat.messages)
     left_out = f", the first {chat.n_dropped} left out" if chat.n_dropped else ""
@@ -389,15 +411,18 @@ def n_messages(repl: Repl) -> str:
 
 
 def drawn_by(sampling: Any, name: str) -> str:
+    """A sampling value as a person reads it."""
     value = getattr(sampling, name)
     return "random" if value is None else f"{value:g}"
 
 
 def shown_limit(n_tokens: int | None) -> str:
+    """The limit of an answer as a person reads it."""
     return "as many as fit" if n_tokens is None else f"{n_tokens:,}"
 
 
 def stops(texts: tuple[str, ...]) -> str:
+    """Says where answers end."""
     return ", ".join(map(repr, texts)) or "at the model's own end"
 
 
@@ -421,6 +446,7 @@ def last_prompt(repl: Repl) -> Iterable[tuple[str, str]]:
 
 
 def stats(repl: Repl, argument: str) -> None:
+    """Shows the figures of the last answer, or of every one from now on."""
     if argument in ("on", "off"):
         repl.shows_stats = argument == "on"
         repl.tell(f"Figures after each answer: {argument}.")
@@ -436,11 +462,13 @@ def stats(repl: Repl, argument: str) -> None:
 
 
 def plan(repl: Repl, argument: str) -> None:
+    """Shows the plan that the model was loaded by."""
     loaded = repl.ready().loaded
     console.lines(plan_lines(loaded.plan, loaded.meta, repl.conversation.title, False))
 
 
 def model(repl: Repl, argument: str) -> None:
+    """Says which model answers, or loads another one."""
     conversation = repl.ready()
     if argument:
         with model_resolver(conversation.settings, argument, workload="chat") as search:
@@ -458,11 +486,13 @@ def model(repl: Repl, argument: str) -> None:
 
 
 def model_names(repl: Repl) -> Iterable[tuple[str, str]]:
+    """Yields the catalog's names, each with what it is."""
     for name, spec in read_catalog(config_folder()).items():
         yield name, spec.about
 
 
 def save(repl: Repl, argument: str) -> None:
+    """Keeps the conversation, under another name where one is given."""
     conversation = repl.ready()
     before = conversation.session.name if conversation.session else ""
     was_kept, conversation.sessions = conversation.sessions, stored(repl)
@@ -484,6 +514,7 @@ def save(repl: Repl, argument: str) -> None:
 
 
 def load(repl: Repl, argument: str) -> None:
+    """Goes on with another session."""
     if not argument:
         raise UsageError("Which session?", "/sessions lists them.")
     conversation = repl.ready()
@@ -496,6 +527,7 @@ def load(repl: Repl, argument: str) -> None:
 
 
 def sessions(repl: Repl, argument: str) -> None:
+    """Lists the sessions."""
     known = stored(repl).all()
     if not known:
         repl.tell("No session is kept yet.")
@@ -507,6 +539,7 @@ def sessions(repl: Repl, argument: str) -> None:
 
 
 def session_names(repl: Repl) -> Iterable[tuple[str, str]]:
+    """Returns the names of sessions, each with its title."""
     return [(s.name, s.title) for s in stored(repl).all()]
 
 
@@ -516,6 +549,7 @@ def stored(repl: Repl) -> Any:
 
 
 def switches(repl: Repl) -> Iterable[tuple[str, str]]:
+    """Returns what may follow /stats."""
     return [("on", "after each answer"), ("off", ""), ("now", "of the last answer")]
 
 

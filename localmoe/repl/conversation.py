@@ -75,16 +75,19 @@ class Conversation:
 
     @property
     def title(self) -> str:
+        """What the model is called."""
         from ..loading import title  # start-up, 40 ms: not before the prompt
 
         return title(self._found.meta)
 
     @property
     def is_ready(self) -> bool:
+        """Whether the model is loaded."""
         return self._chat is not None
 
     @property
     def loaded(self) -> OpenModel:
+        """The model, waited for. Raises LocalMoeError where it failed to load."""
         self.ready()
         assert self._loaded is not None
         return self._loaded
@@ -314,14 +317,17 @@ class BackgroundLoad:
 
     @property
     def is_over(self) -> bool:
+        """Whether the model is loaded, or failed to be."""
         return self._loaded is not None or self._error is not None
 
     @property
     def has_loaded(self) -> bool:
+        """Whether the model is loaded."""
         return self._loaded is not None
 
     @property
     def has_failed(self) -> bool:
+        """Whether the model failed to load."""
         return self._error is not None
 
     def wait(self, seconds: float) -> bool:

@@ -264,6 +264,7 @@ class Repl:
 
     @property
     def n_ctx(self) -> int:
+        """Tokens of context."""
         return self.conversation.chat.model.n_ctx
 
     # ---- beginning and end ----

@@ -56,9 +56,11 @@ class Turn:
 
     @property
     def is_over(self) -> bool:
+        """Whether the generator has ended."""
         return not self._thread.is_alive()
 
     def start(self) -> Turn:
+        """Starts the generator in a thread of its own."""
         self._thread.start()
         return self
 
@@ -104,6 +106,7 @@ class Turn:
 
 @contextmanager
 def handling_sigint(handle: Callable[[], None]) -> Iterator[None]:
+    """Calls `handle` on Ctrl-C while the block runs."""
     before = signal.signal(signal.SIGINT, lambda *_: handle())
     try:
         yield

@@ -63,6 +63,7 @@ class AnswerView:
         self._show([])
 
     def add(self, delta: Delta) -> None:
+        """Shows what is new of the answer."""
         if delta.anew:
             self._end_text()
             self._begin()
@@ -153,6 +154,7 @@ class PlainView:
         self.begin()
 
     def begin(self) -> None:
+        """Begins an answer."""
         self._kind = ""
         self._at_start = True
 
@@ -160,6 +162,7 @@ class PlainView:
         """Nothing: what was written can't be taken back."""
 
     def add(self, delta: Delta) -> None:
+        """Shows what is new of the answer."""
         if delta.anew:
             self.finish()
         text = safe(delta.text)  # before anything looks at it
@@ -171,10 +174,12 @@ class PlainView:
         self._put(text)
 
     def note(self, text: str) -> None:
+        """Shows a remark on a line of its own."""
         self.finish()
         self._put(f"{text}\n")
 
     def finish(self) -> None:
+        """Ends the line of the answer."""
         if not self._at_start:
             self._put("\n")
         self.begin()

@@ -97,10 +97,12 @@ def summary_lines(progress: BatchProgress, n_errors: int) -> list[str]:
 
 
 def precise(seconds: float) -> str:
+    """A duration, with tenths below a minute."""
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def times(n: int) -> str:
+    """A number of times in words."""
     return "once" if n == 1 else f"{n} times"
 
 

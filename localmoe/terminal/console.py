@@ -37,6 +37,7 @@ PLAIN_EVERY_SECONDS = 60.0
 
 
 def greeting() -> None:
+    """Prints what `localmoe` alone shows."""
     print(GREETING)
 
 
@@ -62,10 +63,12 @@ def note(text: str) -> None:
 
 
 def log_line(line: str) -> None:
+    """Prints a line on stderr."""
     print(safe(line), file=sys.stderr)
 
 
 def dim(text: str, stream: TextIO | None = None) -> str:
+    """Returns a text in dim letters, where the stream is a terminal."""
     stream = stream or sys.stderr
     return f"\x1b[2m{text}\x1b[0m" if stream.isatty() else text
 
@@ -152,6 +155,7 @@ class StatusLine:
         self._shown = False
 
     def show(self, text: str, *, takes_minutes: bool = False) -> None:
+        """Shows a text, once the work has taken a moment."""
         now = time.monotonic()
         if self._quiet or now - self._started < PROGRESS_AFTER_SECONDS:
             return
@@ -217,6 +221,7 @@ def model(facts: Sequence[tuple[str, str]], parts: Sequence[tuple[str, int]]) ->
 
 
 def bar(share: float, width: int = 30) -> str:
+    """Returns a bar of # for a share of `width`."""
     return "#" * max(1, round(share * width))
 
 

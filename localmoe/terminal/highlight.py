@@ -51,6 +51,7 @@ class Highlighter:
 
 
 def coloured(text: str, style: Style) -> str:
+    """Returns a text in the colours of a style."""
     if not text.strip() or style == Style.null():
         return text
     return style.render(text, color_system=ColorSystem.STANDARD)

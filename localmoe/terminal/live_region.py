@@ -26,6 +26,7 @@ class LiveRegion:
 
     @property
     def resized(self) -> bool:
+        """Whether the terminal has another width now."""
         return self._size().columns != self._columns
 
     def adapt(self) -> bool:

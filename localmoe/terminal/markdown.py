@@ -29,6 +29,7 @@ def is_delimiter(line: str) -> bool:
 
 
 def cells_of(row: str) -> list[str]:
+    """Returns the cells of a table's row."""
     inner = row.strip().removeprefix("|")
     if inner.endswith("|") and not inner.endswith("\\|"):
         inner = inner[:-1]
@@ -50,6 +51,7 @@ class MarkdownTable:
 
     @property
     def is_table(self) -> bool:
+        """Whether the line under the head made it a table."""
         return bool(self._aligns)
 
     def add(self, line: str) -> bool:
@@ -69,6 +71,7 @@ class MarkdownTable:
         return (cells_of(line) + [""] * n_columns)[:n_columns]
 
     def freeze(self, width: int) -> None:
+        """Fixes the widths of columns by the rows so far."""
         self._widths = self._widths or self._columns(width, self._rows)
 
     def take(self) -> list[StyledLine]:
@@ -114,6 +117,7 @@ class MarkdownTable:
 
 
 def align_of(mark: str) -> str:
+    """Returns a column's alignment as str.format has it."""
     if mark.endswith(":"):
         return "^" if mark.startswith(":") else ">"
     return "<"
@@ -144,6 +148,7 @@ class Fence:
         self._highlighter = Highlighter(found[3], colour)
 
     def is_end(self, line: str) -> bool:
+        """Whether a line ends the code block."""
         text = line.strip()
         return text.startswith(self._mark) and not text.strip(self._mark[0])
 
@@ -153,6 +158,7 @@ class Fence:
         return line[min(n_spaces, self._indent) :]
 
     def line(self, text: str) -> StyledLine:
+        """Returns a line of code in its colours."""
         return self._highlighter.line(self.code(text))
 
 
@@ -173,13 +179,16 @@ class Markdown:
         self.resize(width, height)
 
     def resize(self, width: int, height: int) -> None:
+        """Takes over the terminal's new size."""
         self._width, self._height = max(width, 8), max(height, 2)
 
     @property
     def in_code(self) -> bool:
+        """Whether a code block is open."""
         return self._fence is not None
 
     def feed(self, text: str) -> None:
+        """Takes more of the text."""
         first, *others = safe(text).split("\n")
         self._line += first
         for other in others:

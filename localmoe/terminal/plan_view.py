@@ -59,6 +59,7 @@ def forecast_line(expected: Forecast) -> str:
 
 
 def rate(tps: float) -> str:
+    """Tokens per second with a sensible number of digits."""
     return f"{tps:,.0f}" if tps >= 100 else f"{tps:.1f}"
 
 

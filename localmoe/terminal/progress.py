@@ -78,6 +78,7 @@ def load_with_progress(
 
 
 def share(done: int, whole: int) -> str:
+    """A share in per cent."""
     return f"{done / whole:4.0%}" if whole else "100%"
 
 

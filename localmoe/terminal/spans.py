@@ -79,6 +79,7 @@ def n_cells(text: str) -> int:
 
 @lru_cache(maxsize=4096)
 def char_cells(char: str) -> int:
+    """How many cells of a terminal a character takes."""
     return 1 if char == "\ufe0f" else cell_len(char)  # it makes many a sign before it wider
 
 
