@@ -38,12 +38,15 @@ class RestartingVocabulary:
         self._n_deaths_in_a_row = 0
 
     def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
+        """Returns the ids of each piece, as Tokenizer has it."""
         return self._ask(lambda engine: engine.tokenize(pieces))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
+        """Returns the text of some tokens."""
         return self._ask(lambda engine: engine.detokenize(tokens))
 
     def close(self) -> None:
+        """Ends the engine."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None

@@ -79,11 +79,13 @@ class Journal:
         self.close()
 
     def close(self) -> None:
+        """Closes the file and lets other processes have it."""
         self._close_file()
         self._lock.release()
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing was written yet."""
         return not self.path.exists() or self.path.stat().st_size == 0
 
     # ---- reading ----

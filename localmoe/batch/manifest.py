@@ -56,6 +56,7 @@ def input_file(path: str, stream: BinaryIO) -> InputFile:
 
 
 def manifest_path(output: Path) -> Path:
+    """Returns where the manifest of an output lies."""
     return output.with_name(f"{output.name}.manifest.json")
 
 

@@ -56,6 +56,7 @@ class PendingRequests:
         )
 
     def close(self) -> None:
+        """Deletes the temporary database."""
         self._rows.close()
 
     def __enter__(self) -> PendingRequests:
@@ -80,6 +81,7 @@ class PendingRequests:
         return self._write("INSERT OR IGNORE INTO done VALUES (?)", key) == 1
 
     def is_done(self, key: bytes) -> bool:
+        """Whether a request with this key has its answer."""
         return self._rows.execute("SELECT 1 FROM done WHERE key = ?", (key,)).fetchone() is not None
 
     # ---- what is asked ----
@@ -92,6 +94,7 @@ class PendingRequests:
         return int(found[0])
 
     def is_named(self, name: str) -> bool:
+        """Whether a request has this custom_id."""
         key = digest(name.encode("utf-8", "surrogatepass"))
         found = self._rows.execute("SELECT 1 FROM names WHERE name = ?", (key,)).fetchone()
         return found is not None
@@ -106,6 +109,7 @@ class PendingRequests:
         return None if found is None else int(found[0])
 
     def add(self, ask: PendingRequest) -> None:
+        """Keeps a request that was checked and encoded."""
         self._write(
             "INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?)",
             ask.line,
@@ -119,6 +123,7 @@ class PendingRequests:
 
     @property
     def n_asks(self) -> int:
+        """How many requests there are to answer."""
         return int(self._rows.execute("SELECT count(*) FROM asks").fetchone()[0])
 
     def asks(self) -> Iterator[PendingRequest]:

@@ -254,6 +254,7 @@ class BatchRequest:
 
     @property
     def is_chat(self) -> bool:
+        """Whether it asks a conversation, not a text to be continued."""
         return bool(self.messages)
 
 
@@ -279,6 +280,7 @@ def form_of(name: str, stream: BinaryIO) -> Form:
 
 
 def is_blank(line: InputLine) -> bool:
+    """Whether a line holds nothing but white space."""
     return line.raw is not None and not line.raw.strip()
 
 
@@ -395,6 +397,7 @@ def _plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def body_prompt(value: Mapping[str, Any]) -> object:
+    """Returns a body's prompt; a list of one is its only element."""
     prompt = value["body"]["prompt"]
     return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
 

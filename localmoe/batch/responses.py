@@ -29,7 +29,9 @@ class OutputLine:
 class Output(Protocol):
     """Takes replies; when `write` returns, they are where they belong."""
 
-    def write(self, replies: Sequence[OutputLine]) -> None: ...
+    def write(self, replies: Sequence[OutputLine]) -> None:
+        """Writes answers; when it returns, they are where they belong."""
+        ...
 
 
 # ---- the lines -----------------------------------------------------------------------------------
@@ -104,6 +106,7 @@ class StreamOutput:
     emit: Callable[[str], None]
 
     def write(self, replies: Sequence[OutputLine]) -> None:
+        """Hands answers to the function as text."""
         for reply in replies:
             self.emit(reply.raw.decode("utf-8"))
 
@@ -134,6 +137,7 @@ class FileOutput:
             raise
 
     def close(self) -> None:
+        """Closes the files."""
         for journal in self.journals:
             journal.close()
 
@@ -145,6 +149,7 @@ class FileOutput:
 
     @property
     def journals(self) -> tuple[Journal, ...]:
+        """The journal of answers, and that of errors where it is another."""
         return (self.answers,) if self.errors is self.answers else (self.answers, self.errors)
 
     def write(self, replies: Sequence[OutputLine]) -> None:

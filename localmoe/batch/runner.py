@@ -67,6 +67,7 @@ class BatchProgress:
 
     @property
     def n_ended(self) -> int:
+        """Requests that have an answer or an error."""
         return self.n_answered + self.n_failed
 
 
@@ -246,6 +247,7 @@ def run_batch(
 
 
 def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
+    """Returns a pending request as the engine takes it."""
     return Request(
         tokens=ask.tokens,
         sampling=ask.options.sampling,
@@ -261,6 +263,7 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
 
 
 def reply_of(outcome: Outcome[PendingRequest], options: RunOptions) -> OutputLine:
+    """Returns the line of the output for an outcome."""
     ask = outcome.key
     if outcome.answer is not None:
         return answer_reply(ask, outcome.answer, options.model, thinking=options.thinking)
@@ -337,6 +340,7 @@ def answers(
 
 
 def ask_of(index: int, request: BatchRequest, encoder: Encoder) -> PendingRequest:
+    """Encodes a program's request."""
     tokens, n_cut = encoder.encode(request)
     return PendingRequest(index, "", b"", request.is_chat, tokens, request.options, n_cut)
 
@@ -349,6 +353,7 @@ def as_line(value: object) -> object:
 
 
 def result_of(outcome: Outcome[tuple[int, str | None]]) -> BatchResult:
+    """Returns an outcome as the Python interface has it."""
     index, custom_id = outcome.key
     answer = outcome.answer
     if answer is None or answer.last is None:

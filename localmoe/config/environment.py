@@ -76,6 +76,7 @@ def hub_access(offline: bool = False) -> HubAccess:
 
 
 def hub_home(env: Mapping[str, str]) -> Path:
+    """Returns Hugging Face's own folder."""
     caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(env.get("HF_HOME") or caches / "huggingface").expanduser()
 

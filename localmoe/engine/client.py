@@ -227,10 +227,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
+        """The id of the child process."""
         return self._process.pid
 
     @property
     def is_alive(self) -> bool:
+        """Whether the child process runs."""
         return self._death is None and self._process.poll() is None
 
     @property
@@ -271,6 +273,7 @@ class EngineProcess:
             return expect(Probed, self._next(inbox), EngineError).sizes
 
     def devices(self) -> DeviceList:
+        """Returns the devices that llama.cpp sees. Raises EngineError."""
         with self._ask(ListDevices) as inbox:
             return expect(DeviceList, self._next(inbox), EngineError)
 

@@ -114,6 +114,7 @@ class Placement:
 
     @property
     def n_ctx_total(self) -> int:
+        """Cells of the whole KV cache."""
         n_full = self.n_ctx * self.n_seq
         return (self.n_cells or n_full) if self.kv_unified else n_full
 
@@ -365,6 +366,8 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
+    """What llama.cpp would reserve for a placement."""
+
     id: int
     sizes: BufferSizes
     type: Literal["probed"] = "probed"
@@ -381,6 +384,8 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Detokenized:
+    """The text of the tokens."""
+
     id: int
     text: str
     type: Literal["detokenized"] = "detokenized"
@@ -398,6 +403,8 @@ class DeviceList:
 
 @dataclass(frozen=True, slots=True)
 class BandwidthsMeasured:
+    """The rates of this machine's devices."""
+
     id: int
     bandwidths: Bandwidths
     type: Literal["bandwidths_measured"] = "bandwidths_measured"
@@ -405,6 +412,8 @@ class BandwidthsMeasured:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
+    """How the CPU was timed on a model."""
+
     id: int
     tuning: Tuning
     type: Literal["tuned"] = "tuned"

@@ -181,10 +181,12 @@ class OutputTensor:
 
     @property
     def is_merged(self) -> bool:
+        """Whether it is made of the tensors of several experts."""
         return len(self.sources) > 1
 
     @property
     def is_widened(self) -> bool:
+        """Whether it gets a type of more bits."""
         return self.from_type != self.row.type
 
 

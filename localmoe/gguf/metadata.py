@@ -20,6 +20,7 @@ class Metadata:
         self.architecture = self.text("general.architecture")
 
     def refuse(self, reason: str) -> ModelFileError:
+        """The error for this file, with a reason."""
         return model_file_error(self.header.name, reason)
 
     def _full(self, key: str) -> str:
@@ -29,6 +30,7 @@ class Metadata:
         return self._full(key) in self.header.kv
 
     def get(self, key: str) -> KvValue | None:
+        """Returns the value of a key; None where there is none."""
         return self.header.kv.get(self._full(key))
 
     def text(self, key: str) -> str:
@@ -48,13 +50,16 @@ class Metadata:
         return value
 
     def optional_size(self, key: str) -> int | None:
+        """Returns a size; None where the key is missing."""
         return self.size(key) if key in self else None
 
     def flag(self, key: str) -> bool | None:
+        """Returns a bool; None where the key is missing or has another type."""
         value = self.get(key)
         return value if isinstance(value, bool) else None
 
     def is_scalar(self, key: str) -> bool:
+        """Whether a key has one number, not an array."""
         return isinstance(self.get(key), int)
 
     def each_layer(self, key: str, n_layers: int) -> tuple[int, ...]:
@@ -72,6 +77,7 @@ class Metadata:
         return (self.size(key),) * n_layers
 
     def strings(self, key: str) -> StringArray | None:
+        """Returns an array of strings; None where the key has none."""
         value = self.get(key)
         return value if isinstance(value, StringArray) else None
 

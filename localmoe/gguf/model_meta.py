@@ -98,10 +98,12 @@ class ModelMeta:
 
     @property
     def is_moe(self) -> bool:
+        """Whether it is a Mixture of Experts."""
         return self.n_experts > 0
 
     @property
     def weights_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.n_bytes for t in self.tensors)
 
     @property
@@ -311,6 +313,7 @@ def _shared_experts(keys: Metadata, tensors: Sequence[TensorInfo]) -> int:
 
 
 def head_dims(meta: ModelMeta, layer: int) -> tuple[int, int]:
+    """Returns the lengths of a layer's key and value heads."""
     window = meta.sliding_window
     if window is not None and is_windowed(meta, layer):
         return window.head_dim_k, window.head_dim_v

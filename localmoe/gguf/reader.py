@@ -318,6 +318,7 @@ class ByteReader:
         self.at = 0
 
     def refuse(self, reason: str, hint: str = "") -> ModelFileError:
+        """The error for this file, with a reason."""
         return model_file_error(self.name, reason, hint)
 
     def need(self, n_bytes: int) -> None:

@@ -172,6 +172,7 @@ def without_driver(vendor: Vendor, cards: Sequence[Card]) -> Finding:
 
 
 def hides(variable: str, vendor: Vendor) -> bool:
+    """Whether a variable hides the GPUs of a maker."""
     makers = {"CUDA": "nvidia", "HIP": "amd", "ROCR": "amd"}
     return makers.get(variable.partition("_")[0], vendor) == vendor
 
@@ -269,6 +270,7 @@ def limit_findings(host: Host) -> Iterator[Finding]:
 
 
 def card_title(card: Card) -> str:
+    """A card and its memory in a few words."""
     return f"{card.name} ({gib(card.total_bytes)})" if card.total_bytes else card.name
 
 
@@ -279,4 +281,5 @@ def listing(names: Iterable[str]) -> str:
 
 
 def gib(n_bytes: int) -> str:
+    """Bytes in GiB, for a sentence."""
     return f"{n_bytes / 2**30:.1f} GiB"

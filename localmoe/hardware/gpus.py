@@ -309,6 +309,7 @@ def is_part(device: Device, card: Card) -> bool:
 
 
 def is_near(a: int, b: int) -> bool:
+    """Whether two counts of memory may be of one card."""
     return abs(a - b) <= SAME_TOTAL * max(a, b)
 
 

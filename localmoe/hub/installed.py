@@ -50,10 +50,12 @@ class InstalledModel:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of its files in the repository."""
         return tuple(file.name for file in self.files)
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of its files."""
         return sum(file.n_bytes for file in self.files)
 
     @property
@@ -63,6 +65,7 @@ class InstalledModel:
 
     @property
     def is_complete(self) -> bool:
+        """Whether every shard is here."""
         return not self.missing
 
     @property
@@ -72,6 +75,7 @@ class InstalledModel:
 
     @property
     def missing_paths(self) -> tuple[Path, ...]:
+        """Where the missing shards would lie."""
         return tuple(self.snapshot / name for name in self.missing)
 
 

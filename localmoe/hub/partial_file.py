@@ -109,10 +109,12 @@ class Partial:
             return etag == self.etag
 
     def has(self, i: int) -> bool:
+        """Whether a piece is here."""
         return self._states[i] != ABSENT
 
     @property
     def n_bytes_here(self) -> int:
+        """Bytes of the pieces that are here."""
         return sum(end - start for start, end in self.ranges(present=True))
 
     def ranges(self, present: bool) -> tuple[tuple[int, int], ...]:
@@ -209,6 +211,7 @@ class Partial:
         remove_leftover(self._blob)
 
     def close(self) -> None:
+        """Closes the files."""
         with self._lock:
             for file in (self._bytes, self._reader, self._journal):
                 file.close()
@@ -269,6 +272,7 @@ def boot_mark() -> str:
 
 
 def datasync(file: FileIO) -> None:
+    """Puts a file's bytes on the disk."""
     getattr(os, "fdatasync", os.fsync)(file.fileno())
 
 

@@ -76,10 +76,12 @@ class Quant:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of its files."""
         return sum(file.n_bytes for file in self.files)
 
     @property
     def repo(self) -> str:
+        """Its repository."""
         return self.files[0].repo
 
 

@@ -43,6 +43,7 @@ class Removal:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """All files that go."""
         return (*self.links, *self.blobs)
 
 

@@ -37,6 +37,7 @@ class RemoteFile:
 
     @property
     def base_name(self) -> str:
+        """Its name without folders."""
         return self.name.rsplit("/", 1)[-1]
 
 

@@ -46,6 +46,7 @@ class FileHashes:
 
 
 def n_pieces(n_bytes: int) -> int:
+    """Returns how many pieces with a checksum some bytes have."""
     return -(-n_bytes // PIECE_BYTES)
 
 
@@ -182,6 +183,7 @@ class Verdict:
 
     @property
     def is_ok(self) -> bool:
+        """Whether the file is as its hash says."""
         return self.outcome == "ok"
 
 

@@ -64,6 +64,7 @@ class Calibration:
         gpus: tuple[str, ...],
         tuning: Tuning | None = None,
     ) -> SpeedLog:
+        """Returns where the speeds of a loaded model are kept."""
         known = self._store.rates(self._key)
         setting = cost_model_of(placement, meta, known, gpus, tuning=tuning)
         return SpeedLog(self._store, self._key, setting)

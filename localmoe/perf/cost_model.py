@@ -107,6 +107,7 @@ def layer_devices(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) ->
 
 
 def device_of(tensor: TensorInfo, placement: Placement, homes: Sequence[str]) -> str:
+    """Returns the device that a tensor is computed on."""
     if tensor.layer is None:
         return homes[-1]
     in_ram = tensor.role == "experts" and (
@@ -128,6 +129,7 @@ def use_of(tensor: TensorInfo, meta: ModelMeta) -> Use | None:
 
 
 def has_output(meta: ModelMeta) -> bool:
+    """Whether the output matrix is a tensor of its own."""
     return any(tensor.role == "output" for tensor in meta.tensors)
 
 
@@ -139,6 +141,7 @@ def values_per_cell(meta: ModelMeta, layer: int) -> int:
 
 
 def window_of(meta: ModelMeta, layer: int) -> int | None:
+    """Returns a layer's sliding window; None where it sees everything."""
     window = meta.sliding_window
     return window.n_window if window and is_windowed(meta, layer) else None
 
@@ -257,6 +260,7 @@ def with_edge(setting: CostModel, n_tokens: int) -> CostModel:
 
 
 def measured_gpus(bandwidths: Bandwidths) -> tuple[str, ...]:
+    """Returns the GPUs whose rates are known."""
     return tuple(d.device for d in bandwidths.devices if d.device != CPU)
 
 

@@ -34,6 +34,7 @@ def best_threads(tuning: Tuning) -> int:
 
 
 def is_busy(tuning: Tuning) -> bool:
+    """Whether other programs took too much of the CPU meanwhile."""
     return tuning.others_share > BUSY_SHARE
 
 
@@ -112,6 +113,7 @@ class TuningRecord:
 
     @property
     def is_final(self) -> bool:
+        """Whether the model need not be timed again."""
         is_good = bool(self.tuning.times) and not is_busy(self.tuning)
         return is_good or self.n_tries >= MAX_TRIES
 

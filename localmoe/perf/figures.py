@@ -59,6 +59,7 @@ class Measured:
         return replace(self, compute=tuple(places.values()))
 
     def with_overhead(self, device: str, n_bytes: int) -> Measured:
+        """These measurements with a device's overhead."""
         return replace(self, overhead_bytes={**self.overhead_bytes, device: n_bytes})
 
 

@@ -110,6 +110,7 @@ def fill_missing(
 
 
 def cpu_formula(n_threads: int) -> DeviceRates:
+    """Returns the rates of a CPU that was not measured."""
     return DeviceRates(
         CPU,
         n_threads,

@@ -47,6 +47,7 @@ class SpeedRecord:
 
     @property
     def ratio(self) -> float:
+        """How many times as fast as by the formula."""
         return self.real_tps / self.formula_tps
 
     @property
@@ -109,6 +110,7 @@ def nearest(records: Sequence[SpeedRecord], regime: str, model: str) -> list[Spe
 
 
 def kind_of(regime: str) -> str:
+    """Returns the part of a regime that records must share."""
     return regime.split("/")[0]
 
 

@@ -236,6 +236,7 @@ def parse_record(line: bytes) -> SpeedRecord | None:
 
 
 def sound(record: SpeedRecord) -> bool:
+    """Whether a record holds speeds that can be."""
     speeds = (record.formula_tps, record.real_tps)
     if not all(math.isfinite(tps) and tps > 0 for tps in speeds):
         return False

@@ -37,6 +37,7 @@ class LayerSplit:
 
     @property
     def n_touched(self) -> int:
+        """Layers that have experts in RAM."""
         return self.n_layers + bool(self.part)
 
 
@@ -53,6 +54,7 @@ class LayerGroup:
 
     @cached_property
     def layer_bytes(self) -> int:
+        """Bytes of one layer's experts."""
         return sum(self.sizes)
 
     @cached_property
@@ -185,10 +187,12 @@ class Layer:
 
     @property
     def expert_bytes(self) -> int:
+        """Bytes of its experts."""
         return sum(n_bytes for _, n_bytes in self.experts)
 
     @property
     def fixed_bytes(self) -> int:
+        """Bytes that go with the layer wherever it is."""
         return self.dense_bytes + self.kv_bytes
 
 
@@ -203,6 +207,7 @@ class GpuCapacity:
     split: tuple[int, ...] = ()
 
     def with_layers_in_ram(self) -> tuple[int, ...]:
+        """Bytes of each GPU where whole layers stay in RAM."""
         return self.split or self.mixed
 
 
@@ -283,6 +288,7 @@ class LayerRun:
 
     @property
     def merit(self) -> tuple[int, float]:
+        """What runs are compared by."""
         return self.worth, self.evenness
 
 
@@ -403,6 +409,7 @@ def best_counts(sizes: Sequence[int], limits: Sequence[int], room: int) -> tuple
 
 
 def expert_names(layers: Sequence[Layer]) -> frozenset[str]:
+    """Returns the names of all experts of some layers."""
     return frozenset(name for layer in layers for name, _ in layer.experts)
 
 

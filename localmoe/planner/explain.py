@@ -48,6 +48,7 @@ def layout_reasons(
 
 
 def why_cpu(request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> str:
+    """Says why nothing is on a GPU."""
     if request.n_gpu_layers == 0:
         return "as asked"
     if not gpus:
@@ -58,6 +59,7 @@ def why_cpu(request: PlanRequest, gpus: list[tuple[Gpu, int]]) -> str:
 
 
 def expert_reasons(sizes: ModelBytes, layout: LayerPlacement, where: str) -> Iterator[str]:
+    """Says which experts are in RAM, and why."""
     moved = sizes.request.n_cpu_moe
     if moved is not None:
         yield f"the experts of the first {min(moved, len(sizes.layers))} layers in RAM: as asked"

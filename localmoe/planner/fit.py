@@ -53,6 +53,7 @@ def fit(
 
 
 def is_measured(figure: Figure) -> bool:
+    """Whether a figure needs no probe."""
     return figure.basis == "measured" or figure.n_bytes == 0
 
 

@@ -67,6 +67,7 @@ class HostResidue:
     n_layers: int = 0
 
     def covers(self, other: HostResidue) -> bool:
+        """Whether this asks for at least as much room as another."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return all(mine >= theirs for mine, theirs in pairs)
 
@@ -260,6 +261,7 @@ def aligned(tensor: TensorInfo) -> int:
 
 
 def tensors_by_layer(meta: ModelMeta) -> dict[int, list[TensorInfo]]:
+    """Returns the tensors of each layer."""
     layers: dict[int, list[TensorInfo]] = defaultdict(list)
     for tensor in meta.tensors:
         if tensor.layer is not None:

@@ -158,11 +158,13 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
+        """All that the plan takes of it."""
         parts = (self.weights, self.kv, self.compute, self.overhead, self.repacked)
         return sum(part.n_bytes for part in parts)
 
     @property
     def missing_bytes(self) -> int:
+        """What the plan takes beyond the budget."""
         return max(0, self.total_bytes - self.budget_bytes)
 
 
@@ -310,6 +312,7 @@ def choose_placement(at: Situation, rooms: GpuCapacity, n_gpu_layers: int | None
 
 
 def fits(at: Situation, layout: LayerPlacement) -> bool:
+    """Whether a layout keeps every budget."""
     memory = memory_of(at, layout)
     checked = memory[:-1] if at.is_mapped_anyway else memory
     return not any(m.missing_bytes for m in checked)

@@ -54,6 +54,7 @@ TUNING_BYTES = 1 << 30
 
 
 def plan_request(settings: Settings) -> PlanRequest:
+    """Returns what settings ask of a plan."""
     return PlanRequest(
         n_ctx=settings.ctx_size,
         n_seq=settings.parallel,
@@ -179,10 +180,12 @@ class Planner:
         self._store.update_buffers(key_of(self.here, meta), with_plan)
 
     def speed_log(self, meta: ModelMeta, plan: Plan) -> SpeedLog:
+        """Returns where the speeds of a loaded model are kept."""
         tuning = self._tuning(meta)
         return self.learned.log(meta, plan.placement, gpu_names(self.here), tuning)
 
     def close(self) -> None:
+        """Ends the engine, if it is the planner's own."""
         if self._owns_engine:
             self._engine.close()
 
@@ -304,6 +307,7 @@ def unmeasured_plan(machine: Machine, meta: ModelMeta) -> Callable[[PlanRequest]
 
 
 def gpu_names(machine: Machine) -> tuple[str, ...]:
+    """Returns the names of a machine's GPUs."""
     return tuple(gpu.name for gpu in machine.gpus)
 
 

@@ -59,6 +59,7 @@ def gpu_budgets(machine: Machine, request: PlanRequest) -> list[tuple[Gpu, int]]
 
 
 def ram_budget(machine: Machine, request: PlanRequest) -> int:
+    """Returns how much RAM a plan may use."""
     available = machine.ram_available_bytes
     return available if request.ram_bytes is None else min(available, request.ram_bytes)
 

@@ -190,6 +190,7 @@ def least_on_gpus(meta: ModelMeta, largest_in_ram: int) -> int:
 
 
 def bytes_on_gpus(plan: Plan) -> int:
+    """Bytes of weights on GPUs."""
     return sum(m.weights.n_bytes for m in plan.memory if m.device != RAM)
 
 
@@ -204,6 +205,7 @@ def variants(plan: Plan, tuning: Tuning | None, meta: ModelMeta, job: Job) -> It
 def candidate(
     plan: Plan, job: Job, meta: ModelMeta, gpus: Sequence[str], speeds: Speeds
 ) -> Candidate:
+    """Forecasts a plan and the time of its job."""
     setting = cost_model_of(plan.placement, meta, speeds.bandwidths, gpus, tuning=speeds.tuning)
     if plan.kind in (EXPERTS_IN_RAM, LAYERS_IN_RAM):
         setting = with_edge(setting, offload_edge(setting))
@@ -246,10 +248,12 @@ def values(plan: Plan) -> str:
 
 
 def at_once(place: Placement) -> str:
+    """Says how many requests are answered at once, where there are several."""
     return f"{place.n_seq} requests at once, " if place.n_seq > 1 else ""
 
 
 def pinned_bytes(plan: Plan) -> int:
+    """Bytes of RAM that a plan pins."""
     return sum(memory.pinned_bytes for memory in plan.memory)
 
 
@@ -264,10 +268,12 @@ def within(task: Task, n_ctx: int) -> Task:
 
 
 def task_seconds(expected: Forecast, task: Task) -> float:
+    """Seconds that a task takes by a forecast."""
     return task.n_prompt / expected.prompt_tps + task.n_generated / expected.generation_tps
 
 
 def load_seconds(plan: Plan) -> float:
+    """Seconds that loading takes."""
     return bytes_on_gpus(plan) / LOAD_BYTES_PER_S + pinned_bytes(plan) / PIN_BYTES_PER_S
 
 

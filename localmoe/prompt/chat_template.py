@@ -62,6 +62,7 @@ class TemplateFormat:
 
     @property
     def answers_start_text(self) -> bool:
+        """Answers go on with the text that a template began."""
         return False
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Prompt:

@@ -152,6 +152,7 @@ class TextFormat:
 
     @property
     def answers_start_text(self) -> bool:
+        """An answer goes on with the text."""
         return False
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Prompt:

@@ -109,6 +109,7 @@ class Provenance:
         return text.translate(self._original)
 
     def holds_shadow(self, text: str) -> bool:
+        """Whether a text holds a character that stands for another."""
         return not self._shadows.isdisjoint(text)
 
     def _next(self) -> int:

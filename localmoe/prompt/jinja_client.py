@@ -122,6 +122,7 @@ class Renderer:
         return texts
 
     def close(self) -> None:
+        """Ends the child process."""
         self._end()
 
     def _ready_child(self) -> subprocess.Popen[bytes]:

@@ -108,6 +108,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def failure(kind: str, message: str) -> dict[str, str]:
+    """The result of a job that failed."""
     return {"error": kind, "message": message[:MAX_MESSAGE]}
 
 
@@ -139,6 +140,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parses the block as if the tag were not there."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -39,6 +39,7 @@ class MistralFormat:
 
     @property
     def answers_start_text(self) -> bool:
+        """An answer is a text of its own, as the reference encodes it."""
         return True
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Prompt:

@@ -41,6 +41,7 @@ class ThinkMarkers:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """The ids that part thinking from answer."""
         return (self.opens, self.closes)
 
     def is_open_after(self, prompt: Sequence[int]) -> bool:
@@ -63,6 +64,7 @@ class HarmonyMarkers:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """The ids that part channels from each other."""
         return (self.start, self.channel, self.message, self.end)
 
 
@@ -130,6 +132,7 @@ class Answer:
     has_pending_text: bool = False
 
     def add(self, delta: Delta) -> None:
+        """Takes a delta."""
         if delta.anew:
             self.text, self.thinking, self.tokens, self.text_tokens = "", "", (), ()
         if delta.kind == "thinking":

@@ -266,6 +266,7 @@ class EvenProduct:
 
 
 def write_array(bench: GraphBenchmark, tensor: int, values: npt.NDArray[Any]) -> None:
+    """Copies an array to a tensor."""
     bench.write(tensor, values.ctypes.data, values.nbytes)
 
 

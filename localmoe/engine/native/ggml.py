@@ -158,6 +158,7 @@ class GraphBenchmark:
         return int(self._lib.ggml_new_tensor_4d(self._context, type, *sizes))
 
     def n_bytes(self, tensor: int) -> int:
+        """A tensor's bytes."""
         return int(self._lib.ggml_nbytes(tensor))
 
     def sum(self, a: int, b: int) -> int:
@@ -173,6 +174,7 @@ class GraphBenchmark:
         return int(self._lib.ggml_mul_mat_id(self._context, experts, tokens, chosen))
 
     def attention(self, queries: int, keys: int, values: int, mask: int) -> int:
+        """Adds flash attention to the graph; returns its result."""
         inputs = (queries, keys, values, mask)
         return int(self._lib.ggml_flash_attn_ext(self._context, *inputs, 1.0, 0.0, 0.0))
 
@@ -193,6 +195,7 @@ class GraphBenchmark:
         self._owned(buffer, self._lib.ggml_backend_buffer_free)
 
     def fill(self, tensor: int, byte: int) -> None:
+        """Sets every byte of a tensor."""
         self._lib.ggml_backend_tensor_memset(tensor, byte, 0, self.n_bytes(tensor))
 
     def write(self, tensor: int, address: int, n_bytes: int) -> None:
@@ -200,6 +203,7 @@ class GraphBenchmark:
         self._lib.ggml_backend_tensor_set(tensor, address, 0, n_bytes)
 
     def read(self, tensor: int, address: int, n_bytes: int) -> None:
+        """Copies a tensor's bytes to memory."""
         self._lib.ggml_backend_tensor_get(tensor, address, 0, n_bytes)
 
     def copy(self, source: int, target: int) -> None:

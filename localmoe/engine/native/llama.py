@@ -76,6 +76,7 @@ ggml = declare(C._lib)
 
 
 def system_info() -> str:
+    """Returns llama.cpp's line on the features of its build."""
     return str(C.llama_print_system_info(), "utf-8", "replace")
 
 
@@ -132,6 +133,7 @@ class LlamaModel:
         self.vocab = Vocab(C.llama_model_get_vocab(handle))
 
     def free(self) -> None:
+        """Frees the model."""
         C.llama_model_free(self.handle)
 
 
@@ -155,6 +157,7 @@ class Vocab:
         self._pieces: dict[int, bytes] = {}
 
     def facts(self) -> VocabFacts:
+        """Returns the special tokens of the vocabulary."""
         return VocabFacts(
             n_vocab=self.n_tokens,
             bos=C.llama_vocab_bos(self.handle),
@@ -184,6 +187,7 @@ class Vocab:
         return found
 
     def spell(self, token: int, *, special: bool) -> bytes:
+        """Returns the bytes of a token; control tokens only with `special`."""
         room = 128
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -308,9 +312,11 @@ class LlamaContext:
         return int(C.llama_memory_seq_pos_min(self.memory, sequence))
 
     def last_position(self, sequence: int) -> int:
+        """The last position that the cache holds of a sequence; -1 for none."""
         return int(C.llama_memory_seq_pos_max(self.memory, sequence))
 
     def free(self) -> None:
+        """Frees the context and its cache."""
         C.llama_free(self.handle)
 
 
@@ -370,6 +376,7 @@ free_sampler = C.llama_sampler_free
 
 
 def apply(sampler: Any, candidates: Any) -> None:
+    """Applies a sampler to candidates."""
     C.llama_sampler_apply(sampler, ctypes.byref(candidates))
 
 
@@ -389,6 +396,7 @@ class Candidates:
 
     @property
     def all_refused(self) -> bool:
+        """Whether a grammar refused every token."""
         return not np.isfinite(self._rows["logit"]).any()
 
 

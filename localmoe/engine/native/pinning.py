@@ -61,6 +61,7 @@ class PinnedPages:
                 self._held[span] = address
 
     def release(self) -> None:
+        """Unlocks all pages."""
         for address in self._held.values():
             assert self._memory is not None
             self._memory.unregister(address)

@@ -57,9 +57,11 @@ class TensorStorage:
 
     @classmethod
     def of(cls, tensor: GgmlTensor) -> TensorStorage:
+        """Returns where a tensor is stored."""
         return cls(tensor.buffer, tensor.data, tensor.extra)
 
     def give(self, tensor: GgmlTensor) -> None:
+        """Makes a tensor read from here."""
         tensor.buffer, tensor.data, tensor.extra = self.buffer, self.data, self.extra
 
 
@@ -92,6 +94,7 @@ class RepackedWeight:
         ggml.ggml_backend_tensor_set(copy, self.file.data, 0, self.n_bytes)
 
     def free(self) -> None:
+        """Frees the copy; the tensor is read from the file again."""
         self.file.give(self.tensor)
         ggml.ggml_backend_buffer_free(self._buffer)
 
@@ -114,6 +117,7 @@ class RepackedWeights:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of all copies."""
         return sum(twin.n_bytes for twin in self._twins)
 
     def make_some(self, n_threads: int) -> None:
@@ -128,6 +132,7 @@ class RepackedWeights:
         self.is_whole = len(some) < n_threads
 
     def make_all(self, n_threads: int) -> None:
+        """Makes the copies that are missing."""
         while not self.is_whole:
             self.make_some(n_threads)
 
@@ -141,6 +146,7 @@ class RepackedWeights:
             (twin.repacked if wanted else twin.file).give(twin.tensor)
 
     def free(self) -> None:
+        """Frees all copies."""
         for twin in self._twins:
             twin.free()
         self._twins.clear()
@@ -179,6 +185,7 @@ def is_wanted(tensor: GgmlTensor, mode: RepackMode, n_layers: int, n_all: int) -
 
 
 def n_layers_of(weights: Iterable[GgmlTensor]) -> int:
+    """Returns how many layers some weights belong to."""
     return 1 + max((n for t in weights if (n := layer_of(t)) is not None), default=-1)
 
 
@@ -262,5 +269,6 @@ def is_plain_product(node: GgmlTensor) -> bool:
 
 
 def is_file_weight(tensor: GgmlTensor) -> bool:
+    """Whether a tensor is a weight in the file's own order."""
     name = tensor.buffer and ggml.ggml_backend_buffer_name(tensor.buffer)
     return name in FILE_TYPES and bytes(tensor.name).endswith(b".weight")

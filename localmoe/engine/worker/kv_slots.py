@@ -142,6 +142,7 @@ class CellAccounting:
         self.n_free = n_cells
 
     def count(self, slot: int) -> int:
+        """Cells that a slot has."""
         return len(self._of.get(slot, ()))
 
     def share(self, source: int, target: int, n_cells: int) -> None:

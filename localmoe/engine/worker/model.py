@@ -134,9 +134,11 @@ class NativeModel:
 
     @property
     def n_pinned_bytes(self) -> int:
+        """Bytes of the mapped file that are pinned."""
         return self._pages.n_bytes
 
     def facts(self) -> VocabFacts:
+        """Returns the special tokens of the vocabulary."""
         return self.vocab.facts()
 
     @property
@@ -205,6 +207,7 @@ class NativeModel:
         self.context.copy(source, target)
 
     def free(self) -> None:
+        """Frees the context, the copies, the pinned pages and the model."""
         with suppress(AttributeError):
             self.context.free()
         self._repacked.free()

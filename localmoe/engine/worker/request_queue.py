@@ -48,6 +48,7 @@ class RequestQueue:
         return iter(self._by_id.values())
 
     def add(self, waiting: QueuedRequest) -> None:
+        """Queues a request."""
         insort(self._sorted, waiting.sort_key)
         self._by_id[waiting.id] = waiting
 

@@ -145,6 +145,7 @@ class Sampler:
         return candidates.selected
 
     def free(self) -> None:
+        """Frees the samplers."""
         llama.free_sampler(self._chain)
         if self._grammar is not None:
             llama.free_sampler(self._grammar)

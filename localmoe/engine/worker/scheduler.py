@@ -50,6 +50,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether no request waits or runs."""
         return not self._queue and not self._running
 
     def add(self, id: int, request: Request) -> None:

@@ -225,6 +225,7 @@ def without_function(line: str) -> str:
 
 
 def loaded(thing: Thing | None) -> Thing:
+    """Returns a thing that only a load makes. Raises RequestRefused before one."""
     if thing is None:
         raise RequestRefused("No model is loaded for that.")
     return thing

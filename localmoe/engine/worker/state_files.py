@@ -189,12 +189,14 @@ class StateFileLayout:
     def of(
         cls, key: str, layout: dict[str, Any], tokens: tuple[int, ...], data_bytes: int
     ) -> StateFileLayout:
+        """Lays out the file of a state."""
         head = json.dumps({"key": key, "layout": layout}, sort_keys=True).encode()
         ids = np.array(tokens, np.int32).tobytes()
         return cls(head, ids, data_at(len(head), len(tokens), data_bytes), data_bytes)
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of the whole file."""
         return self.data_at + self.data_bytes
 
     def front(self, sums: npt.NDArray[np.uint32]) -> bytes:
@@ -207,11 +209,13 @@ class StateFileLayout:
 
 
 def data_at(head_bytes: int, n_tokens: int, data_bytes: int) -> int:
+    """Returns where the data begins behind the front of a file."""
     front = FRONT.size + head_bytes + 4 * (n_tokens + n_blocks(data_bytes))
     return -(-front // ALIGN) * ALIGN
 
 
 def n_blocks(n_bytes: int) -> int:
+    """Returns how many blocks with a checksum some bytes have."""
     return -(-n_bytes // BLOCK_BYTES)
 
 
@@ -240,6 +244,7 @@ class OpenStateFile:
             raise StateMismatch("it is damaged")
 
     def close(self) -> None:
+        """Lets the mapping go."""
         self.data = np.zeros(0, np.uint8)  # the mapping goes with the last who looks at it
 
 
