@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from localmoe.catalog.candidates import sized_quants
 from localmoe.catalog.catalog import ModelSpec, QuantSpec, read_catalog
 from localmoe.catalog.listing import CatalogRow, MemoryBudget, best_quant, memory_budget_of
-from localmoe.catalog.resolve import sized_quants
 from localmoe.catalog.select_quant import in_order
 from localmoe.cli.models import catalog_row, footer, other_row
 from localmoe.hardware.gpus import Gpu

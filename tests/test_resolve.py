@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.catalog.catalog import ModelSpec, QuantSpec
-from localmoe.catalog.model_name import parse_name
-from localmoe.catalog.resolve import (
+from localmoe.catalog.candidates import (
     exact_name,
     filter_installed,
     newest_commits,
     quant_of_installed,
     sized_quants,
 )
+from localmoe.catalog.catalog import ModelSpec, QuantSpec
+from localmoe.catalog.model_name import parse_name
 from localmoe.hub.installed import InstalledModel, InstalledModels
 from localmoe.hub.quants import Quant, quants_of
 from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo

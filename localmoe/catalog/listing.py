@@ -12,15 +12,10 @@ from ..hub.installed import InstalledModel
 from ..hub.quants import Quant, is_coarse
 from ..planner.planner import plan_request
 from ..planner.request import PlanRequest, gpu_budgets
+from .candidates import filter_installed, newest_commits, quant_of_installed, sized_quants
 from .catalog import ModelSpec, read_catalog
 from .model_name import parse_name
-from .resolve import (
-    ModelResolver,
-    filter_installed,
-    newest_commits,
-    quant_of_installed,
-    sized_quants,
-)
+from .resolve import ModelResolver
 from .select_quant import (
     best_first,
     estimated_speed,

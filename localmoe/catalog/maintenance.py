@@ -19,9 +19,10 @@ from ..hub.installed import InstalledModel, PartialDownload
 from ..hub.quants import quants_of
 from ..hub.types import RemoteFile, RemoteRepo
 from ..hub.verify import ExpectedHash, Verdict
+from .candidates import catalog_quants, filter_installed, filter_quants, repositories_of
 from .catalog import read_catalog
 from .model_name import ModelName, parse_name
-from .resolve import ModelResolver, catalog_quants, filter_installed, filter_quants, repositories_of
+from .resolve import ModelResolver
 
 # ---- verify ----------------------------------------------------------------------------------
 

@@ -1,14 +1,12 @@
-"""Which quants on the Hub, and which models of the cache, a name means.
-
-From what a person calls a model to its files: those here, those on the Hub, and fetching them.
+"""Resolving a name to files: parse, list, select a quant, read its header, fetch it.
 
 A model that isn't here is known by its header, a few MiB: enough to choose a quant, to plan, and
-to refuse what would not run before 28 GB were fetched for it.
+to refuse what would not run before 28 GB were fetched for it. `ModelResolver.find` shows the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +26,7 @@ from ..errors import (
 )
 from ..gguf.architectures import refuse_unknown
 from ..gguf.model_meta import EARLY, ModelMeta, read_meta
-from ..hub.cache_layout import COMMIT, COMMIT_BEGINNING, commit_here, commits_here, expected_sha256
+from ..hub.cache_layout import COMMIT
 from ..hub.client import Hub, file_of
 from ..hub.download import check_disk_space, download, partial_bytes
 from ..hub.installed import InstalledModel, InstalledModels
@@ -36,10 +34,8 @@ from ..hub.quants import (
     Quant,
     complete,
     find_quant,
-    parse_label,
     poor_quality,
     quant_of_file,
-    quants_called,
     quants_of,
 )
 from ..hub.remote_header import header_files
@@ -47,6 +43,17 @@ from ..hub.types import RemoteFile
 from ..hub.verify import ExpectedHash
 from ..planner.planner import Planner, plan_request
 from ..planner.search import Workload
+from .candidates import (
+    catalog_quants,
+    check_hash,
+    exact_name,
+    filter_installed,
+    filter_quants,
+    newest_commits,
+    quant_of_installed,
+    repositories_of,
+    sha256_of,
+)
 from .catalog import ModelSpec, better, read_catalog
 from .model_name import ModelName, parse_name
 from .select_quant import (
@@ -58,151 +65,8 @@ from .select_quant import (
     in_order,
 )
 
-# ---- the catalog -----------------------------------------------------------------------------
-
-
-def sized_quants(spec: ModelSpec) -> Iterator[Quant]:
-    """The quants of the catalog whose size it has; the commit is "" where it has none."""
-    for label, known in spec.quants.items():
-        repo = known.repo or spec.repo
-        revision = known.revision if known.repo else known.revision or spec.revision
-        if repo and known.bytes:
-            file = RemoteFile(repo, revision or "", known.file, known.bytes, known.sha256)
-            yield Quant(label, (file,), known.file.removesuffix(".gguf"))
-
-
-def catalog_quants(spec: ModelSpec | None) -> Iterator[Quant]:
-    """What the catalog knows to the byte: no question to the Hub is needed for these."""
-    for quant in sized_quants(spec) if spec else ():
-        if quant.files[0].commit and quant.files[0].sha256:
-            yield quant
-
-
-def check_hash(quant: Quant, spec: ModelSpec | None) -> None:
-    """Raises DownloadError where the Hub has another file than the one that the catalog knows."""
-    known = {q.file: q.sha256 for q in spec.quants.values() if q.sha256} if spec else {}
-    for file in quant.files:
-        if file.sha256 != known.get(file.name, file.sha256):
-            what = f"{file.base_name} of {file.repo} is no longer the file that the catalog knows"
-            raise DownloadError(f"{what}: its sha256 is another.", "Name another quant.")
-
-
-def sha256_of(path: Path, label: str, spec: ModelSpec | None) -> str | None:
-    """What a file of the cache should hash to: by the catalog, else by the name of its blob."""
-    for quant in catalog_quants(spec):
-        if quant.files[0].base_name == path.name and quant.label == label:
-            return quant.files[0].sha256
-    return expected_sha256(path)
-
-
-# ---- what a name means -----------------------------------------------------------------------
-
-
-def filter_quants(quants: Sequence[Quant], name: ModelName) -> list[Quant]:
-    """Those of a model's quants that a name leaves to choose from."""
-    if name.file:
-        return [q for q in quants if any(f.name == name.file for f in q.files)]
-    return quants_called(quants, name.quant) if name.quant else list(quants)
-
-
-def filter_installed(
-    models: Iterable[InstalledModel], name: ModelName, *, whole: bool = True, copies: bool = True
-) -> list[InstalledModel]:
-    """The models of the cache that a name means, those of the branch main and the newest first.
-
-    They are of the revision that it names or, with `copies`, have the hash that the catalog has for
-    it, wherever they lie. `whole` says that no shard may be missing.
-    """
-    spec = name.spec if copies else None
-    known = {q.files[0].sha256 for q in catalog_quants(spec) if name.quant in (None, q.label)}
-    found: list[InstalledModel] = []
-    there: dict[Quant, InstalledModel] = {}
-    for model in models:
-        if whole and not model.is_complete:
-            continue
-        if any(expected_sha256(file.path) in known for file in model.files):
-            found.append(model)
-        elif is_of_place(model, name):
-            there[quant_of_installed(model)] = model
-    return sorted(found + [there[q] for q in filter_quants(list(there), name)], key=age)
-
-
-def is_of_place(model: InstalledModel, name: ModelName) -> bool:
-    """Whether it is of a repository, at a commit, that a name leaves open."""
-    return any(
-        model.repo == repo
-        and (revision is None or commit_here(repo_folder(model), revision) == model.commit)
-        for repo, revision in repositories_of(name)
-    )
-
-
-def repositories_of(name: ModelName) -> tuple[tuple[str, str | None], ...]:
-    """The repositories that a name leaves open, with their revisions."""
-    if name.spec and not name.file:
-        return name.spec.repositories
-    assert name.repo is not None
-    return ((name.repo, name.revision),)
-
-
-# ---- the cache -------------------------------------------------------------------------------
-
-
-def quant_of_installed(model: InstalledModel) -> Quant:
-    """A model of the cache in the form that the Hub's have."""
-    files = tuple(
-        RemoteFile(model.repo, model.commit, f.name, f.n_bytes, expected_sha256(f.path))
-        for f in model.files
-    )
-    return Quant(model.label, files, files[0].name.removesuffix(".gguf"))
-
-
-def newest_commits(models: Iterable[InstalledModel]) -> list[InstalledModel]:
-    """Of a model at several commits the first alone, in the order of models_meant."""
-    kept: dict[tuple[str, ...], InstalledModel] = {}
-    for model in models:
-        kept.setdefault((model.repo, *model.names), model)
-    return list(kept.values())
-
-
-def age(model: InstalledModel) -> int:
-    """0 for what is of the branch main, else the more the longer its snapshot lies here."""
-    commits = commits_here(repo_folder(model))
-    return commits.index(model.commit) if model.commit in commits else len(commits)
-
-
-def repo_folder(model: InstalledModel) -> Path:
-    """models--org--name, where the snapshot of a model lies."""
-    return model.path.parents[model.names[0].count("/") + 2]
-
-
-# ---- what to type ----------------------------------------------------------------------------
-
-
-def exact_name(name: ModelName, quant: Quant, others: Sequence[Quant]) -> str:
-    """What means just this quant again: its label, or its file where others have that label too.
-
-    `others` are those of which it was chosen.
-    """
-    file = quant.files[0]
-    by_file = (name.file and not name.key) or (name.quant and not parse_label(name.quant))
-    is_only = sum(other.label == quant.label for other in others) < 2
-    if not by_file and is_only and parse_label(quant.label) == quant.label:
-        return f"{name.key or at_revision(name, file)}:{quant.label}"
-    return f"{at_revision(name, file)}/{file.name}"
-
-
-def at_revision(name: ModelName, file: RemoteFile) -> str:
-    """user/repo@revision where one was named; for a name of the catalog the file's commit."""
-    revision = file.commit if name.key else name.revision
-    if not revision:
-        return file.repo
-    # one with a slash can't be written so, and the beginning of a commit's is known here alone
-    is_plain = "/" not in revision and not COMMIT_BEGINNING.fullmatch(revision)
-    return f"{file.repo}@{revision if is_plain else file.commit}"
-
-
 InstalledQuants = Mapping[Quant, InstalledModel]
-"""The quants that are in the cache; empty for those of the Hub."""
+"""The quants in the cache, each with its files; empty where a model is on the Hub alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,15 +140,16 @@ class ModelResolver:
         name = parse_name(text, read_catalog(config_folder()))
         if name.path is not None:
             return ResolvedModel(name, name.path, read_meta(name.path))
-        pinned = self._pinned(name)
-        here = {quant_of_installed(model): model for model in self._here(pinned)}
-        if here:
-            quants = named_alone(list(here), name)
+        pinned = self._pin_revision(name)
+        installed = self._installed(pinned)
+        if installed:
+            quants = named_alone(list(installed), name)
         else:
-            quants = self._on_hub(pinned if is_part(name.revision, pinned.revision) else name)
-        found = self._chosen(name, quants, here, must_fit)
-        self._say(found)
-        return found
+            quants = self._listed(pinned if is_part(name.revision, pinned.revision) else name)
+        choice = self._select(name, quants, installed, must_fit)
+        resolved = self._read_header(name, choice, quants, installed)
+        self._say(resolved)
+        return resolved
 
     def fetch(self, found: ResolvedModel, *, check_fit: bool = True) -> ResolvedModel:
         """A model that was found, here and verified. Raises DoesNotFit, DownloadError.
@@ -336,30 +201,32 @@ class ModelResolver:
 
     # ---- which files ----
 
-    def _pinned(self, name: ModelName) -> ModelName:
-        """With the commit that its revision stands for. Raises as Hub.commit_of does."""
+    def _pin_revision(self, name: ModelName) -> ModelName:
+        """Returns the name with the commit of its revision. Raises as Hub.commit_of does."""
         if not (name.repo and name.revision) or COMMIT.fullmatch(name.revision):
             return name
         with self._asking(name.repo):
             return replace(name, revision=self.hub.commit_of(name.repo, name.revision))
 
-    def _here(self, name: ModelName) -> list[InstalledModel]:
-        """What is whole in the cache of the model, each quant once. Raises DownloadError where
-        shards are lost that can't be fetched."""
-        installed = self.store.installed()
-        here = newest_commits(filter_installed(installed, name))
-        broken = filter_installed(installed, name, whole=False)
-        if broken and not here and self.hub.access.offline:
-            raise lost_shards(broken[0], name)
-        return here
+    def _installed(self, name: ModelName) -> InstalledQuants:
+        """Returns what is whole in the cache of the model, each quant once.
 
-    def _on_hub(self, name: ModelName) -> list[Quant]:
-        """The quants that the name leaves to choose from: one where it says which."""
+        Raises DownloadError where shards are lost that can't be fetched.
+        """
+        installed = self.store.installed()
+        whole = newest_commits(filter_installed(installed, name))
+        broken = filter_installed(installed, name, whole=False)
+        if broken and not whole and self.hub.access.offline:
+            raise lost_shards(broken[0], name)
+        return {quant_of_installed(model): model for model in whole}
+
+    def _listed(self, name: ModelName) -> list[Quant]:
+        """Returns the quants of the Hub that the name leaves open: one where it says which."""
         known = filter_quants(list(catalog_quants(name.spec)), name)
         if known and (name.quant or name.file):
             return known[:1]
         try:
-            quants = list(self._listed(name))
+            quants = list(self._ask_hub(name))
         except DownloadError:
             if known:
                 return known
@@ -374,8 +241,8 @@ class ModelResolver:
             complete(quants[0])
         return [*known, *(quant for quant in whole if quant.label not in labels)]
 
-    def _listed(self, name: ModelName) -> Iterator[Quant]:
-        """What the repositories of a model have, held against what the catalog knows."""
+    def _ask_hub(self, name: ModelName) -> Iterator[Quant]:
+        """Yields what the repositories of a model have, checked by what the catalog knows."""
         for repo, revision in repositories_of(name):
             with self._asking(repo):
                 listed = self.hub.repository(repo, revision)
@@ -383,20 +250,13 @@ class ModelResolver:
                 check_hash(quant, name.spec)
                 yield quant
 
-    def _chosen(
-        self, name: ModelName, quants: list[Quant], here: InstalledQuants, must_fit: bool
-    ) -> ResolvedModel:
+    def _select(
+        self, name: ModelName, quants: list[Quant], installed: InstalledQuants, must_fit: bool
+    ) -> QuantChoice:
+        """Returns the quant to take, by what fits and by its speed. Raises DoesNotFit."""
         if not quants:
             what = f"{name.repo} has no GGUF model."
             raise ModelFileError(what, "Look for a repository whose name ends in -GGUF.")
-        choice = self._choice(name, quants, here, must_fit)
-        typed = exact_name(name, choice.quant, quants)
-        meta = self._meta(choice.quant, here, typed)
-        return ResolvedModel(name, meta.paths[0], meta, choice.quant, bool(here), choice.why, typed)
-
-    def _choice(
-        self, name: ModelName, quants: list[Quant], here: InstalledQuants, must_fit: bool
-    ) -> QuantChoice:
         if len(quants) == 1:
             return QuantChoice(quants[0], "")
 
@@ -404,14 +264,14 @@ class ModelResolver:
             """Raises DoesNotFit or ModelFileError where it would not run on this machine."""
             request = plan_request(self.settings)
             check_bytes(quant.n_bytes, free_bytes(self.planner.machine, request))
-            meta = self._meta(quant, here, exact_name(name, quant, quants))
-            check_runs(meta, is_here=bool(here))
+            meta = self._meta(quant, installed, exact_name(name, quant, quants))
+            check_runs(meta, is_here=bool(installed))
             self.planner.plan(meta.paths[0], meta)
 
         wish = self.planner.machine, plan_request(self.settings)
         speed = partial(estimated_speed_for, name.spec, *wish)
         try:
-            return choose_quant(quants, check, are_here=bool(here), speed=speed)
+            return choose_quant(quants, check, are_here=bool(installed), speed=speed)
         except (DoesNotFit, ModelFileError):
             if must_fit:
                 raise
@@ -420,12 +280,25 @@ class ModelResolver:
                 first, f"{first.label} ({gib(first.n_bytes)}): no quant of it runs here."
             )
 
-    def _meta(self, quant: Quant, here: InstalledQuants, typed: str) -> ModelMeta:
-        """What its header says. Raises ModelFileError, with what mends it in the cache."""
-        if not here:
+    def _read_header(
+        self,
+        name: ModelName,
+        choice: QuantChoice,
+        quants: list[Quant],
+        installed: InstalledQuants,
+    ) -> ResolvedModel:
+        """Reads the header of the chosen quant, from the cache or from the Hub."""
+        quant, is_here = choice.quant, bool(installed)
+        typed = exact_name(name, quant, quants)
+        meta = self._meta(quant, installed, typed)
+        return ResolvedModel(name, meta.paths[0], meta, quant, is_here, choice.why, typed)
+
+    def _meta(self, quant: Quant, installed: InstalledQuants, typed: str) -> ModelMeta:
+        """Returns what a header says. Raises ModelFileError, with what mends it in the cache."""
+        if not installed:
             with self._asking(quant.repo):
                 return read_meta(header_files(self.hub, quant.files)[0])
-        model = here[quant]
+        model = installed[quant]
         try:
             return read_meta(model.path)
         except ModelFileError as error:
