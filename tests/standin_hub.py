@@ -43,6 +43,7 @@ MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^
 class Fault:
     """What goes wrong with one request; several can be set. Byte counts are of the body."""
 
+    hang_up: bool = False  # the connection ends without an answer
     drop_after: int | None = None  # the connection ends after so many bytes
     reset: bool = False  # ... with RST, not FIN
     stall_after: int | None = None  # after so many bytes nothing comes for stall_s, then the rest
@@ -254,7 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
         hub.requests.append(self.record)
         self.fault = (hub.fault(self.record) if hub.fault else None) or Fault()
-        if self.fault.status:
+        if self.fault.hang_up:
+            self._drop()
+        elif self.fault.status:
             extra = {"Retry-After": self.fault.retry_after} if self.fault.retry_after else {}
             self._text(self.fault.status, b"it went wrong", extra)
         elif self.fault.html:
@@ -471,9 +474,13 @@ def _entry(name: str, file: StoredFile) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def start_in_process(folder: Path, port: int = 0) -> Iterator[str]:
+def start_in_process(
+    folder: Path, port: int = 0, tls: tuple[Path, Path] | None = None
+) -> Iterator[str]:
     """The stand-in in a process of its own, with what `folder` holds. Gives its endpoint."""
     command = [sys.executable, __file__, str(folder), "--port", str(port)]
+    if tls:
+        command += ["--tls", *map(str, tls)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout
         try:
@@ -487,8 +494,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--cdn", action="store_true", help="send bytes from another host name")
+    parser.add_argument("--tls", type=Path, nargs=2, help="certificate and key")
     options = parser.parse_args()
-    with StandInHub(cdn=options.cdn, port=options.port) as hub:
+    with StandInHub(cdn=options.cdn, port=options.port, tls=options.tls) as hub:
         for repo in sorted(options.folder.glob("*/*")):
             files = {p.relative_to(repo).as_posix(): p for p in repo.rglob("*") if p.is_file()}
             hub.add_repo(repo.relative_to(options.folder).as_posix(), files)

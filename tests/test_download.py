@@ -193,7 +193,7 @@ def test_patience_ends_in_a_sentence_and_the_next_call_goes_on(
     slower = RetryPolicy(tries=4, first_wait_s=0.1)
     with pytest.raises(DownloadError) as refused:
         download(hub, [file], on_progress=seen.append, patience=slower)
-    assert seen[-1].trouble == "127.0.0.1 can't answer now (HTTP 503)."
+    assert seen[-1].trouble == "The Hub is busy (HTTP 503)."
     assert "4 times in a row; 12.0 MiB of 20.0 MiB" in refused.value.message
     assert "same command goes on" in refused.value.hint
     server.fault = None

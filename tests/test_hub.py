@@ -7,19 +7,24 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import close_session
 from standin_hub import TOKEN, Fault, StandInHub
+from standin_proxy import StandInProxy
 
+from localmoe import __version__
+from localmoe.config.environment import hub_access, proxy_settings
 from localmoe.errors import DownloadError, LocalMoeError, UsageError
-from localmoe.hub.client import Hub, check_name, check_repo, file_of
-from localmoe.hub.http import RemoteBytes, TransferFault, retry_after_s
-from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo
+from localmoe.hub.client import Hub, check_name, check_repo, file_of, link_to_blob
+from localmoe.hub.download import download
+from localmoe.hub.http import RemoteBytes, bypasses_proxy
+from localmoe.hub.types import HubAccess, RemoteFile, RemoteRepo, TransferFault, retry_after_s
 
 REPO = "org/name-GGUF"
 CONTENT = b"GGUF" + os.urandom(300_000)
@@ -37,12 +42,10 @@ EVIL = [
 
 
 @pytest.fixture(autouse=True)
-def no_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    yield
-    close_session()  # its proxies are those of when it was made
 
 
 @pytest.fixture
@@ -129,9 +132,23 @@ def test_a_repository_that_moved_is_found(server: StandInHub, tmp_path: Path) ->
     assert {r.headers.get("authorization") for r in server.requests} == {f"Bearer {TOKEN}"}
 
 
-def test_importing_the_hub_is_quick() -> None:
-    code = "import sys, localmoe.hub.remote_header; sys.exit('huggingface_hub' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_http_is_imported_for_the_first_request() -> None:
+    """What is installed is found without; urllib3 and huggingface_hub take a while."""
+    heavy = "{'urllib3', 'http.client', 'ssl', 'httpx', 'httpx2', 'huggingface_hub'}"
+    used = "localmoe.hub.remote_header, localmoe.hub.installed, localmoe.config.environment"
+    code = f"import sys, {used}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_client_says_who_it_is(cdn_server: StandInHub, tmp_path: Path) -> None:
+    """And it asks for what is needed alone, and for nothing of its own."""
+    hub = hub_at(cdn_server.endpoint, tmp_path)
+    assert all_of(hub.open(the_file(hub), 0, 10)) == CONTENT[:10]
+    said = {r.headers["user-agent"] for r in cdn_server.requests}
+    assert said == {f"localmoe/{__version__}"}
+    paths = [r.path.split("?")[0].split("/")[1] for r in cdn_server.requests]
+    assert paths == ["api", "org", "blobs"]
 
 
 # --- bytes
@@ -202,12 +219,13 @@ def test_a_line_that_fails_is_told(
     hub = hub_at(server.endpoint, tmp_path)
     file = the_file(hub)
     server.fault = lambda _: fault
-    buffer, n_read = memoryview(bytearray(7_000)), 0
+    buffer, n_read = memoryview(bytearray(1_000)), 0
     with pytest.raises(TransferFault) as caught, hub.open(file, 0, None) as remote:  # noqa: PT012
         while n := remote.read_into(buffer):
             n_read += n
     assert caught.value.kind == kind
-    assert n_bytes in (None, n_read)
+    if n_bytes is not None:  # a read that nothing more comes for is lost
+        assert 0 <= n_bytes - n_read < (1_000 if kind == "stalled" else 1)
     server.fault = None
     assert all_of(hub.open(file, n_read, None)) == CONTENT[n_read:]
 
@@ -256,6 +274,24 @@ def test_a_connection_that_was_closed_while_idle_is_made_again(
     for _ in range(3):
         assert all_of(hub.open(file, 0, 10)) == CONTENT[:10]
         server.close_connections()
+
+
+@pytest.mark.parametrize("by", ["no proxy", "proxy"])
+def test_a_connection_that_ends_as_it_is_used_again_is_made_again(
+    by: str, server: StandInHub, tmp_path: Path
+) -> None:
+    """The server closed it, and its word of that had not come yet."""
+    variables = {"http_proxy": server.endpoint} if by == "proxy" else {}
+    hub = hub_by(variables, server.endpoint, tmp_path)
+    file = the_file(hub)
+    server.fault = lambda r: Fault(hang_up=True) if r is server.requests[1] else None
+    assert all_of(hub.open(file, 0, 10)) == CONTENT[:10]
+    assert len(server.requests) == 3
+    server.fault = lambda _: Fault(hang_up=True)
+    error = refused(hub.open, file, 0, 10)
+    assert isinstance(error, TransferFault)
+    assert error.kind == "dropped"
+    assert len(server.requests) == 5
 
 
 def test_closing_wakes_the_reader(server: StandInHub, tmp_path: Path) -> None:
@@ -540,7 +576,8 @@ def test_an_authority_of_ones_own_is_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(tls[0]))
-    hub = hub_at(tls_server.endpoint, tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", tls_server.endpoint)
+    hub = Hub(hub_access())
     file = the_file(hub)
     assert all_of(hub.open(file, 1000, 250_000)) == CONTENT[1000:250_000]
     tls_server.moved["org/old"] = REPO
@@ -551,6 +588,14 @@ def test_an_authority_of_ones_own_is_trusted(
         error = refused(hub.open, file, 0, 1)
         assert error.message == "The Hub redirects from https to http: refused."
         assert plain.requests == []
+
+
+def test_authorities_that_cannot_be_read(tls_server: StandInHub, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.pem"
+    hub = hub_by({}, tls_server.endpoint, tmp_path, ca_file=missing)
+    error = refused(hub.repository, REPO)
+    assert error.message == f"No certificate authorities can be read from {missing}."
+    assert "SSL_CERT_FILE" in error.hint
 
 
 def test_a_certificate_that_nobody_trusts(tls_server: StandInHub, tmp_path: Path) -> None:
@@ -566,32 +611,188 @@ def test_a_certificate_that_nobody_trusts(tls_server: StandInHub, tmp_path: Path
 # --- proxies
 
 
-def test_the_usual_proxy_is_used(
-    server: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def hub_by(proxies: dict[str, str], endpoint: str, folder: Path, **more: object) -> Hub:
+    """A hub reached as these variables say."""
+    access = HubAccess(
+        endpoint, folder / "hub", folder / "headers", folder / "stamps",
+        proxies=proxy_settings(proxies), **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Hub(access, stall_s=0.3, pauses_s=(0.01,))
+
+
+@pytest.mark.parametrize("kind", ["http", "socks5", "socks5h"])
+@pytest.mark.parametrize("login", ["", "me:se@cret"])
+def test_questions_and_bytes_go_by_the_proxy(
+    kind: str, login: str, server: StandInHub, tmp_path: Path
 ) -> None:
-    close_session()
-    monkeypatch.setenv("http_proxy", server.endpoint.replace("//", "//me:se%40cret@"))
-    hub = hub_at("http://hub.invalid", tmp_path, token=TOKEN)
-    assert all_of(hub.open(the_file(hub), 0, 10)) == CONTENT[:10]
-    ours = server.requests[-1]
-    assert ours.path.startswith(f"http://hub.invalid/{REPO}/resolve/")
-    assert ours.headers["host"] == "hub.invalid"
-    assert ours.headers["proxy-authorization"] == "Basic bWU6c2VAY3JldA=="
-    close_session()
-    monkeypatch.setenv("no_proxy", "hub.invalid")
-    hub = hub_at("http://hub.invalid", tmp_path)
-    assert "can't be reached" in refused(hub.repository, REPO).message
+    name = "127.0.0.1" if kind == "socks5" else "hub.invalid"  # names are resolved here or there
+    port = urlsplit(server.endpoint).port or 0
+    with StandInProxy(kind.removesuffix("h"), login=login, hosts={"hub.invalid": port}) as proxy:
+        named = login.replace("@", "%40") + "@" if login else ""
+        url = f"{kind}://{named}{proxy.address}"
+        hub = hub_by({"http_proxy": url}, f"http://{name}:{port}", tmp_path, token=TOKEN)
+        assert all_of(hub.open(the_file(hub), 0, None)) == CONTENT
+        assert set(proxy.targets) == {(name, port)}
+    assert {r.headers["authorization"] for r in server.requests} == {f"Bearer {TOKEN}"}
+    assert not any("proxy-authorization" in r.headers for r in server.requests)
 
 
-def test_a_proxy_that_refuses_and_one_of_another_kind(
-    server: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["http", "socks5", "https"])
+def test_tls_goes_through_the_proxy(
+    kind: str, tls_server: StandInHub, tls: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with StandInProxy(kind.removesuffix("s") if kind == "https" else kind,
+                      tls=tls if kind == "https" else None) as proxy:  # fmt: skip
+        hub = hub_by({"ALL_PROXY": proxy.url}, tls_server.endpoint, tmp_path, ca_file=tls[0])
+        assert all_of(hub.open(the_file(hub), 1000, None)) == CONTENT[1000:]
+        assert set(proxy.targets) == {("127.0.0.1", urlsplit(tls_server.endpoint).port)}
+        assert proxy.url.startswith(kind)
+
+
+@pytest.mark.parametrize("kind", ["http", "socks5", "https"])
+def test_closing_wakes_the_reader_behind_a_proxy(
+    kind: str, tls_server: StandInHub, tls: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """TLS within a proxy's TLS is no socket, and has no shutdown."""
+    with StandInProxy("socks5" if kind == "socks5" else "http",
+                      tls=tls if kind == "https" else None) as proxy:  # fmt: skip
+        variables = {"https_proxy": proxy.url}
+        access = hub_by(variables, tls_server.endpoint, tmp_path, ca_file=tls[0]).access
+        hub = Hub(access, stall_s=20)
+        file = the_file(hub)
+        tls_server.fault = lambda _: Fault(stall_after=64, stall_s=20)
+        remote = hub.open(file, 0, None)
+        buffer = memoryview(bytearray(64))
+        assert remote.read_into(buffer) == 64
+        closing = threading.Timer(0.1, remote.close)
+        closing.start()
+        with pytest.raises(TransferFault) as caught:
+            remote.read_into(buffer)
+        assert caught.value.kind == "dropped"  # and not stalled: it was woken
+        closing.join()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "127.0.0.1:9"])
+def test_a_proxy_that_is_not_there_is_named_at_once(
+    url: str, server: StandInHub, tmp_path: Path
+) -> None:
+    """The port of `discard`: nobody listens there."""
+    file = the_file(hub_at(server.endpoint, tmp_path))
+    hub = hub_by({"ALL_PROXY": url}, server.endpoint, tmp_path)
+    for call, *arguments in ((hub.repository, REPO), (hub.open, file, 0, 1)):
+        error = refused(call, *arguments)
+        assert isinstance(error, TransferFault)
+        assert error.kind == "proxy"
+        reason = "127.0.0.1 by the proxy 127.0.0.1:9: connection refused"
+        assert error.message == f"The Hub can't be reached ({reason})."
+        assert "NO_PROXY" in error.hint
+    with pytest.raises(DownloadError, match="by the proxy 127.0.0.1:9: connection refused") as got:
+        download(hub, [file])  # with the patience that a line is given, it would take 2 minutes
+    assert "times in a row" not in got.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "said"),
+    [
+        ("http", 403, "the proxy refuses: HTTP 403"),
+        ("http", 503, "the proxy refuses: HTTP 503"),
+        ("socks5", 5, "the proxy refuses: 0x05: Connection refused"),
+    ],
+)
+def test_a_proxy_that_refuses(
+    kind: str, status: int, said: str, tmp_path: Path, server: StandInHub
 ) -> None:
     file = the_file(hub_at(server.endpoint, tmp_path))
-    hub = hub_at("https://hub.invalid", tmp_path)
-    monkeypatch.setenv("https_proxy", server.endpoint)  # it knows no CONNECT
-    assert "the proxy refuses: HTTP 501" in refused(hub.open, file, 0, 1).message
-    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
-    assert "Only proxies of the form http://" in refused(hub.open, file, 0, 1).message
+    with StandInProxy(kind, refuses_with=status) as proxy:
+        hub = hub_by({"https_proxy": proxy.url}, "https://127.0.0.1:9", tmp_path)
+        assert said in refused(hub.open, file, 0, 1).message
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_wants_a_login(scheme: str, server: StandInHub, tmp_path: Path) -> None:
+    with StandInProxy(login="me:secret") as proxy:
+        url = proxy.url.replace("//", "//me:wrong@")
+        hub = hub_by({f"{scheme}_proxy": url}, f"{scheme}://127.0.0.1:9", tmp_path)
+        error = refused(hub.repository, REPO)
+        assert "the proxy wants a name and a password" in error.message
+        assert "wrong" not in f"{error} {hub.access!r}"
+
+
+@pytest.mark.parametrize("url", ["ftp://proxy:21", "http://", "socks6://proxy:1080", "http://a:b"])
+def test_what_is_no_proxy_is_one_sentence(url: str, tmp_path: Path) -> None:
+    hub = hub_by({"ALL_PROXY": url}, "http://hub.invalid", tmp_path)
+    error = refused(hub.repository, REPO)
+    assert error.message.startswith("A proxy is http://HOST:PORT, https://HOST:PORT or socks5://")
+
+
+def test_socks_without_its_package_is_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own that can't find PySocks."""
+    program = (
+        "import sys; sys.modules['socks'] = None\n"
+        "from localmoe.hub.http import Origin, proxy_for\n"
+        "from localmoe.hub.types import ProxySettings\n"
+        "settings = ProxySettings({'all': 'socks5://me:secret@127.0.0.1:9'}, '10.0.0.0/8')\n"
+        "assert proxy_for(settings, Origin('https', '10.1.2.3', 443)) is None\n"
+        "assert proxy_for(ProxySettings({**settings.urls, 'https': 'http://p:3128'}),"
+        " Origin('https', 'hub', 443)).port == 3128\n"
+        "proxy_for(settings, Origin('https', 'hub', 443))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert said == (
+        "localmoe.errors.DownloadError: The proxy 127.0.0.1:9 speaks SOCKS, which needs PySocks. "
+        "Try: pip install 'localmoe[socks]', or see NO_PROXY."
+    )
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "bypassed", "proxied"),
+    [
+        ("", [], ["a.com", "127.0.0.1"]),
+        ("*", ["a.com", "10.0.0.1", "::1"], []),
+        ("a.com", ["a.com", "A.com", "a.com.", "x.a.com"], ["ba.com", "a.com.b", "a.co"]),
+        (".a.com", ["a.com", "x.a.com"], ["ba.com"]),
+        ("*.a.com", ["x.a.com", "y.x.a.com"], ["ba.com"]),
+        (" b.com , a.com", ["a.com", "b.com"], ["c.com"]),
+        ("b.com a.com", ["a.com", "b.com"], ["c.com"]),
+        ("a.com:443", ["a.com", "x.a.com"], []),
+        ("a.com:8080", [], ["a.com"]),
+        ("127.0.0.1", ["127.0.0.1"], ["127.0.0.2", "localhost"]),
+        ("0.0.1", [], ["127.0.0.1"]),
+        ("127.0.0.1:443", ["127.0.0.1"], []),
+        ("127.0.0.1:80", [], ["127.0.0.1"]),
+        ("127.0.0.0/8", ["127.0.0.1", "127.255.0.1"], ["128.0.0.1", "localhost", "::1"]),
+        ("10.1.2.3/8", ["10.0.0.1"], ["11.0.0.1"]),
+        ("10.0.0.0/99,a/b,/", [], ["10.0.0.1", "a", "a.b"]),
+        ("::1", ["::1", "[::1]", "0:0:0:0:0:0:0:1"], ["::2", "127.0.0.1"]),
+        ("[::1]", ["::1"], ["::2"]),
+        ("[::1]:443", ["::1"], []),
+        ("[::1]:80", [], ["::1"]),
+        ("fd00::/8", ["fd12::1"], ["fe80::1", "10.0.0.1"]),
+        (",, ,.", [], ["a.com", ""]),
+    ],
+)
+def test_what_no_proxy_leaves_out(no_proxy: str, bypassed: list[str], proxied: list[str]) -> None:
+    assert [h for h in [*bypassed, *proxied] if bypasses_proxy(no_proxy, h, 443)] == bypassed
+
+
+def test_no_proxy_holds_for_questions_and_bytes(server: StandInHub, tmp_path: Path) -> None:
+    dead = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.0/8"}
+    hub = hub_by(dead, server.endpoint, tmp_path)
+    assert all_of(hub.open(the_file(hub), 0, 10)) == CONTENT[:10]
+
+
+def test_variables_of_proxies() -> None:
+    def urls(**variables: str) -> dict[str, str]:
+        return {name: url for name, url in proxy_settings(variables).urls.items() if url}
+
+    assert urls(http_proxy="http://a", HTTP_PROXY="http://b") == {"http": "http://a"}
+    assert urls(HTTPS_PROXY="http://b", ALL_PROXY="c") == {"https": "http://b", "all": "c"}
+    assert urls(https_proxy="", HTTPS_PROXY="http://b", no_proxy="*") == {}
+    # in a CGI program that one is a header of whoever asks it
+    assert urls(HTTP_PROXY="http://evil", REQUEST_METHOD="GET", ALL_PROXY="c") == {"all": "c"}
+    assert proxy_settings({"NO_PROXY": "a", "no_proxy": "b"}).no_proxy == "b"
+    assert "secret" not in repr(proxy_settings({"all_proxy": "http://me:secret@a"}))
 
 
 # --- the cache
@@ -624,14 +825,43 @@ def test_a_blob_is_linked_without_its_bytes(cdn_server: StandInHub, tmp_path: Pa
     assert len(cdn_server.requests) == n_requests
 
 
-def test_linking_never_downloads(server: StandInHub, tmp_path: Path) -> None:
+def test_linking_asks_nobody(server: StandInHub, tmp_path: Path) -> None:
     hub = hub_at(server.endpoint, tmp_path)
     file = the_file(hub)
     assert "is not here yet" in refused(hub.link, file).message
     pulled(hub)
-    server.replace(REPO, file.name, CONTENT[::-1])
-    assert "has changed on the Hub since it was pulled" in refused(hub.link, file).message
-    assert server.bytes_sent() == 0
+    n_requests = len(server.requests)
+    assert hub.link(file).read_bytes() == CONTENT
+    assert len(server.requests) == n_requests
+    assert os.readlink(hub.link(file)) == f"../../blobs/{file.sha256}"
+
+
+def test_without_symbolic_links_a_file_has_two_names(server: StandInHub, tmp_path: Path) -> None:
+    hub = hub_by({}, server.endpoint, tmp_path, has_symlinks=False)
+    file = pulled(hub)
+    path = hub.link(file)
+    assert not path.is_symlink()
+    assert path.samefile(hub.blob_path(file))
+    assert path == hub.cached_path(file)
+    assert os.listdir(path.parent) == [file.name]
+
+
+def test_without_any_links_a_file_is_copied(tmp_path: Path) -> None:
+    """As between two disks, where a file has no second name."""
+    with tempfile.TemporaryDirectory(dir=other_disk(tmp_path)) as elsewhere:
+        blob, path = Path(elsewhere) / "blob", tmp_path / "deep" / "name.gguf"
+        blob.write_bytes(CONTENT)
+        link_to_blob(path, blob, has_symlinks=False)
+        assert path.read_bytes() == CONTENT
+        assert not path.samefile(blob)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def other_disk(folder: Path) -> Path:
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir() or shared_memory.stat().st_dev == folder.stat().st_dev:
+        pytest.skip("there is no second file system")
+    return shared_memory
 
 
 def test_a_link_to_other_content_is_made_anew(server: StandInHub, tmp_path: Path) -> None:
@@ -647,12 +877,14 @@ def test_a_link_to_other_content_is_made_anew(server: StandInHub, tmp_path: Path
 
 
 def test_linking_with_no_network_left(server: StandInHub, tmp_path: Path) -> None:
-    hub = hub_at(server.endpoint, tmp_path)
-    file = pulled(hub)
-    gone = hub_at("http://127.0.0.1:9", tmp_path)
-    error = refused(gone.link, file)
-    assert isinstance(error, TransferFault)
-    assert hub.link(file).read_bytes() == CONTENT
+    file = pulled(hub_at(server.endpoint, tmp_path))
+    for gone in (
+        hub_at("http://127.0.0.1:9", tmp_path),
+        hub_at(server.endpoint, tmp_path, offline=True),
+    ):
+        path = gone.link(file)
+        assert path.read_bytes() == CONTENT
+        path.unlink()
 
 
 def test_offline_the_cache_answers(server: StandInHub, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from standin_hub import Fault, RequestRecord, StandInHub
 from localmoe.errors import DownloadError, ModelFileError
 from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.hub.client import Hub
-from localmoe.hub.http import TransferFault
-from localmoe.hub.remote_header import header_files
-from localmoe.hub.types import HubAccess, RemoteFile
+from localmoe.hub.remote_header import READ_BYTES, header_files
+from localmoe.hub.types import HubAccess, RemoteFile, TransferFault
 
 REPO = "org/name-GGUF"
 TINY = replace(SHAPES["tiny"], n_vocab=32000)
@@ -149,7 +148,10 @@ def test_what_a_bad_line_brought_is_kept(
     (path,) = header_files(hub, files)
     assert facts(read_meta(path)) == facts(read_meta(large_header))
     if fault.drop_after or fault.stall_after:
-        assert ranges(server)[1] == (400_000, 2**20)
+        start, end = ranges(server)[1]
+        # a read that nothing more comes for is lost
+        assert 0 <= 400_000 - start < (READ_BYTES if fault.stall_after else 1)
+        assert end == 2**20
 
 
 def test_a_file_swapped_between_steps_is_fetched_anew(

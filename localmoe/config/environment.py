@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
 
-from ..hub.types import HubAccess
+from ..hub.types import HubAccess, ProxySettings
 from .sources import FILE_NAME
 
 PREFIX = "LOCALMOE_"
@@ -72,7 +73,35 @@ def hub_access(offline: bool = False) -> HubAccess:
         stamps=state / "verified",
         token=hub_token(env),
         offline=offline or env.get("HF_HUB_OFFLINE", "").lower() in YES,
+        proxies=proxy_settings(env),
+        ca_file=optional_path(env.get("SSL_CERT_FILE")),
+        ca_folder=optional_path(env.get("SSL_CERT_DIR")),
+        has_symlinks=env.get("HF_HUB_DISABLE_SYMLINKS", "").lower() not in YES,
     )
+
+
+def proxy_settings(env: Mapping[str, str]) -> ProxySettings:
+    """The proxies that variables name (HTTPS_PROXY, ALL_PROXY, NO_PROXY), or else the system's."""
+    said = {name: proxy_variable(env, name) for name in ("http", "https", "all", "no")}
+    if "REQUEST_METHOD" in env:  # a CGI program: HTTP_PROXY is what its client sent
+        said["http"] = env.get("http_proxy", "")
+    if any(said.values()):
+        return ProxySettings({name: said[name] for name in ("http", "https", "all")}, said["no"])
+    if sys.platform in ("darwin", "win32"):
+        from urllib.request import getproxies, proxy_bypass  # start-up, 70 ms
+
+        return ProxySettings(getproxies(), bypasses=lambda host: bool(proxy_bypass(host)))
+    return ProxySettings()
+
+
+def proxy_variable(env: Mapping[str, str], name: str) -> str:
+    """The variable in small letters counts before the one in capitals, even where it is empty."""
+    name = f"{name}_proxy"
+    return env.get(name, env.get(name.upper(), "")).strip()
+
+
+def optional_path(text: str | None) -> Path | None:
+    return Path(text) if text else None
 
 
 def hub_home(env: Mapping[str, str]) -> Path:

@@ -1,51 +1,44 @@
-"""What the Hub's no means, in a sentence with the next command.
+"""The Hugging Face Hub: what a repository holds, bytes of its files, their place in the cache.
 
-What the Hub said of a repository, kept beside its headers for when there is no network.
-
-The Hugging Face Hub: what a repository holds, bytes of its files, their place in the cache.
-
-The only import of huggingface_hub, inside functions because it takes half a second. It does
-names, authentication, the layout of the cache and its locks; bytes come by http.py.
+Questions and bytes go by one HTTP client, http.py, which is imported for the first request because
+that takes a while. The cache has huggingface_hub's layout, so that its tools find what is here;
+what the Hub said of a repository is kept beside the headers for when there is no network.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import ssl
-import sys
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
 
 from ..errors import DownloadError, LocalMoeError, UsageError, printable
-from ..files import write_atomically
+from ..files import atomic_file, write_atomically
 from .cache_layout import COMMIT, SHA256, commit_here, commits_here
-from .http import (
+from .types import (
     OFFLINE_HINT,
-    STALL_S,
+    REPO,
     HttpRefusal,
-    RemoteBytes,
+    HubAccess,
+    RemoteFile,
+    RemoteRepo,
     TransferFault,
-    Transport,
+    is_repo_name,
+    is_revision,
     retry_after_s,
-    unreachable,
-    untrusted,
 )
-from .types import REPO, HubAccess, RemoteFile, RemoteRepo, is_repo_name, is_revision
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import ModelInfo
-
-
-UNRESOLVED = "its name can't be resolved"
-REFUSED = "connection refused"
+    from .http import HttpClient, RemoteBytes
 
 
 def refusal_of(
@@ -56,7 +49,7 @@ def refusal_of(
     near: Callable[[], Sequence[str]],
 ) -> LocalMoeError:
     """The error for an answer of 4xx or 5xx to a request for `file`, or for its repository where
-    it has no name. `headers` are asked in lower case; `near` gives repositories with a name like
+    it has no name. `headers` have names in lower case; `near` gives repositories with a name like
     it. Source: hf_raise_for_status (huggingface_hub/utils/_http.py)."""
     code, said = headers.get("x-error-code"), headers.get("x-error-message", "")
     repo = file.repo
@@ -98,20 +91,7 @@ def no_hub(host: str) -> DownloadError:
 
 def is_no_network(fault: TransferFault) -> bool:
     """Whether nobody is there at all, which a few seconds won't change."""
-    return fault.kind == "dropped" and (UNRESOLVED in fault.message or REFUSED in fault.message)
-
-
-def reason_for_silence(error: BaseException, patience_s: float) -> str:
-    """Why a request of huggingface_hub got no answer, without its addresses."""
-    kind = type(error).__name__
-    if "Timeout" in kind:
-        return f"no answer within {patience_s:.0f} s"
-    text = re.sub(r"^\[.*?\]\s*", "", str(error)).split("\n")[0].lower()
-    if "name" in text and ("resol" in text or "known" in text):
-        return f"{UNRESOLVED}: no network?"
-    if "refused" in text:
-        return REFUSED
-    return "the proxy refuses" if "Proxy" in kind else "the connection broke off"
+    return fault.kind in ("unreachable", "proxy")
 
 
 def keep_listing(headers: Path, listed: RemoteRepo, revision: str | None) -> None:
@@ -147,12 +127,14 @@ def listing_path(headers: Path, repo: str, revision: str) -> Path:
     return headers / repo / f"{quote(revision, safe='')}.json"
 
 
+STALL_S = 30.0  # without a byte of a file
 API_S = 20.0  # for an answer of the API
 NEAR_S = 5.0  # for one that is only an extra
 PAUSES_S = (0.5, 2.0, 6.0)  # before each further try of a short request
 TOKEN = re.compile(r"[!-~]+")  # what an HTTP header can hold
 MAX_NAME_BYTES = 255  # of a part of a path, on every file system in use
 N_NEAR = 3
+COPIED_BYTES = 2**20  # at a time
 LFS_POINTER = b"version https://git-lfs"
 PAGES = (b"<!doctype", b"<html", b"<?xml")
 
@@ -170,7 +152,9 @@ class Hub:
     ) -> None:
         self.access = access
         self.pauses_s = pauses_s
-        self._transport = Transport(access.endpoint, access.token, stall_s, _tls_context)
+        self._stall_s = stall_s
+        self._http: HttpClient | None = None
+        self._lock = threading.Lock()
         self._revisions: dict[tuple[str, str], str] = {}  # (repo, commit) -> as it was asked for
 
     def repository(self, repo: str, revision: str | None = None) -> RemoteRepo:
@@ -186,8 +170,7 @@ class Hub:
             kept = kept_listing(self.access.headers, repo, revision)
             return kept or self._cached_repository(repo, revision)
         self._need_network(repo)
-        found = self._asked(repo, revision, lambda api: _model_info(api, repo, revision))
-        remote = _remote_repo(repo, found)
+        remote = self.retried(lambda: self._listing(repo, revision))
         self._revisions[repo, remote.commit] = revision or "main"
         keep_listing(self.access.headers, remote, revision)
         return remote
@@ -217,7 +200,7 @@ class Hub:
         self._need_network(file.repo)
         url = f"{self.access.endpoint}/{_resolve(file)}"
         try:
-            remote = self._transport.get(url, start, end, etag)
+            remote = self._client().get_range(url, start, end, etag)
         except HttpRefusal as refusal:
             raise self._refused(refusal.status, refusal.headers, file) from None
         try:
@@ -230,18 +213,15 @@ class Hub:
     def link(self, file: RemoteFile) -> Path:
         """Make the verified blob of `file` known in the cache, so that every tool finds it.
 
-        Fetches no bytes of it. Gives its path in the folder of snapshots.
+        Asks nobody: a commit's files never change. Gives its path in the folder of snapshots.
         """
         if path := self.cached_path(file):
             self._note_revision(file)
             return path
         if not self.blob_path(file).is_file():
             raise DownloadError(f"{file.base_name} of {file.repo} is not here yet.", "Pull it.")
-        self._need_network(file.repo)
         path = self._snapshots(file.repo) / file.commit / file.name
-        if path.is_symlink():  # to other content, or to nothing
-            path.unlink()
-        self._asked(file.repo, file.commit, lambda api: _link(api, self.access, file))
+        link_to_blob(path, self.blob_path(file), self.access.has_symlinks)
         self._note_revision(file)
         return path
 
@@ -273,38 +253,26 @@ class Hub:
 
     # --- the API, and what it refuses
 
-    def _asked(self, repo: str, revision: str | None, question: Callable[[HfApi], T]) -> T:
-        """The answer of huggingface_hub, its errors turned into ours."""
-        # start-up, 200 ms
-        from huggingface_hub import HfApi
+    def _client(self) -> HttpClient:
+        from .http import HttpClient  # start-up, 130 ms
 
-        # token False: none, and not the one that the library would find by itself
-        api = HfApi(endpoint=self.access.endpoint, token=self.access.token or False)
-        return self.retried(lambda: self._once(repo, revision, lambda: question(api)))
+        with self._lock:
+            self._http = self._http or HttpClient(self.access, self._stall_s)
+            return self._http
 
-    def _once(self, repo: str, revision: str | None, question: Callable[[], T]) -> T:
-        # start-up, 200 ms
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        host = urlsplit(self.access.endpoint).hostname or ""
+    def _listing(self, repo: str, revision: str | None) -> RemoteRepo:
+        """What the API says of a repository."""
+        at = f"/revision/{quote(revision, safe='')}" if revision else ""
+        url = f"{self.access.endpoint}/api/models/{repo}{at}?blobs=true"
         try:
-            return question()
-        except HfHubHTTPError as error:
-            answer = error.response
+            answer = self._client().get(url, API_S)
+        except HttpRefusal as refusal:
             file = RemoteFile(repo, revision or "main", "", 0, None)
-            raise self._refused(answer.status_code, answer.headers, file) from None
-        except LocalMoeError:
-            raise
-        except LocalEntryNotFoundError as error:  # for: no answer, and not in the cache
-            raise unreachable(host, reason_for_silence(error.__cause__ or error, API_S)) from None
+            raise self._refused(refusal.status, refusal.headers, file) from None
+        try:
+            return remote_repo(repo, json.loads(answer))
         except (ValueError, TypeError, KeyError, AttributeError):  # not the JSON it should be
-            raise no_hub(host) from None
-        except Exception as error:  # its transport is httpx or httpx2, by version
-            if not type(error).__module__.startswith("http") and not isinstance(error, OSError):
-                raise
-            if "certificate" in str(error).lower():
-                raise untrusted(host) from None
-            raise unreachable(host, reason_for_silence(error, API_S)) from None
+            raise no_hub(urlsplit(self.access.endpoint).hostname or "") from None
 
     def _refused(self, status: int, headers: Mapping[str, str], file: RemoteFile) -> LocalMoeError:
         has_token = self.access.token is not None
@@ -312,17 +280,13 @@ class Hub:
 
     def _near(self, repo: str) -> list[str]:
         """Repositories with a name like it, as far as the Hub's search finds them."""
-        # start-up, 200 ms
-        from huggingface_hub import get_session
-
         org, name = repo.split("/")
         found: set[str] = set()
-        # not HfApi.list_models, which would try for 20 s where the search is down
         for query in ({"search": name}, {"author": org}):
+            url = f"{self.access.endpoint}/api/models?{urlencode({**query, 'limit': 50})}"
             with suppress(Exception):  # the names are an extra to an error that stands anyway
-                url = f"{self.access.endpoint}/api/models"
-                answer = get_session().get(url, params={**query, "limit": "50"}, timeout=NEAR_S)
-                found.update(model["id"] for model in answer.json())
+                models = json.loads(self._client().get(url, NEAR_S))
+                found.update(model["id"] for model in models)
         usable = [name for name in sorted(found - {repo}) if REPO.fullmatch(name)]
         return get_close_matches(repo, usable, N_NEAR, cutoff=0.5)
 
@@ -405,27 +369,28 @@ def check_name(repo: str, name: str) -> None:
         raise DownloadError(f"{what}: it is not used.", "Choose another repository.")
 
 
-def _model_info(api: HfApi, repo: str, revision: str | None) -> ModelInfo:
-    return api.model_info(repo, revision=revision, files_metadata=True, timeout=API_S)
-
-
-def _remote_repo(repo: str, found: ModelInfo) -> RemoteRepo:
+def remote_repo(repo: str, answer: Any) -> RemoteRepo:
     """What the Hub says, believed only as far as it has the right form."""
-    commit = found.sha or ""
-    files = []
-    for sibling in found.siblings or []:
-        name, lfs = sibling.rfilename, sibling.lfs
-        if not is_safe_name(name):
-            continue  # the other files are none the worse for it
-        n_bytes, sha256 = (lfs.size, lfs.sha256) if lfs else (sibling.size, None)
-        if not isinstance(n_bytes, int) or n_bytes < 0:
-            raise DownloadError(f"The Hub gives no size for {name} of {repo}.", "Try again later.")
-        if sha256 is not None and not SHA256.fullmatch(sha256):
-            raise DownloadError(f"The Hub gives no sha256 for {name} of {repo}.", "Try again.")
-        files.append(RemoteFile(repo, commit, name, n_bytes, sha256))
+    commit: str = answer["sha"]
     if not COMMIT.fullmatch(commit):
         raise DownloadError(f"The Hub gives no commit for {repo}.", "Try again later.")
+    # of names that are not safe the other files are none the worse
+    files = [
+        _remote_file(repo, commit, sibling)
+        for sibling in answer.get("siblings") or []
+        if is_safe_name(sibling["rfilename"])
+    ]
     return RemoteRepo(repo, commit, tuple(files))
+
+
+def _remote_file(repo: str, commit: str, sibling: Any) -> RemoteFile:
+    name, lfs = sibling["rfilename"], sibling.get("lfs")
+    n_bytes, sha256 = (lfs["size"], lfs["sha256"]) if lfs else (sibling.get("size"), None)
+    if not isinstance(n_bytes, int) or n_bytes < 0:
+        raise DownloadError(f"The Hub gives no size for {name} of {repo}.", "Try again later.")
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        raise DownloadError(f"The Hub gives no sha256 for {name} of {repo}.", "Try again.")
+    return RemoteFile(repo, commit, name, n_bytes, sha256)
 
 
 def _cached_files(repo: str, commit: str, folder: Path) -> Iterator[RemoteFile]:
@@ -441,14 +406,26 @@ def _linked_sha256(path: Path) -> str | None:
     return etag if SHA256.fullmatch(etag) else None
 
 
-def _link(api: HfApi, access: HubAccess, file: RemoteFile) -> None:
-    """hf_hub_download finds the blob under its ETag and links it. Were the ETag another one, it
-    would fetch the whole file: so that is asked first."""
-    url = f"{access.endpoint}/{_resolve(file)}"
-    if api.get_hf_file_metadata(url=url, timeout=API_S).etag != file.sha256:
-        what = f"{file.base_name} of {file.repo} has changed on the Hub since it was pulled."
-        raise DownloadError(what, "Pull it again.")
-    api.hf_hub_download(file.repo, file.name, revision=file.commit, cache_dir=access.cache)
+def link_to_blob(path: Path, blob: Path, has_symlinks: bool) -> None:
+    """Make `path` lead to a blob, by a relative link as huggingface_hub does.
+
+    Where there are no symbolic links (Windows, some disks) it is a second name, or else a copy.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    ways: list[Callable[[], None]] = [lambda: os.link(blob, path)]
+    if has_symlinks:
+        ways.insert(0, lambda: path.symlink_to(os.path.relpath(blob, path.parent)))
+    for make in ways:
+        try:
+            return make()
+        except FileExistsError:
+            return None  # another program was quicker
+        except OSError:
+            continue  # not on this disk, or not allowed
+    with atomic_file(path, durable=False) as copy, blob.open("rb") as stream:
+        shutil.copyfileobj(stream, copy, COPIED_BYTES)
+    return None
 
 
 def _resolve(file: RemoteFile) -> str:
@@ -466,13 +443,3 @@ def _check_beginning(remote: RemoteBytes, file: RemoteFile) -> None:
     if start.startswith(LFS_POINTER):
         what = f"A Git LFS pointer came in place of {file.base_name}."
         raise DownloadError(what, "The server lacks the file itself: try another, or HF_ENDPOINT.")
-
-
-def _tls_context() -> ssl.SSLContext:
-    """Trusts whom huggingface_hub trusts: the system's authorities, or those of SSL_CERT_FILE."""
-    # start-up, 200 ms
-    from huggingface_hub import get_session
-
-    client = sys.modules[type(get_session()).__module__.split(".")[0]]  # httpx or httpx2
-    context: ssl.SSLContext = client.create_ssl_context()
-    return context

@@ -2,8 +2,8 @@
 
 Downloads that resume, are verified, and land in the Hugging Face cache for every tool to find.
 
-huggingface_hub names the files, keeps the cache and its locks; the bytes are our own transfer's,
-because huggingface_hub neither resumes nor checks what it got. A file becomes a blob of the cache
+The cache and its locks are huggingface_hub's; the bytes are our own transfer's, because
+huggingface_hub neither resumes nor checks what it got. A file becomes a blob of the cache
 only when its sha256 is the Hub's.
 """
 

@@ -15,12 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import DownloadError, gib
 from .client import Hub
-from .http import RemoteBytes, TransferFault
 from .partial_file import Partial
+from .types import TransferFault
 from .verify import PIECE_BYTES, n_pieces
+
+if TYPE_CHECKING:
+    from .http import RemoteBytes
 
 LONGEST_BYTES = 64 << 20
 SHORTEST_BYTES = 2 << 20
@@ -313,6 +317,8 @@ class _Connection:
                     return
                 self._transfer.failed(fault)
                 self._n_failures += 1
+                if fault.kind == "proxy" and not self._transfer.n_received:
+                    raise DownloadError(fault.message, fault.hint) from None
                 if self._n_failures >= patience.tries:
                     raise
                 self._transfer.is_stopped(patience.wait_s(self._n_failures, fault.retry_after_s))
