@@ -26,6 +26,7 @@ from .gguf.model_meta import ModelMeta, read_meta
 from .hardware.cpu import groups
 from .hardware.system import SystemAccess, read_text
 from .perf.calibration import SpeedLog
+from .planner.measuring import MeasuringEngine
 from .planner.plan import SMALLEST_N_CTX, Memory, Plan, pinned_spans
 from .planner.planner import Planner
 from .planner.request import BatchShape
@@ -109,7 +110,8 @@ def open_engine(
     watch = watch or LoadCallbacks()
     with ModelResolver(settings, watch) as finder:
         found = finder.fetch(finder.find(name))
-    return load_found(found, settings, watch, workload, n_prompt=n_prompt)
+        measuring = finder.release_engine()
+    return load_found(found, settings, watch, workload, n_prompt=n_prompt, measuring=measuring)
 
 
 def load_local(
@@ -127,19 +129,26 @@ def load_found(
     workload: Workload = "chat",
     crowd: BatchShape | None = None,
     n_prompt: int | None = None,
+    measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
-    """Start an engine with a model that is here. Raises LocalMoeError.
+    """Starts an engine with a model that is here. Raises LocalMoeError.
 
     A plan that runs out of a GPU's memory is followed, once, by one that leaves more of it empty.
+    `measuring` is an engine that looked at this machine for the same command: loading closes it or
+    goes on in it, instead of starting another.
     """
-    check_runs(found.meta)
-    check_path(str(found.meta.paths[0]))
     try:
-        return load_once(found, settings, watch, workload, crowd, n_prompt)
+        check_runs(found.meta)
+        check_path(str(found.meta.paths[0]))
+        return load_once(found, settings, watch, workload, crowd, n_prompt, measuring)
     except OutOfMemory as error:
         if watch.warning:
             watch.warning(f"{error.message} Trying again with less on the GPU.")
         return load_once(found, settings, watch, workload, crowd, n_prompt)
+    except BaseException:
+        if measuring is not None:
+            measuring.close()
+        raise
 
 
 def load_to_talk(found: ResolvedModel, settings: Settings, watch: LoadCallbacks) -> OpenModel:
@@ -156,14 +165,17 @@ def load_once(
     workload: Workload,
     crowd: BatchShape | None,
     n_prompt: int | None,
+    measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
-    """Plan and load. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
+    """Plans and loads. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
     meta = found.meta
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
     format = format_of(meta, think=wants_thinking(settings))
-    engine = EngineProcess(engine_environment(), watch.log)
+    if measuring is None or not measuring.process.is_alive:
+        measuring = MeasuringEngine(watch.warning, watch.log)
+    engine = measuring.process
     try:
-        planner = Planner(settings, workload, watch.warning, engine, crowd, n_prompt)
+        planner = Planner(settings, workload, measuring, crowd, n_prompt)
         note = watch.note if meta.file_bytes > QUICK_BYTES else None
         plan = planner.plan_to_load(path, meta, on_note=note)
         if plan.placement.n_gpu_layers:
@@ -360,11 +372,10 @@ class EngineReloader:
         loaded = self.loaded
         loaded.engine.kill()
         loaded.engine.close()
-        if self._wants_less(error):
-            self._step_back(error)
+        measuring = self._step_back(error) if self._wants_less(error) else None
         path = loaded.meta.paths[0]
         found = ResolvedModel(ModelName(str(path), path=path), path, loaded.meta)
-        fresh = load_found(found, self.settings, self.watch, self.workload)
+        fresh = load_found(found, self.settings, self.watch, self.workload, measuring=measuring)
         # the format tells the time of the conversation's beginning, and no other
         model = replace(fresh.model, format=loaded.model.format)
         loaded.plan, loaded.loaded = fresh.plan, fresh.loaded
@@ -384,13 +395,15 @@ class EngineReloader:
         self._was_killed = True
         return again or before is None or now is None or now > before
 
-    def _step_back(self, error: EngineError) -> None:
+    def _step_back(self, error: EngineError) -> MeasuringEngine | None:
+        """Sees to it that the next plan takes less; returns the engine that this started."""
         on_gpu = self.loaded.plan.placement.n_gpu_layers > 0
         if on_gpu and KILLED not in error.message:
-            with Planner(self.settings, self.workload) as planner:
-                planner.reserve_more(self.loaded.meta)
-            return
+            measuring = MeasuringEngine(self.watch.warning, self.watch.log)
+            Planner(self.settings, self.workload, measuring).reserve_more(self.loaded.meta)
+            return measuring
         self.settings = safer(self.settings, self.loaded.plan)
+        return None
 
 
 def safer(settings: Settings, plan: Plan) -> Settings:

@@ -249,10 +249,7 @@ def _ask(
     tell: JobCallbacks,
 ) -> BatchProgress:
     """Loads the model and asks all that there is to ask."""
-    try:
-        fetched = resolver.fetch(found)
-    finally:
-        resolver.close()  # its engine would hold memory beside the model's
+    fetched = resolver.fetch(found)
     options = RunOptions(
         title(fetched.meta),
         format_of(fetched.meta).answers_start_text,
@@ -262,7 +259,7 @@ def _ask(
     )
     parallelism = job.parallelism
     shape = batch_shape_of(pending, checked.n_ctx, parallelism.n_at_once, parallelism.reuse_prefix)
-    engine = JobEngine(job, fetched, shape, tell.asking)
+    engine = JobEngine(job, resolver, fetched, shape, tell.asking)
     try:
         return run_batch(pending, output, engine.open, options, stop, tell.progress)
     finally:
@@ -276,11 +273,13 @@ class JobEngine:
     def __init__(
         self,
         job: BatchJob,
+        resolver: ModelResolver,
         found: ResolvedModel,
         shape: BatchShape,
         asking: Callable[[bool], None],
     ) -> None:
         self._job = job
+        self._resolver = resolver
         self._found = found
         self._shape = shape
         self._asking = asking
@@ -294,8 +293,14 @@ class JobEngine:
             self.kill()
             if watch.warning:
                 watch.warning("The engine died; it is started again.")
-        settings = self._job.settings
-        self._loaded = load_found(self._found, settings, watch, "batch", self._shape)
+        self._loaded = load_found(
+            self._found,
+            self._job.settings,
+            watch,
+            "batch",
+            self._shape,
+            measuring=self._resolver.release_engine(),
+        )
         self._asking(True)
         return self._loaded.engine
 

@@ -41,6 +41,7 @@ from ..hub.quants import (
 from ..hub.remote_header import header_files
 from ..hub.types import RemoteFile
 from ..hub.verify import ExpectedHash
+from ..planner.measuring import MeasuringEngine
 from ..planner.planner import Planner, plan_request
 from ..planner.search import Workload
 from .candidates import (
@@ -122,13 +123,15 @@ class ModelResolver:
         self.store = InstalledModels(self.hub.access)
         self.settings = settings
         self._workload: Workload = workload
+        self._measuring: MeasuringEngine | None = None
         self._planner: Planner | None = None
 
     @property
     def planner(self) -> Planner:
         """Plans for this machine; its engine is started when it is first asked for."""
         if self._planner is None:
-            self._planner = Planner(self.settings, self._workload, self.watch.warning)
+            self._measuring = MeasuringEngine(self.watch.warning, self.watch.log)
+            self._planner = Planner(self.settings, self._workload, self._measuring)
         return self._planner
 
     def find(self, text: str, must_fit: bool = True) -> ResolvedModel:
@@ -188,6 +191,12 @@ class ModelResolver:
             name = ModelName(newer.repo, repo=newer.repo, revision=now[0].commit)
             typed = exact_name(name, newer, [newer])
             self._note(f"A newer commit is on the Hub: localmoe pull {typed}")
+
+    def release_engine(self) -> MeasuringEngine | None:
+        """Hands over the engine that measured, if any did; whoever takes it closes it."""
+        measuring, self._measuring = self._measuring, None
+        self._planner = None
+        return measuring
 
     def close(self) -> None:
         """Ends the planner and its engine."""
@@ -371,9 +380,9 @@ class ModelResolver:
                 )
 
     def _planner_done(self) -> None:
-        if self._planner is not None:
-            self._planner.close()
-            self._planner = None
+        measuring = self.release_engine()
+        if measuring is not None:
+            measuring.close()
 
 
 def named_alone(quants: list[Quant], name: ModelName) -> list[Quant]:

@@ -40,8 +40,10 @@ class Calibration:
     def speeds(
         self, meta: ModelMeta, n_threads: int, engine: EngineProcess | None = None
     ) -> Speeds:
-        """What forecasts for a model are made from. With an engine, which must not be the one that
-        runs the model, what isn't known yet is measured: a second, once."""
+        """Returns what forecasts for a model are made from.
+
+        With an engine, what isn't known yet is measured in it: that takes a second, once.
+        """
         known = self._store.rates(self._key)
         records = self._store.speed_records(self._key)
         if engine is None:

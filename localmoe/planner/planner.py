@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config.environment import engine_environment, state_folder
 from ..config.settings import Settings
 from ..engine.client import EngineProcess
-from ..engine.protocol import DeviceList, Request, Sampling
+from ..engine.protocol import Request, Sampling
 from ..engine.rates import Tuning
 from ..errors import DoesNotFit, EngineError
 from ..gguf.demo import DEMO
@@ -31,6 +31,7 @@ from ..perf.cpu_tuning import (
 from ..perf.figures import NOTHING_MEASURED, Measured
 from ..perf.store import MeasurementKey, MeasurementStore, key_of
 from .fit import fit, overhead_bytes
+from .measuring import MeasuringEngine
 from .plan import Plan, make_plan
 from .request import DEFAULT_UBATCH, BatchShape, PlanRequest, machine_like
 from .search import (
@@ -72,10 +73,8 @@ def plan_request(settings: Settings) -> PlanRequest:
 class Planner:
     """Plans of models for a workload, on this machine or one with the memory that was asked for.
 
-    Asks and measures in an engine process: its own, or one that is lent and has not been asked for
-    anything yet. Where there is a GPU, that process then holds memory of it, and another one has to
-    load the model. Close it, or use it as a context manager. `on_warning` is told what is wrong
-    with this machine, such as a GPU that lies idle; `crowd` is what a batch will ask, `n_prompt`
+    Measures in the engine that it is given, which its caller closes, or in one of its own: close
+    the planner then, or use it as a context manager. `crowd` is what a batch will ask, `n_prompt`
     how many tokens a single prompt has.
     """
 
@@ -83,8 +82,7 @@ class Planner:
         self,
         settings: Settings,
         workload: Workload = "run",
-        on_warning: Callable[[str], None] | None = None,
-        engine: EngineProcess | None = None,
+        measuring: MeasuringEngine | None = None,
         crowd: BatchShape | None = None,
         n_prompt: int | None = None,
     ) -> None:
@@ -97,17 +95,10 @@ class Planner:
             load_mode=settings.load_mode == "auto",
             kv_type="kv_type" not in settings.model_fields_set,
         )
-        self._engine, self._owns_engine = (
-            engine or EngineProcess(engine_environment()),
-            engine is None,
-        )
-        self._devices: DeviceList | None = None
-        try:
-            self.here = self._look()
-        except BaseException:
-            self._engine.kill()
-            raise
-        warn(self.here, on_warning)
+        self._owns_engine = measuring is None
+        self._measuring = measuring or MeasuringEngine()
+        self._engine = self._measuring.process
+        self.here = self._measuring.machine
         self.machine = machine_like(self.here, self._request)
         self._store = MeasurementStore(state_folder() / "measured")
         self.learned = Calibration(self._store, key_of(self.here, None))
@@ -154,7 +145,7 @@ class Planner:
 
     def lost_bytes(self) -> int:
         """What other programs took of the GPUs since this planner looked at them."""
-        now = {gpu.name: gpu.free_bytes for gpu in self._look().gpus}
+        now = {gpu.name: gpu.free_bytes for gpu in self._measuring.look_again().gpus}
         return max((gpu.free_bytes - now[gpu.name] for gpu in self.here.gpus), default=0)
 
     def reserve_more(self, meta: ModelMeta) -> None:
@@ -187,7 +178,7 @@ class Planner:
     def close(self) -> None:
         """Ends the engine, if it is the planner's own."""
         if self._owns_engine:
-            self._engine.close()
+            self._measuring.close()
 
     def __enter__(self) -> Planner:
         return self
@@ -228,16 +219,6 @@ class Planner:
         """What the model was timed with, if it was and that is wanted."""
         found = self._store.timing(self._tuning_key(meta)) if self._may_tune else None
         return found.tuning if found and found.tuning.times else None
-
-    def _look(self) -> Machine:
-        """The machine now. The engine is asked the first time, and after the drivers: from then on
-        it holds memory of every GPU."""
-        return detect(self._asked_devices, SystemAccess(env=engine_environment()))
-
-    def _asked_devices(self) -> DeviceList:
-        if self._devices is None:
-            self._devices = self._engine.devices()
-        return self._devices
 
     def _searched(
         self,
@@ -314,14 +295,6 @@ def gpu_names(machine: Machine) -> tuple[str, ...]:
 def plan_name(plan: Plan) -> str:
     """The same for plans that place everything alike."""
     return hashlib.sha256(repr(plan.placement).encode()).hexdigest()[:16]
-
-
-def warn(machine: Machine, on_warning: Callable[[str], None] | None) -> None:
-    """Tell what is wrong with a machine, in sentences with the command that mends it."""
-    for finding in machine.findings:
-        if on_warning and finding.severity in ("warning", "error"):
-            command = "" if finding.command in finding.how_to_mend else f" {finding.command}"
-            on_warning(f"{finding.what} {finding.how_to_mend}{command}")
 
 
 def measured_overhead(machine: Machine, store: MeasurementStore, prober: EngineProcess) -> Measured:
