@@ -1,6 +1,7 @@
-"""From a name and settings to a loaded model: the one place that wires the rooms together.
+"""Loads a model by its name and settings, and loads it again after its engine died.
 
-After an engine died: its model in a new one, by a safer plan where memory was the reason.
+This is the one place that wires catalog, planner, engine and prompt together. Where memory was the
+reason for an engine's end, the next plan takes less.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""Messages as bytes: JSON in a frame of a four-byte big-endian length and that many bytes of UTF-8.
+"""The parent's side of an engine process: start it, talk to it, explain its end.
 
-Never pickle: the engine reads untrusted files.
-
-What the end of an engine process means, as a sentence and what to do about it.
-
-The parent side of the process boundary: start an engine process, talk to it, and bury it.
-
-The engine may die at any moment; then everything under way, and everything asked afterwards,
-raises one EngineError that says why.
+A message is a frame: a four-byte big-endian length, then that many bytes of JSON in UTF-8. Never
+pickle, as the engine reads untrusted files. The engine may die at any moment; then everything
+under way, and everything asked afterwards, raises one EngineError that says why and what to do.
 """
 
 from __future__ import annotations

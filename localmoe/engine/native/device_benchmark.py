@@ -1,6 +1,6 @@
-"""Measures how fast this machine is, in about a second: the child's side of a forecast.
+"""Measures how fast the devices of this machine are, in about a second.
 
-RAM is read by threads, everything else is timed through ggml itself: products in the shape of
+Threads read RAM, and everything else is timed through ggml itself: products in the shape of
 experts (one token, and a batch), attention, an empty operation, copies to a device. Nothing needs
 a model. Sizes are larger than caches, but small beside what a model takes.
 """

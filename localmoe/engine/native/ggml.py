@@ -1,9 +1,8 @@
-"""The signatures of all of ggml that the engine calls (ggml/include/ggml.h, ggml-backend.h,
-ggml-alloc.h): llama_cpp declares those of llama.cpp alone.
+"""ggml's C API: the signatures that the engine calls, and small graphs to time operations.
 
-Small graphs of ggml operations, to time them: tensors, products, attention, on one device.
-
-Works on the library handle that llama.py has (`bindings.ggml`); nothing here imports llama_cpp.
+llama_cpp declares the functions of llama.cpp alone, so `declare` adds those of ggml.h,
+ggml-backend.h and ggml-alloc.h to the library handle that llama.py loads. `GraphBenchmark` times
+products and attention on one device. Nothing here imports llama_cpp.
 """
 
 from __future__ import annotations

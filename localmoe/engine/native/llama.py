@@ -1,10 +1,9 @@
 """llama.cpp's C API, thinly: the one module that imports llama_cpp.
 
-Structs and constants are those of the pinned minor version of llama-cpp-python (pyproject.toml);
-tests hold their fields. What owns native memory here has a `free`; nothing frees itself. Errors
-come as NativeError with llama.cpp's own words, gathered from its log.
-
-The devices of this build, and how their backends lock host memory (ggml-backend.h).
+It covers models, vocabularies, contexts, samplers, the devices of this build, and how their
+backends lock host memory. Structs and constants are those of the pinned minor version of
+llama-cpp-python (pyproject.toml); tests hold their fields. What owns native memory here has a
+`free`; nothing frees itself. Errors come as NativeError with llama.cpp's own words from its log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Times a model on this CPU in a few seconds: its first layers, with other threads and batches.
+"""Times the first layers of a model on this CPU, with several thread counts and batches.
 
 A decode is broken off behind the last of those layers, so that a model of any size takes no longer
-than a small one; what differs between two ways of computing shows in any layer.
+than a small one, which is a few seconds. What differs between two ways of computing shows in any
+layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experts pinned where they lie: pages of the mapped model file, locked so that a GPU copies fast.
+"""Pins experts in place: locks pages of the mapped model file, so that a GPU copies fast.
 
 llama.cpp's own pinned loading allocates new pinned memory (1.5 to 2.5 GB/s) and reads the file into
 it with one thread. The pages are in RAM already, as the mapping: registering them goes at some

@@ -1,4 +1,4 @@
-"""Weights in two orders: as the file has them, and repacked for a few tokens at a time.
+"""Repacks weights for a few tokens at a time, beside the order that the file has them in.
 
 llama.cpp repacks a CPU's matrices while it loads (`use_extra_bufts`), or not at all. Repacked ones
 generate up to 1.6 times as fast, and halve the speed of Mixture-of-Experts prompts: their product

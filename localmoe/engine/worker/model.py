@@ -1,11 +1,10 @@
-"""How many compute threads a step gets: all that were planned, fewer while others want the cores.
+"""A loaded model with its context: decodes batches, keeps its KV cache, governs its threads.
 
-llama.cpp's threads wait for each other after every operation. Where another program has one of
-their cores, all of them wait for that one, and a thread less is several times as fast
-(docs/notes/busy-machine.md). How long threads waited for a core is what the kernel counts for each
-of them (Linux, Documentation/scheduler/sched-stats.rst).
-
-A loaded model and its context, by Placement: what it computes, what its cache still holds.
+Each step gets all the compute threads that were planned, and fewer while other programs want the
+cores. llama.cpp's threads wait for each other after every operation: where another program has one
+of their cores, all of them wait for that one, and a thread less is several times as fast
+(docs/notes/busy-machine.md). The kernel counts how long each thread waited for a core (Linux,
+Documentation/scheduler/sched-stats.rst).
 """
 
 from __future__ import annotations

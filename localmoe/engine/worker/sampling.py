@@ -1,6 +1,7 @@
-"""From the bytes of tokens to text that can be shown: whole characters, no stop string.
+"""Samples a request's next token, and turns the bytes of tokens into text.
 
-One request's sampler: a chain of llama.cpp's samplers, and a grammar beside it.
+`Sampler` is a chain of llama.cpp's samplers with a grammar beside it. `TextStream` gives text once
+it can be shown: whole characters, and nothing of a stop string.
 """
 
 from __future__ import annotations
