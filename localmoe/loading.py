@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,25 +139,42 @@ def load_found(
     `measuring` is an engine that looked at this machine for the same command: loading closes it or
     goes on in it, instead of starting another.
     """
-    try:
+    with closed_on_error(measuring):
         check_runs(found.meta)
         check_path(str(found.meta.paths[0]))
-        return load_once(found, settings, watch, workload, crowd, n_prompt, measuring)
-    except OutOfMemory as error:
-        if watch.warning:
-            watch.warning(f"{error.message} Trying again with less on the GPU.")
-        return load_once(found, settings, watch, workload, crowd, n_prompt)
+        try:
+            return load_once(found, settings, watch, workload, crowd, n_prompt, measuring)
+        except OutOfMemory as error:
+            if watch.warning:
+                watch.warning(f"{error.message} Trying again with less on the GPU.")
+            return load_once(found, settings, watch, workload, crowd, n_prompt)
+
+
+def load_to_talk(
+    found: ResolvedModel,
+    settings: Settings,
+    watch: LoadCallbacks,
+    measuring: MeasuringEngine | None = None,
+) -> OpenModel:
+    """Loads a model for a conversation. Raises LocalMoeError, where it only continues text, too.
+
+    `measuring` is as for `load_found`.
+    """
+    with closed_on_error(measuring):
+        if isinstance(format_of(found.meta), TextFormat):
+            raise no_template()
+        return load_found(found, settings, watch, "chat", measuring=measuring)
+
+
+@contextmanager
+def closed_on_error(measuring: MeasuringEngine | None) -> Iterator[None]:
+    """Ends an engine that was handed over, where loading fails."""
+    try:
+        yield
     except BaseException:
         if measuring is not None:
             measuring.close()
         raise
-
-
-def load_to_talk(found: ResolvedModel, settings: Settings, watch: LoadCallbacks) -> OpenModel:
-    """Load a model for a conversation. Raises LocalMoeError, where it only continues text, too."""
-    if isinstance(format_of(found.meta), TextFormat):
-        raise no_template()
-    return load_found(found, settings, watch, "chat")
 
 
 def load_once(

@@ -76,6 +76,17 @@ def test_the_engine_that_chose_a_quant_on_the_cpu_loads_it(two_quants: str) -> N
     assert n_starts == [1]
 
 
+def test_a_conversation_goes_on_in_the_engine_that_chose_its_quant(
+    two_quants: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "said").write_text("hi\n")
+    with (tmp_path / "said").open() as said, count_engine_starts() as n_starts:
+        monkeypatch.setattr("sys.stdin", said)
+        arguments = ["chat", two_quants, "-n", "4", "-ngl", "0", "--no-tune", "-q"]
+        assert run_command(arguments) == 0
+    assert n_starts == [1]
+
+
 def test_a_batch_goes_on_in_the_engine_that_planned_it(tmp_path: Path) -> None:
     """One engine has the vocabulary for the check, one plans and then loads."""
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")

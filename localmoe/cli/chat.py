@@ -150,7 +150,7 @@ def conversation_with(
 
     `whose` is the session that names it, if that does.
     """
-    with model_resolver(settings, name, quiet, "chat") as search:
+    with model_resolver(settings, name, quiet, "chat", verbose) as search:
         try:
             found = search.find(name)
         except UsageError as error:
@@ -161,8 +161,9 @@ def conversation_with(
                 f"Try: localmoe chat MODEL --session {whose}",
             ) from None
         found = search.fetch(found)
+        measuring = search.release_engine()
     with load_callbacks(name, quiet, verbose) as watch:
-        conversation = Conversation(found, settings, watch)
+        conversation = Conversation(found, settings, watch, measuring)
         try:
             yield conversation
         finally:

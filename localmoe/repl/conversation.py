@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..chat.session import Session, Sessions
     from ..config.settings import Settings
     from ..loading import EngineReloader, OpenModel
+    from ..planner.measuring import MeasuringEngine
 
 
 AT_LOADING = (
@@ -37,16 +38,23 @@ class Conversation:
     """A chat with a model that may still be loading. Close it.
 
     `sessions` None keeps nothing; `session` is the one that goes on, if any. `began_with` are the
-    settings at first, `loaded_by` those by which the model was loaded.
+    settings at first, `loaded_by` those by which the model was loaded. `measuring` is an engine
+    that looked at this machine while the model was found.
     """
 
-    def __init__(self, found: ResolvedModel, settings: Settings, watch: LoadCallbacks) -> None:
+    def __init__(
+        self,
+        found: ResolvedModel,
+        settings: Settings,
+        watch: LoadCallbacks,
+        measuring: MeasuringEngine | None = None,
+    ) -> None:
         self.settings = self.began_with = self.loaded_by = settings
         self.sessions: Sessions | None = None
         self.session: Session | None = None
         self.on_note: Callable[[str], None] = lambda text: None
         self.was_killed = False  # by the person: then it isn't started again at once
-        self.loading = BackgroundLoad(found, settings, watch, self._prepare)
+        self.loading = BackgroundLoad(found, settings, watch, self._prepare, measuring)
         self._found = found
         self._loaded: OpenModel | None = None
         self._revival: EngineReloader | None = None
@@ -138,6 +146,7 @@ class Conversation:
             self.loaded.close()
         elif self.loading.has_loaded:
             self.loading.result().close()
+        self.loading.close()
         self._chat = None
         self._let_go()
 
@@ -293,6 +302,7 @@ class BackgroundLoad:
         settings: Settings,
         watch: LoadCallbacks,
         then: Callable[[OpenModel], None],
+        measuring: MeasuringEngine | None = None,
     ) -> None:
         self.fraction = 0.0
         self._said: list[tuple[Callable[[str], None], str]] = []
@@ -302,6 +312,7 @@ class BackgroundLoad:
         self._watch = watch
         self.watch = self._quietly(watch)
         self._job = (found, settings)
+        self._measuring = measuring
         self._then = then
         self._thread = threading.Thread(target=self._load, args=[self.watch], daemon=True)
 
@@ -345,6 +356,11 @@ class BackgroundLoad:
         assert self._loaded is not None
         return self._loaded
 
+    def close(self) -> None:
+        """Ends the engine that was handed over, where loading never began."""
+        if self._measuring is not None:
+            self._measuring.close()
+
     def say(self) -> None:
         """Say what was kept back."""
         said, self._said = self._said, []
@@ -355,7 +371,8 @@ class BackgroundLoad:
         try:
             from ..loading import load_to_talk  # start-up, 40 ms: not before the prompt
 
-            loaded = load_to_talk(*self._job, watch)
+            measuring, self._measuring = self._measuring, None
+            loaded = load_to_talk(*self._job, watch, measuring)
             self._then(loaded)
             self._loaded = loaded
         except BaseException as error:

@@ -55,10 +55,17 @@ def load_callbacks(
 
 @contextmanager
 def model_resolver(
-    settings: Settings, name: str = "", quiet: bool = False, workload: Workload = "run"
+    settings: Settings,
+    name: str = "",
+    quiet: bool = False,
+    workload: Workload = "run",
+    verbose: bool = False,
 ) -> Iterator[ModelResolver]:
     """Finds models, and says on stderr what it has to say."""
-    with load_callbacks(name, quiet) as watch, ModelResolver(settings, watch, workload) as search:
+    with (
+        load_callbacks(name, quiet, verbose) as watch,
+        ModelResolver(settings, watch, workload) as search,
+    ):
         yield search
 
 
