@@ -72,6 +72,19 @@ def test_help_says_of_each_command_what_the_command_says_itself() -> None:
         assert command.get_short_help_str(500) == summary
 
 
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("lst", "No such command 'lst'. Did you mean 'list'? See: localmoe --help"),
+        ("xyzzy", "No such command 'xyzzy'. See: localmoe --help"),
+    ],
+)
+def test_a_command_that_is_near_is_named(typed: str, sentence: str) -> None:
+    result = localmoe(typed)
+    assert result.returncode == 2
+    assert result.stderr == f"localmoe: {sentence}\n"
+
+
 # ---- run ----
 
 
