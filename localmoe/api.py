@@ -26,7 +26,7 @@ from .catalog.catalog import model_aliases
 from .config.settings import load_settings
 from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
-from .engine.retry import retry_on_crash
+from .engine.retry import stream_with_retry
 from .errors import EngineError, LocalMoeError, UsageError
 from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
 from .prompt.messages import Message, parse_messages
@@ -119,7 +119,7 @@ class LocalMoE:
             model = self._loaded.model
             return model.answer(model.encode(asked), chosen)
 
-        return with_form(retry_on_crash(ask, self._come_back), chosen.sampling)
+        return with_form(stream_with_retry(ask, self._come_back), chosen.sampling)
 
     def batch(
         self, requests: Iterable[Any], *, share: bool = True, **options: Unpack[Options]

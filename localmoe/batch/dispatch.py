@@ -17,17 +17,16 @@ from typing import Generic, TypeVar
 from ..engine.client import Inbox
 from ..engine.interfaces import Engine
 from ..engine.protocol import Delta, Failed, FromEngine, Request
+from ..engine.retry import DISPATCH_CRASHES, REQUEST_TRIES, CrashCounter
 from ..errors import EngineError
 from ..prompt.reasoning import Answer, ReasoningTokens, join_reasoning
 from ..structured.check import OutputMismatch, check_answer
 
 MAX_AHEAD = 1024
 MAX_TOKENS_AHEAD = 1 << 19
-MAX_ASKED = 3
 MAX_IN_FLIGHT_BY_ATTEMPT = (MAX_AHEAD, 32, 1)
-"""How many may be under way together that were asked never, once, twice before."""
-MAX_DEATHS_IN_A_ROW = 9
-"""More engines than that die without an answer only where nothing will ever be answered."""
+"""How many may be under way together that were asked never, once, twice before: an entry for each
+of REQUEST_TRIES."""
 WAKE_SECONDS = 0.25
 MAX_GROUP = 256
 
@@ -87,7 +86,7 @@ class Dispatcher(Generic[Key]):
     _under_way: dict[int, _Question[Key]] = field(default_factory=dict)
     _again: list[_Question[Key]] = field(default_factory=list)
     _n_tokens: int = 0
-    _n_deaths_in_a_row: int = 0
+    _crashes: CrashCounter = field(default_factory=lambda: CrashCounter(DISPATCH_CRASHES))
     _is_stopping: bool = False
 
     def outcomes(self) -> Iterator[list[Outcome[Key]]]:
@@ -132,11 +131,11 @@ class Dispatcher(Generic[Key]):
         """The next to ask, those asked least first; None while those under way need the room."""
         company = max((q.n_asked - 1 for q in self._under_way.values()), default=0)
         before = min((q.n_asked for q in self._again), default=0)
-        shyness = max(
-            company, before, min(self._n_deaths_in_a_row, len(MAX_IN_FLIGHT_BY_ATTEMPT) - 1)
+        attempt = max(
+            company, before, min(self._crashes.n_in_a_row, len(MAX_IN_FLIGHT_BY_ATTEMPT) - 1)
         )
         if (
-            len(self._under_way) >= MAX_IN_FLIGHT_BY_ATTEMPT[shyness]
+            len(self._under_way) >= MAX_IN_FLIGHT_BY_ATTEMPT[attempt]
             or self._n_tokens >= MAX_TOKENS_AHEAD
         ):
             return None
@@ -181,7 +180,7 @@ class Dispatcher(Generic[Key]):
                 return []
         del self._under_way[message.id]
         self._n_tokens -= len(question.request.tokens)
-        self._n_deaths_in_a_row = 0
+        self._crashes.reset()
         if isinstance(message, Failed):
             said = f"{message.message} {message.hint}".strip()
             return [Outcome(question.key, code="refused", message=said)]
@@ -198,13 +197,11 @@ class Dispatcher(Generic[Key]):
             self._engine.kill()
             self._engine = None
         self.n_deaths += 1
-        self._n_deaths_in_a_row += 1
         lost = list(self._under_way.values())
         self._under_way.clear()
         self._n_tokens = 0
-        if self._n_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
-            raise death
-        self._again += [q for q in lost if q.n_asked < MAX_ASKED]
-        message = f"The engine died {MAX_ASKED} times while it was asked this: {death.message}"
-        given_up = [q for q in lost if q.n_asked >= MAX_ASKED]
+        self._crashes.add(death)
+        self._again += [q for q in lost if q.n_asked < REQUEST_TRIES]
+        message = f"The engine died {REQUEST_TRIES} times while it was asked this: {death.message}"
+        given_up = [q for q in lost if q.n_asked >= REQUEST_TRIES]
         return [Outcome(q.key, code="engine_died", message=message) for q in given_up]

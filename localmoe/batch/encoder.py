@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from ..engine.interfaces import Engine, Tokenizer
 from ..engine.protocol import TextPiece
+from ..engine.retry import VOCABULARY_CRASHES, CrashCounter
 from ..errors import EngineError, PromptError, RequestError
 from ..prompt.chat_template import TemplateFormat
 from ..prompt.formats import TextFormat
@@ -23,7 +24,6 @@ from .requests import BatchRequest, ItemError
 Side = Literal["head", "tail", "middle"]
 Answer = TypeVar("Answer")
 N_TRIES = 8
-MAX_DEATHS_IN_A_ROW = 5
 
 
 class RestartingVocabulary:
@@ -35,7 +35,7 @@ class RestartingVocabulary:
     def __init__(self, engine_of: Callable[[], Engine]) -> None:
         self._engine_of = engine_of
         self._engine: Engine | None = None
-        self._n_deaths_in_a_row = 0
+        self._crashes = CrashCounter(VOCABULARY_CRASHES)
 
     def tokenize(self, pieces: Sequence[TextPiece]) -> list[tuple[int, ...]]:
         """Returns the ids of each piece, as Tokenizer has it."""
@@ -56,15 +56,11 @@ class RestartingVocabulary:
             self._engine = self._engine_of()
         try:
             answer = question(self._engine)
-        except RequestError:
-            raise
-        except EngineError as death:
+        except EngineError as error:
+            self._crashes.add(error)
             self.close()
-            self._n_deaths_in_a_row += 1
-            if self._n_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
-                raise
-            raise PromptError(f"The engine died of the prompt: {death.message}") from None
-        self._n_deaths_in_a_row = 0
+            raise PromptError(f"The engine died of the prompt: {error.message}") from None
+        self._crashes.reset()
         return answer
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from ..engine.interfaces import Engine
 from ..engine.protocol import Delta, Request, Sampling
-from ..engine.retry import retry_on_crash
+from ..engine.retry import CHAT_ENCODE_TRIES, retry_on_crash, stream_with_retry
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from ..prompt.messages import Message, Prompt, PromptFormat
 from ..prompt.reasoning import Answer, ReasoningTokens, begins_inside, split_reasoning
@@ -186,7 +186,7 @@ class Chat:
             return self.model.answer(self._fitted(question), options)
 
         try:
-            for delta in retry_on_crash(begin, self._come_back):
+            for delta in stream_with_retry(begin, self._come_back):
                 answer.add(delta)
                 yield delta
         except (PromptError, RequestError):
@@ -251,14 +251,8 @@ class Chat:
             self._note(f"The context has {self.model.n_ctx:,} tokens now; it had {n_ctx:,}.")
 
     def _living(self, use: Callable[[], T]) -> T:
-        """Use the engine; if it is found dead, the one that takes its place."""
-        try:
-            return use()
-        except RequestError:
-            raise
-        except EngineError as error:
-            self._come_back(error)
-            return use()
+        """Uses the engine; if it is found dead, the one that takes its place."""
+        return retry_on_crash(use, self._come_back, CHAT_ENCODE_TRIES)
 
     # ---- the context ----
 
