@@ -88,6 +88,6 @@ def escape_unsafe(json_text: str) -> str:
     return UNSAFE_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
 
 
-def printable(text: str) -> str:
-    """`text` without what could steer a terminal: controls, newlines, bidirectional marks."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def printable(text: str, instead: str = "?") -> str:
+    """Returns `text` on one line, with `instead` in place of controls and bidirectional marks."""
+    return "".join(c if c.isprintable() else instead for c in text)

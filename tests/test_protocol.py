@@ -85,6 +85,11 @@ def test_a_placement_counts_its_cells() -> None:
     assert Placement(n_threads=1, n_ctx=4096, n_seq=3).n_ctx_total == 12288
 
 
+@pytest.mark.parametrize(("n_gpu_layers", "first"), [(0, 33), (1, 32), (2, 31), (33, 0), (99, 0)])
+def test_the_output_goes_to_a_gpu_before_the_layers(n_gpu_layers: int, first: int) -> None:
+    assert protocol.first_gpu_layer(32, n_gpu_layers) == first
+
+
 def test_a_delta_keeps_its_figures() -> None:
     delta = Delta(1, finish_reason="stop", usage=Usage(3, 2, 1), timings=Timings(0.1, 2.5, 3.5))
     assert read_back(client.encode(delta)) == delta

@@ -78,6 +78,15 @@ RepackMode = Literal["off", "experts", "all"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+def first_gpu_layer(n_layers: int, n_gpu_layers: int) -> int:
+    """Returns the first layer that is on a GPU; n_layers stands for the output matrix.
+
+    llama.cpp offloads the last `n_gpu_layers` of them (src/llama-model.cpp, load_tensors), so it is
+    n_layers + 1 where none is.
+    """
+    return max(0, n_layers + 1 - n_gpu_layers)
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Every value that a model is loaded by; nothing is left for the engine to choose.

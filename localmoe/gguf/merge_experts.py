@@ -33,10 +33,10 @@ from ..errors import LocalMoeError, ModelFileError, UsageError, gib, model_file_
 from ..files import atomic_file, remove_temporaries, sync
 from .model_meta import ModelMeta, meta_of, read_meta
 from .reader import Header, RawTensor, read_header
-from .tensors import TensorInfo
+from .tensors import SPLIT_EXPERT, TensorInfo
 from .writer import encode_header, padded, raw_entries, tensor_offsets, text_entry
 
-EXPERT = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight$")
+# wider than the names that llama.cpp knows: nothing that looks like experts may be left over
 UNMERGEABLE = re.compile(r"^blk\.\d+\.ffn_(?:(?:gate|up|down)\.|\w+_exps\.)")
 KINDS = ("gate", "up", "down")
 ROUTER_TYPES = ("F32", "F16", "BF16")
@@ -97,7 +97,7 @@ def _refuse(meta: ModelMeta, reason: str, hint: str = NEWER) -> ModelFileError:
 
 def _check_kind_of_file(meta: ModelMeta) -> None:
     names = [t.name for t in meta.tensors]
-    if not any(map(EXPERT.match, names)):
+    if not any(map(SPLIT_EXPERT.match, names)):
         what = "its experts are merged already" if meta.is_moe else "it has no experts"
         raise _refuse(meta, f"needs no conversion: {what}", "Try: localmoe run FILE")
     if meta.architecture != "llama":
@@ -106,14 +106,14 @@ def _check_kind_of_file(meta: ModelMeta) -> None:
     if not meta.n_experts:
         raise _refuse(meta, "damaged: no llama.expert_count in its header")
     for name in names:
-        if UNMERGEABLE.match(name) and not EXPERT.match(name):
+        if UNMERGEABLE.match(name) and not SPLIT_EXPERT.match(name):
             raise _refuse(meta, f"damaged: {name} stands beside separate experts")
 
 
 def _groups(meta: ModelMeta) -> list[Group]:
     found: defaultdict[tuple[int, str], list[tuple[int, TensorInfo]]] = defaultdict(list)
     for tensor in meta.tensors:
-        if match := EXPERT.match(tensor.name):
+        if match := SPLIT_EXPERT.match(tensor.name):
             found[int(match[1]), match[2]].append((int(match[3]), tensor))
     wanted = {(layer, kind) for layer in range(meta.n_layers) for kind in KINDS}
     for layer, kind in sorted(wanted ^ found.keys()):

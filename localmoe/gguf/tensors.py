@@ -18,8 +18,8 @@ Role: TypeAlias = Literal[
 ]  # fmt: skip
 
 BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
-# the layout of before April 2024: a tensor for each expert, blk.N.ffn_gate.E.weight
-SPLIT_EXPERT = re.compile(r"^blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight$")
+SPLIT_EXPERT = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight$")
+"""Layer, kind and number of an expert in the layout of before April 2024, a tensor for each."""
 EXPERT_NAME = r"ffn_(up|down|gate|gate_up)_(ch|)exps"
 """Names of merged expert tensors, fused and "ch" variants included (src/llama-arch.cpp); as a
 regular expression that llama.cpp takes in an override, too."""

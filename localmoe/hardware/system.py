@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import printable
+
 TOOL_TIMEOUT_S = 5.0
 """nvidia-smi takes 30 ms where the driver stays loaded, a second a card where it doesn't."""
 
@@ -131,4 +133,4 @@ def read_number(path: Path) -> int | None:
 
 def clean(text: str) -> str:
     """A name as a driver gives it, without what isn't a printable character, and not too long."""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:MAX_NAME_LENGTH]
+    return printable(" ".join(text.split()), "")[:MAX_NAME_LENGTH]

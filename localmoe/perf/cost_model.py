@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
-from ..engine.protocol import FLOATS, Placement, Timings, Usage
+from ..engine.protocol import FLOATS, Placement, Timings, Usage, first_gpu_layer
 from ..engine.rates import CPU, Bandwidths, Tuning
 from ..gguf.model_meta import ModelMeta, head_dims, is_windowed
 from ..gguf.tensors import TensorInfo
@@ -91,7 +91,7 @@ def layers_of(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) -> tup
 def layer_devices(placement: Placement, meta: ModelMeta, gpus: Sequence[str]) -> tuple[str, ...]:
     """The device of each layer, and of the output at the end; layers for drafting are left out."""
     n_all = meta.n_layers + meta.n_nextn_layers
-    first = n_all + 1 - min(placement.n_gpu_layers, n_all + 1)
+    first = first_gpu_layer(n_all, placement.n_gpu_layers)
     n_on_gpus = n_all + 1 - first
     edges = list(accumulate(placement.tensor_split)) if len(gpus) > 1 else []
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import astuple, dataclass, replace
 
-from ..engine.protocol import FLOATS
+from ..engine.protocol import FLOATS, first_gpu_layer
 from ..gguf.model_meta import ModelMeta
 from ..gguf.tensors import TensorInfo
 from ..hardware.gpus import Gpu
@@ -159,8 +159,8 @@ class ModelBytes:
         return model_bytes(self.meta, self.n_ctx, replace(self.request, largest_in_ram=n_bytes))
 
     def first_on_gpu(self, n_gpu_layers: int) -> int:
-        """The first layer on a GPU: llama.cpp offloads the last ones, the output counted as one."""
-        return min(len(self.layers), len(self.layers) + 1 - n_gpu_layers)
+        """Returns the first of `layers` that is on a GPU; their number where none is."""
+        return min(len(self.layers), first_gpu_layer(len(self.layers), n_gpu_layers))
 
     def n_experts(self) -> Counter[int]:
         """How many matrices of experts each layer has."""

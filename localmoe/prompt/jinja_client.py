@@ -21,6 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import printable
+
 CHILD = Path(__file__).with_name("jinja_sandbox.py")
 MAX_TEMPLATE_CHARS = 1 << 20
 JOBS_OF_A_CHILD = 100
@@ -231,5 +233,5 @@ def _died(code: int, limits: Limits) -> RenderError:
 
 def _one_line(text: str) -> str:
     """A template's own words, without anything that a terminal would obey."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join(printable(text, " ").split())
     return line if len(line) <= 160 else f"{line[:157]}..."

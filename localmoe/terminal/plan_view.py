@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..engine.protocol import first_gpu_layer
 from .console import safe, size
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def layer_lines(plan: Plan, meta: ModelMeta) -> Iterator[str]:
 def layer_places(plan: Plan, meta: ModelMeta) -> list[str]:
     """For each layer: gpu, part, experts or ram (keys of LAYER_LETTERS)."""
     place = plan.placement
-    first = meta.n_layers + meta.n_nextn_layers + 1 - place.n_gpu_layers
+    first = first_gpu_layer(meta.n_layers + meta.n_nextn_layers, place.n_gpu_layers)
     partly = {t.layer for t in meta.tensors if t.name in set(place.cpu_expert_tensors)}
 
     def where(n: int) -> str:
