@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -31,7 +32,7 @@ from .errors import EngineError, LocalMoeError, UsageError
 from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
 from .prompt.messages import Message, parse_messages
 from .prompt.reasoning import Answer
-from .structured.check import check_answer, check_sampling
+from .structured.check import check_answer, check_sampling, unheld_parts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -181,7 +182,10 @@ class LocalMoE:
             options["json_schema"] = json.dumps(options["json_schema"])
         form = {name: options.get(name) for name in ("json_schema", "grammar")}
         if any(form.values()):
-            check_sampling(Sampling(grammar=form["grammar"], json_schema=form["json_schema"]))
+            asked = Sampling(grammar=form["grammar"], json_schema=form["json_schema"])
+            check_sampling(asked)
+            for sentence in unheld_parts(asked):
+                warnings.warn(sentence, stacklevel=3)
         else:
             form = {}  # that of the model's own settings stays
         said = {**self._settings.model_dump(exclude_unset=True), **options, **form}

@@ -22,6 +22,7 @@ from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPiece
 from localmoe.errors import EngineError, RequestError
+from localmoe.structured.check import with_held_schema
 
 GREEDY = Sampling(temperature=0)
 PROMPT = (1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793)
@@ -137,7 +138,9 @@ def test_a_json_schema_holds(tiny_engine: EngineProcess) -> None:
         "additionalProperties": False,
     }
     for seed in range(5):
-        sampling = Sampling(temperature=1.0, seed=seed, json_schema=json.dumps(schema))
+        sampling = with_held_schema(
+            Sampling(temperature=1.0, seed=seed, json_schema=json.dumps(schema))
+        )
         deltas = answer(tiny_engine, Request(PROMPT, sampling, max_tokens=200))
         if deltas[-1].finish_reason == "stop":
             validate(json.loads(text_of(deltas)), schema)

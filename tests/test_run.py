@@ -123,8 +123,8 @@ def test_a_terminal_is_not_waited_for() -> None:
         (["run", "demo", "-f", "/none"], "can't be read"),
         (["run", "demo", "-f", "a", "--messages", "b"], "Both"),
         (["run", "demo", "Hi!", "--grammar", "/none"], "can't be read"),
-        (["run", "demo", "Hi!", "--json-schema", '{"not": {}}'], "#/not"),
-        (["run", "demo", "Hi!", "--json-schema", '{"multipleOf": 2}'], "#/multipleOf"),
+        (["run", "demo", "Hi!", "--json-schema", '{"not": {"type": "string"}}'], "#/not"),
+        (["run", "demo", "Hi!", "--json-schema", '{"contains": {}}'], "#/contains"),
     ],
 )
 def test_each_mistake_is_one_line(arguments: list[str], sentence: str) -> None:
@@ -165,6 +165,13 @@ def test_json_of_a_schema_comes_whole(tmp_path: Path) -> None:
     assert isinstance(json.loads(result.stdout)["ok"], bool)
 
 
+def test_what_of_a_schema_is_only_checked_at_the_end_is_said_before() -> None:
+    schema = '{"type": "array", "items": {"enum": [1]}, "maxItems": 4, "uniqueItems": true}'
+    said = localmoe("run", "demo", "Hi!", "--json-schema", schema).stderr
+    assert said.count("localmoe: warning: The JSON schema at #/uniqueItems") == 1
+    assert "warning" not in localmoe("run", "demo", "Hi!", "-q", "--json-schema", schema).stderr
+
+
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_half_an_answer_is_none_where_it_must_have_a_form(extra: list[str]) -> None:
     result = localmoe("run", "demo", "Hi!", "--json-schema", OPEN_TEXT, "-n", "20", *extra)
@@ -188,14 +195,14 @@ def test_a_grammar_holds(tmp_path: Path) -> None:
 
 def test_a_batch_refuses_and_checks_schemas_too() -> None:
     lines = [
-        {"prompt": "Hi!", "json_schema": {"uniqueItems": True}},
+        {"prompt": "Hi!", "json_schema": {"contains": {"const": 1}}},
         {"prompt": "Hi!", "json_schema": json.loads(OPEN_TEXT), "max_tokens": 10},
         {"prompt": "Hi!", "json_schema": json.loads(OBJECT), "max_tokens": 60},
     ]
     result = localmoe("batch", "demo", "-q", stdin="\n".join(map(json.dumps, lines)))
     assert result.returncode == 5
     replies = {reply["line"]: reply for reply in map(json.loads, result.stdout.splitlines())}
-    assert "#/uniqueItems" in replies[1]["error"]["message"]
+    assert "#/contains" in replies[1]["error"]["message"]
     assert replies[2]["error"]["code"] == "wrong_form"
     text = replies[3]["response"]["body"]["choices"][0]["message"]["content"]
     assert isinstance(json.loads(text)["ok"], bool)

@@ -19,6 +19,7 @@ from ..engine.interfaces import Engine
 from ..engine.protocol import FinishReason, Request, Timings, Usage
 from ..files import InputLine, digest, read_lines
 from ..prompt.reasoning import ReasoningTokens
+from ..structured.check import unheld_parts, with_held_schema
 from .dispatch import Dispatcher, Outcome, StopFlag
 from .encoder import Encoder
 from .journal import Record
@@ -42,7 +43,8 @@ GROUP = 256
 class InputCheck:
     """What a check found: lines that ask something, and what became of them.
 
-    `n_done` were answered or had failed in an earlier run; `n_bad` can't be asked.
+    `n_done` were answered or had failed in an earlier run; `n_bad` can't be asked. Answers of
+    `n_partly_held` are checked at their end for what can't be held while answering.
     """
 
     n_lines: int = 0
@@ -50,6 +52,7 @@ class InputCheck:
     n_bad: int = 0
     n_to_ask: int = 0
     n_truncated: int = 0
+    n_partly_held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ def _check_line(
     )
     checked.n_to_ask += 1
     checked.n_truncated += n_cut > 0
+    checked.n_partly_held += bool(unheld_parts(request.options.sampling))
     return None
 
 
@@ -250,7 +254,7 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
     """Returns a pending request as the engine takes it."""
     return Request(
         tokens=ask.tokens,
-        sampling=ask.options.sampling,
+        sampling=with_held_schema(ask.options.sampling),
         max_tokens=ask.options.max_tokens,
         stop=ask.options.stop,
         strip_leading_space=ask.chat and options.answers_start_text,

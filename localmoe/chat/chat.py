@@ -17,6 +17,7 @@ from ..engine.retry import CHAT_ENCODE_TRIES, retry_on_crash, stream_with_retry
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from ..prompt.messages import Message, Prompt, PromptFormat
 from ..prompt.reasoning import Answer, ReasoningTokens, begins_inside, split_reasoning
+from ..structured.check import with_held_schema
 from .context_window import (
     LEAST_ANSWER,
     SUMMARIZE,
@@ -74,7 +75,7 @@ class ChatModel:
         reasoning_tokens = self.reasoning_tokens
         request = Request(
             tokens=prompt.tokens,
-            sampling=options.sampling,
+            sampling=with_held_schema(options.sampling),
             max_tokens=options.max_tokens,
             stop=options.stop,
             strip_leading_space=self.format.answers_start_text,

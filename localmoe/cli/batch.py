@@ -29,6 +29,7 @@ from .options import (
     settings_of,
     think_option,
     verbosity_options,
+    warn_of_unheld,
 )
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def batch(
     files = BatchFiles(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
     check_files(files, as_json)
     settings = settings_of(options, model)
+    if not quiet:
+        warn_of_unheld(settings)
     parallelism = Parallelism(n_wanted(parallel), reuse_prefix=not no_share)
     with load_callbacks(model, quiet, verbose) as watch:
         job = BatchJob(model, files, settings, parallelism, watch)

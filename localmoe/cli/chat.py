@@ -26,6 +26,7 @@ from .options import (
     settings_of,
     think_option,
     verbosity_options,
+    warn_of_unheld,
 )
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def chat(
         name = model or (session.model if session else "") or "demo"
         if model is None:
             settings = settings_of(options, name)  # what the config file says of that model
+        if not quiet:
+            warn_of_unheld(settings)
         whose = session.name if session and session.model and model is None else ""
         with conversation_with(name, settings, quiet or as_json, verbose, whose) as conversation:
             conversation.keep(sessions, session)

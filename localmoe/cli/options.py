@@ -14,7 +14,8 @@ from ..config.sources import file_key
 from ..engine.protocol import Sampling
 from ..errors import UsageError
 from ..files import read_text
-from ..structured.check import check_sampling
+from ..structured.check import check_sampling, unheld_parts
+from ..terminal import console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -112,6 +113,12 @@ def settings_of(options: dict[str, Any], model: str | None = None) -> Any:
     if settings.json_schema is not None or settings.grammar is not None:
         check_sampling(Sampling(json_schema=settings.json_schema, grammar=settings.grammar))
     return settings
+
+
+def warn_of_unheld(settings: Any) -> None:
+    """Says what of a JSON schema is only checked once an answer is there."""
+    for sentence in unheld_parts(Sampling(json_schema=settings.json_schema)):
+        console.warning(sentence)
 
 
 def option_name(setting: str) -> str:

@@ -24,6 +24,7 @@ from .options import (
     settings_of,
     think_option,
     verbosity_options,
+    warn_of_unheld,
 )
 from .prompt_input import conversation_of
 
@@ -81,6 +82,8 @@ def run(
     (exit code 1), and stdout stays empty. What a reasoning model thinks is not part of its answer.
     """
     settings = settings_of(options, model)
+    if not quiet:
+        warn_of_unheld(settings)
     # a wrong name is the first thing to say, before a prompt is waited for
     parse_name(model, read_catalog(config_folder()))
     conversation = conversation_of(prompt, messages, settings.system, files, quiet)

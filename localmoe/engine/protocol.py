@@ -138,7 +138,8 @@ class Sampling:
     """How the next token is drawn. A temperature of 0 takes the likeliest one (greedy).
 
     `seed` None draws a fresh one for each request. `grammar` is GBNF with the root rule `root`;
-    `json_schema` is a schema as JSON text; at most one of the two.
+    `json_schema` is a schema as JSON text; at most one of the two. `held_schema` is what the engine
+    holds answers to for it (structured/llguidance_schema.py); whoever asks the engine adds it.
     """
 
     temperature: float = 0.7
@@ -150,6 +151,7 @@ class Sampling:
     seed: int | None = None
     grammar: str | None = None
     json_schema: str | None = None
+    held_schema: str | None = None
 
     @property
     def is_repeatable(self) -> bool:

@@ -1,7 +1,7 @@
 """The form that an answer must have: checked before anything is loaded, and once it is there.
 
-While it is made, an answer is held to its schema by a grammar (structured/schema_grammar.py). It is
-checked all the same: a grammar can't stop an answer from being cut short.
+While it is generated, an answer is held to its schema (structured/llguidance_schema.py). It is
+checked all the same: it may be cut short, and some of a schema can't be held.
 """
 
 from __future__ import annotations
@@ -9,32 +9,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from ..engine.protocol import Sampling
 from ..errors import LocalMoeError, UsageError
-from .schema_grammar import schema_grammar
-from .schema_rules import MAX_GROUPS
+from .llguidance_schema import hold_schema
 
-MAX_SCHEMA_CHARS = 4 << 20
 MAX_GRAMMAR_CHARS = 4 << 20
+MAX_GROUPS = 4000
+"""As many as the engine takes (engine/native/llama.py): llama.cpp's parser recurses on groups."""
 RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)[ \t]*::=", re.MULTILINE)
 # comments, literals and sets: what stands in them names no rule
 NOT_NAMES = re.compile(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]')
+DECIMAL = re.compile(r"Decimal\('([^']*)'\)")
 NAME = re.compile(r"(?<![a-zA-Z0-9_{,-])[a-zA-Z][a-zA-Z0-9_-]*")
 
 
 class OutputMismatch(LocalMoeError):
     """An answer that isn't what its schema demands."""
-
-
-@lru_cache(maxsize=256)
-def check_schema(text: str) -> None:
-    """Raises UsageError on a schema that isn't JSON or that no answer can be held to."""
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise UsageError(f"The JSON schema is larger than {MAX_SCHEMA_CHARS >> 20} MiB.")
-    schema_grammar(text)
 
 
 def check_grammar(text: str) -> None:
@@ -72,9 +67,23 @@ def check_sampling(sampling: Sampling) -> None:
     if sampling.json_schema is not None and sampling.grammar is not None:
         raise UsageError("Both a JSON schema and a grammar were given.", "Leave one of them out.")
     if sampling.json_schema is not None:
-        check_schema(sampling.json_schema)
+        hold_schema(sampling.json_schema)
     if sampling.grammar is not None:
         check_grammar(sampling.grammar)
+
+
+def with_held_schema(sampling: Sampling) -> Sampling:
+    """Returns a request's sampling with what the engine holds its answer to. Raises UsageError."""
+    if sampling.json_schema is None:
+        return sampling
+    return replace(sampling, held_schema=hold_schema(sampling.json_schema).schema)
+
+
+def unheld_parts(sampling: Sampling) -> tuple[str, ...]:
+    """Returns sentences on what an answer is only checked for at its end."""
+    if sampling.json_schema is None:
+        return ()
+    return hold_schema(sampling.json_schema).warnings
 
 
 def is_structured(sampling: Sampling) -> bool:
@@ -83,7 +92,7 @@ def is_structured(sampling: Sampling) -> bool:
 
 
 def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> None:
-    """Raises WrongForm, with the reason, where an answer hasn't the form that it must have.
+    """Raises OutputMismatch, with the reason, where an answer hasn't the form that it must have.
 
     One that was cut short is wrong, but for JSON that was whole just then: an object's last brace
     ends it, while a number might have gone on.
@@ -96,11 +105,11 @@ def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> No
     if sampling.json_schema is None:
         return
     try:
-        value = json.loads(text)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = json.loads(text, parse_float=Decimal)  # 0.3 is three times 0.1
+        is_number = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
         if is_cut and is_number:
             raise ValueError("a number that might go on")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         if is_cut:
             raise OutputMismatch(
                 "The answer was cut before its JSON was whole.",
@@ -112,22 +121,40 @@ def check_answer(text: str, finish_reason: str | None, sampling: Sampling) -> No
         raise OutputMismatch(f"The answer does not validate: {problem}.")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _validator(json_schema: str) -> Callable[[Any], str | None]:
     """Gives what is wrong with a value, or None."""
-    # start-up, 70 ms
-    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    import jsonschema  # type: ignore[import-untyped]  # start-up, 70 ms
 
-    validator = Draft202012Validator(json.loads(json_schema))
+    draft = jsonschema.Draft202012Validator
+    types = draft.TYPE_CHECKER.redefine("integer", lambda _, one: _is_whole(one))
+    formats = jsonschema.FormatChecker(formats=())
+    formats.checks("regex", raises=(re.error, OverflowError, RecursionError))(_is_pattern)
+    validator = jsonschema.validators.extend(draft, type_checker=types)(
+        hold_schema(json_schema).checked, format_checker=formats
+    )
 
     def problem(value: Any) -> str | None:
         try:
             error = next(validator.iter_errors(value), None)
         except RecursionError:
             return "it is nested too deep"
+        except ArithmeticError:
+            return "it has a number of too many digits"
         if error is None:
             return None
         place = "/".join(["#", *map(str, error.absolute_path)])
-        return f"{ascii(error.message)[1:-1][:100]} at {ascii(place)[1:-1][:80]}"
+        said = DECIMAL.sub(r"\1", error.message)
+        return f"{ascii(said)[1:-1][:100]} at {ascii(place)[1:-1][:80]}"
 
     return problem
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, Decimal):
+        return value.is_finite() and value == value.to_integral_value()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    return not isinstance(value, str) or bool(re.compile(value))

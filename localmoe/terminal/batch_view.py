@@ -69,6 +69,8 @@ def check_line(checked: InputCheck, recovered: Recovered | None) -> str:
         parts.append(f"{checked.n_bad:,} can't be asked")
     if checked.n_truncated:
         parts.append(f"{checked.n_truncated:,} are cut to fit the context")
+    if checked.n_partly_held:
+        parts.append(f"{checked.n_partly_held:,} have schemas that are partly checked at the end")
     if recovered is not None and recovered.n_cut_bytes:
         parts.append(f"{recovered.n_cut_bytes:,} bytes of a line left unfinished were taken off")
     said = f": {', '.join(parts)}" if parts else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -146,6 +147,9 @@ def _progress(report: Callable[[float], None] | None) -> Callable[[float, Any], 
     return lambda fraction, _: bool((report and report(fraction)) or True)
 
 
+BRACKETED = re.compile(rb"<.+>", re.DOTALL)
+
+
 class Vocab:
     """A model's vocabulary. The bytes of each token are asked for once."""
 
@@ -185,6 +189,12 @@ class Vocab:
             found = self._pieces[token] = self.spell(token, special=False)
         return found
 
+    def is_marker(self, token: int) -> bool:
+        """Returns whether a token marks a part of an answer by its text, such as `<think>`."""
+        attributes = C.llama_vocab_get_attr(self.handle, token)
+        is_own = bool(attributes & C.LLAMA_TOKEN_ATTR_USER_DEFINED)
+        return is_own and BRACKETED.fullmatch(self.piece(token)) is not None
+
     def spell(self, token: int, *, special: bool) -> bytes:
         """Returns the bytes of a token; control tokens only with `special`."""
         room = 128
@@ -194,6 +204,11 @@ class Vocab:
             if n >= 0:
                 return buffer.raw[:n]
             room = -n
+
+
+def tokenize_address() -> int:
+    """Returns where llama_tokenize is, for a library that calls it itself."""
+    return ctypes.cast(C._lib.llama_tokenize, ctypes.c_void_p).value or 0
 
 
 # ---- context -------------------------------------------------------------------------------------
@@ -394,9 +409,9 @@ class Candidates:
         return int(self.native.data[self.native.selected].id)
 
     @property
-    def all_refused(self) -> bool:
-        """Whether a grammar refused every token."""
-        return not np.isfinite(self._rows["logit"]).any()
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The logits in the order of the tokens, until a sampler sorts them."""
+        return self._rows["logit"]
 
 
 # enum ggml_backend_dev_type (ggml-backend.h)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import codecs
 import secrets
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
-from ...errors import UsageError
-from ...structured.schema_grammar import schema_grammar
 from ..native import llama
 from ..protocol import Sampling
+from .constraint import Constraint, GrammarDeadEnd, Logits, constraint_of
 
 
 class TextStream:
@@ -78,19 +76,6 @@ RANDOM_SEED = 0xFFFFFFFF
 """The one seed that means "draw one" to llama.cpp (LLAMA_DEFAULT_SEED, include/llama.h)."""
 
 
-class GrammarDeadEnd(Exception):
-    """No token of the vocabulary goes on as the grammar demands."""
-
-
-@lru_cache(maxsize=64)
-def grammar_of(json_schema: str) -> str:
-    """The grammar of a schema. Raises NativeError on what no grammar can hold."""
-    try:
-        return schema_grammar(json_schema)
-    except UsageError as error:
-        raise llama.NativeError(str(error)) from None
-
-
 class Sampler:
     """Draws one token after the other; kept for the life of a request.
 
@@ -103,12 +88,9 @@ class Sampler:
     """
 
     def __init__(self, vocab: llama.Vocab, sampling: Sampling, prompt: Sequence[int]) -> None:
-        grammar = sampling.grammar
-        if sampling.json_schema is not None:
-            grammar = grammar_of(sampling.json_schema)
-        self._grammar = llama.grammar_sampler(vocab, grammar) if grammar else None
+        self._constraint = constraint_of(vocab, sampling)
         penalized = sampling.repeat_penalty != 1.0
-        self._is_greedy = sampling.temperature <= 0 and not penalized and grammar is None
+        self._is_greedy = sampling.temperature <= 0 and not penalized
         seed = (
             secrets.randbelow(RANDOM_SEED) if sampling.seed is None else sampling.seed % RANDOM_SEED
         )
@@ -117,36 +99,40 @@ class Sampler:
             for token in prompt[-sampling.repeat_last_n :]:
                 llama.accept(self._chain, token)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer has all that its form lets it have."""
+        return self._constraint is not None and self._constraint.is_complete
+
     def sample(self, context: llama.LlamaContext, index: int) -> int:
         """The next token, from the logits of the batch's token at `index`."""
-        if self._is_greedy:
-            return int(context.logits(index).argmax())
-        if self._grammar is None:
+        if self._constraint is None:
+            if self._is_greedy:
+                return int(context.logits(index).argmax())
             return llama.sample(self._chain, context, index)
-        token = self._sample_allowed(context, index)
+        token = self._sample_allowed(self._constraint, context.logits(index))
         llama.accept(self._chain, token)
-        llama.accept(self._grammar, token)
+        self._constraint.accept(token)
         return token
 
-    def _sample_allowed(self, context: llama.LlamaContext, index: int) -> int:
-        logits = context.logits(index)
-        tokens = np.arange(len(logits), dtype=np.int32)
-        candidates = llama.Candidates(logits, tokens)
-        llama.apply(self._chain, candidates.native)
-        choice = candidates.selected
-        single = llama.Candidates(logits[[choice]], tokens[[choice]])
-        llama.apply(self._grammar, single.native)
-        if not single.all_refused:
+    def _sample_allowed(self, constraint: Constraint, logits: Logits) -> int:
+        choice = self._choose(logits)
+        if constraint.allows(choice, logits):
             return choice
-        candidates = llama.Candidates(logits, tokens)
-        llama.apply(self._grammar, candidates.native)
-        if candidates.all_refused:
+        allowed = constraint.masked(logits)
+        if not np.isfinite(allowed).any():
             raise GrammarDeadEnd("no token goes on as the grammar demands")
+        return self._choose(allowed)
+
+    def _choose(self, logits: Logits) -> int:
+        if self._is_greedy:
+            return int(logits.argmax())
+        candidates = llama.Candidates(logits, np.arange(len(logits), dtype=np.int32))
         llama.apply(self._chain, candidates.native)
         return candidates.selected
 
     def free(self) -> None:
         """Frees the samplers."""
         llama.free_sampler(self._chain)
-        if self._grammar is not None:
-            llama.free_sampler(self._grammar)
+        if self._constraint is not None:
+            self._constraint.free()

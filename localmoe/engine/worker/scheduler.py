@@ -14,10 +14,11 @@ from ..native.llama import NativeError
 from ..prefix import MIN_SHARED_TOKENS, common_prefix
 from ..protocol import Delta, Failed, FinishReason, Request, Timings, Usage
 from .batch_builder import BatchBuilder, DecodeBatch
+from .constraint import GrammarDeadEnd
 from .kv_slots import KvSlots
 from .model import NativeModel
 from .request_queue import QueuedRequest, RequestQueue
-from .sampling import GrammarDeadEnd, Sampler, TextStream
+from .sampling import Sampler, TextStream
 from .sequence import Sequence
 from .state_files import StateFiles
 
@@ -130,6 +131,8 @@ class Scheduler:
             raise RequestRefused(f"max_tokens is {request.max_tokens}; it must be 1 or more.")
         if request.sampling.grammar is not None and request.sampling.json_schema is not None:
             raise RequestRefused("A grammar and a JSON schema can't both be asked for.")
+        if request.sampling.json_schema is not None and request.sampling.held_schema is None:
+            raise RequestRefused("The JSON schema came without what answers are held to for it.")
         if request.sampling.grammar is not None and not request.sampling.grammar.strip():
             raise RequestRefused("The grammar is empty.", "It needs a rule named root.")
 
@@ -269,7 +272,7 @@ class Scheduler:
             text = sequence.text.finish()
         else:
             text = sequence.text.feed(self._model.vocab.piece(token))
-        if sequence.text.stopped_by is not None:
+        if sequence.text.stopped_by is not None or sequence.sampler.is_complete:
             return self._finish(sequence, "stop", text, (token,))
         full = len(sequence.tokens) >= self._model.n_ctx
         if full or sequence.n_sampled == sequence.request.max_tokens:
