@@ -16,9 +16,9 @@ from test_hardware import CPU_DEVICE, CUDA_INFO, FULL_INFO, GIB, Invented, cuda,
 
 from localmoe.config.environment import hub_access, hub_cache
 from localmoe.engine.protocol import DeviceList
-from localmoe.hardware.diagnostics import Finding
+from localmoe.hardware.detect import machine_of
 from localmoe.hardware.host import host_of
-from localmoe.hardware.machine import machine_of
+from localmoe.hardware.machine import Finding
 
 doctor = import_module("localmoe.cli.doctor")  # the package has the command under this name
 

@@ -15,8 +15,7 @@ from localmoe.engine.protocol import BufferSizes, Placement
 from localmoe.errors import DoesNotFit
 from localmoe.gguf.demo import DEMO as DEMO_FILE
 from localmoe.gguf.model_meta import read_meta
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.perf.figures import NOTHING_MEASURED, Measured
 from localmoe.planner.fit import MAX_PROBES, cache_excess, fit, overhead_bytes
 from localmoe.planner.plan import make_plan

@@ -16,9 +16,10 @@ from localmoe.config.environment import engine_environment
 from localmoe.engine.client import EngineProcess
 from localmoe.engine.protocol import Device, DeviceList
 from localmoe.hardware.cpu import build_of, cpu_quota, memory_limits, processor
+from localmoe.hardware.detect import detect, machine_of, n_cores, this_machine
 from localmoe.hardware.gpus import Card, all_cards, visible_first
 from localmoe.hardware.host import Host, host_of
-from localmoe.hardware.machine import Machine, detect, machine_of, n_cores, this_machine
+from localmoe.hardware.machine import Machine
 from localmoe.hardware.system import SystemAccess, clean, run_tool
 
 GIB = 1 << 30
@@ -589,7 +590,7 @@ def real_group() -> list[Path]:
 def test_in_a_real_group(real_group: list[Path]) -> None:
     enter = "".join(f"echo $$ > {group}/cgroup.procs; " for group in real_group)
     code = (
-        "from localmoe.hardware.machine import this_machine; m = this_machine();"
+        "from localmoe.hardware.detect import this_machine; m = this_machine();"
         "print(m.ram_total_bytes, m.ram_available_bytes, m.n_cores)"
     )
     script = f'{enter}exec {sys.executable} -c "{code}"'

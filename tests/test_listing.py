@@ -11,8 +11,7 @@ from localmoe.catalog.catalog import ModelSpec, QuantSpec, read_catalog
 from localmoe.catalog.listing import CatalogRow, MemoryBudget, best_quant, memory_budget_of
 from localmoe.catalog.select_quant import in_order
 from localmoe.cli.models import catalog_row, footer, other_row
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.hub.cache_layout import CachedFile
 from localmoe.hub.installed import InstalledModel
 from localmoe.planner.request import PlanRequest

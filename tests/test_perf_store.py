@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.perf.figures import NOTHING_MEASURED, ComputePoint, Measured
 from localmoe.perf.store import MeasurementKey, MeasurementStore, key_of
 

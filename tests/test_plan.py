@@ -29,8 +29,7 @@ from localmoe.engine.protocol import KvType
 from localmoe.errors import DoesNotFit
 from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.gguf.tensors import TensorInfo
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.perf.figures import NOTHING_MEASURED, ComputePoint, Measured
 from localmoe.planner.model_bytes import GRAPHS_BYTES, OVERHEAD_BYTES, RAM, HostResidue
 from localmoe.planner.plan import Plan, best_plan, make_plan

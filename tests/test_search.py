@@ -11,8 +11,7 @@ from make_model import FAMILIES, SHAPES, make_model
 from localmoe.engine.rates import Bandwidths, DeviceRates
 from localmoe.errors import DoesNotFit, gib
 from localmoe.gguf.model_meta import ModelMeta, read_meta
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.perf.cost_model import Speeds
 from localmoe.perf.figures import NOTHING_MEASURED
 from localmoe.planner.plan import Plan, make_plan

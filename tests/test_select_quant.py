@@ -8,8 +8,7 @@ import pytest
 
 from localmoe.catalog.select_quant import check_bytes, choose_quant, free_bytes, in_order
 from localmoe.errors import DoesNotFit, ModelFileError
-from localmoe.hardware.gpus import Gpu
-from localmoe.hardware.machine import Machine
+from localmoe.hardware.machine import Gpu, Machine
 from localmoe.hub.quants import LADDER, Quant
 from localmoe.hub.types import RemoteFile
 from localmoe.planner.request import PlanRequest

@@ -17,7 +17,7 @@ from ..errors import EngineError, LocalMoeError
 from ..gguf.merge_experts import merge_experts as write_file
 from ..gguf.merge_experts import plan_conversion
 from ..gguf.model_meta import SHARD_NAME
-from ..hardware.machine import this_machine
+from ..hardware.detect import this_machine
 from ..terminal import console
 from .options import json_option, verbosity_options
 

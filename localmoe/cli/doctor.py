@@ -25,9 +25,9 @@ from ..config.environment import (
 from ..config.settings import load_settings
 from ..engine.client import EngineProcess
 from ..errors import EngineError, LocalMoeError
-from ..hardware.diagnostics import Finding
+from ..hardware.detect import machine_of
 from ..hardware.host import host_of
-from ..hardware.machine import machine_of
+from ..hardware.machine import Finding
 from ..hardware.system import SystemAccess
 from ..hub.installed import InstalledModels
 from ..terminal import console
@@ -36,10 +36,8 @@ from .options import json_option
 
 if TYPE_CHECKING:
     from ..engine.protocol import DeviceList
-    from ..hardware.diagnostics import Finding
-    from ..hardware.gpus import Gpu
     from ..hardware.host import Host
-    from ..hardware.machine import Machine
+    from ..hardware.machine import Finding, Gpu, Machine
 
 WIDTH = 80
 ENGINE_TIMEOUT_S = 60.0

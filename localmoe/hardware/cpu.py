@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from .machine import Build
 from .system import SystemAccess, clean, read_number, read_text, run_tool
 
 UNLIMITED = 1 << 60
@@ -157,15 +158,6 @@ class Processor:
     n_usable: int
     quota: float | None = None
     translated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """The build of llama.cpp: version of its package, its backends, features of its CPU code."""
-
-    version: str = ""
-    backends: frozenset[str] = frozenset()
-    features: frozenset[str] = frozenset()
 
 
 def processor(sources: SystemAccess) -> Processor:

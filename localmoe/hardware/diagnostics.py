@@ -7,14 +7,11 @@ difference between a model that runs well and one that doesn't, and none of them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from .cpu import Build
-from .gpus import Card, Gpu, Matched, Vendor
+from .gpus import Card, Matched, Vendor
 from .host import PACKAGE, Host
+from .machine import Build, Finding, Gpu, Severity
 
-Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 # Without these, products with experts on the CPU take several times as long
@@ -54,19 +51,6 @@ MIN_CARD_BYTES = 2 << 30
 MIN_SHARED_BYTES = 8 << 30
 TIGHT_LIMIT = 0.9
 BUSY = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A thing that is wrong ("error": nothing can run; "warning") or worth knowing ("note").
-
-    `command` does what `how_to_mend` says, ready to be copied; empty where no command does.
-    """
-
-    severity: Severity
-    what: str
-    how_to_mend: str
-    command: str = ""
 
 
 def findings_of(

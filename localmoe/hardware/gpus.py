@@ -18,6 +18,7 @@ from typing import Literal
 
 from ..engine.protocol import Device
 from .cpu import backend_of
+from .machine import Gpu
 from .system import SystemAccess, clean, read_number, read_text, run_tool, tool_path
 
 Vendor = Literal["nvidia", "amd", "intel", "apple"]
@@ -205,26 +206,6 @@ VENDOR_WORDS: dict[Vendor, str] = {
 
 SAME_TOTAL = 0.1
 """A driver keeps up to so much of a card for itself: llama.cpp's total is smaller than its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A device that layers can be placed on. `free_bytes` is what can still be allocated.
-
-    `free_from` says whose figure that is: the driver's, read with no child of ours running, or
-    llama.cpp's own, from which the context of the child that was asked is already gone. A
-    `unified` GPU has no memory of its own: what it takes is gone from RAM, and `free_bytes` is
-    never above what is available there.
-    """
-
-    name: str
-    description: str
-    total_bytes: int
-    free_bytes: int
-    kind: Literal["gpu", "igpu"] = "gpu"
-    unified: bool = False
-    free_from: Literal["driver", "llama.cpp"] = "llama.cpp"
-    driver_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,56 @@
-"""The machine: memory that may be used here (within cgroup limits), cores, devices, what is wrong.
+"""The machine that models are placed on, as data: memory, cores, GPUs, and what is wrong with it.
 
-`detect` is the whole of it. Its order is its point: drivers are asked what is free first, and
-llama.cpp, whose child takes a context on each GPU by being asked, second.
+detect.py finds it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
-from ..engine.protocol import DeviceList
-from .cpu import Build, build_of, processor
-from .diagnostics import Finding, findings_of
-from .gpus import Gpu, Matched, match_gpus, visible_first
-from .host import Host, host_of, ram_of
-from .system import SystemAccess
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device that layers can be placed on. `free_bytes` is what can still be allocated.
+
+    `free_from` says whose figure that is: the driver's, read with no child of ours running, or
+    llama.cpp's own, from which the context of the child that was asked is already gone. A
+    `unified` GPU has no memory of its own: what it takes is gone from RAM, and `free_bytes` is
+    never above what is available there.
+    """
+
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+    kind: Literal["gpu", "igpu"] = "gpu"
+    unified: bool = False
+    free_from: Literal["driver", "llama.cpp"] = "llama.cpp"
+    driver_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The build of llama.cpp: version of its package, its backends, features of its CPU code."""
+
+    version: str = ""
+    backends: frozenset[str] = frozenset()
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A thing that is wrong ("error": nothing can run; "warning") or worth knowing ("note").
+
+    `command` does what `how_to_mend` says, ready to be copied; empty where no command does.
+    """
+
+    severity: Severity
+    what: str
+    how_to_mend: str
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,53 +71,3 @@ class Machine:
     build: Build = Build()
     findings: tuple[Finding, ...] = ()
     cpu: str = ""
-
-
-def detect(ask_devices: Callable[[], DeviceList], sources: SystemAccess) -> Machine:
-    """The machine that this process runs on. `ask_devices` is an engine's `devices`.
-
-    The engine may be running already, if it was not yet asked for devices and has no model.
-    Raises what `ask_devices` raises.
-    """
-    host = host_of(sources)
-    return machine_of(host, ask_devices())
-
-
-def machine_of(host: Host, devices: DeviceList | None, broken: str = "") -> Machine:
-    """A machine from what was found out. Pure. Without devices, `broken` says why."""
-    listed = devices.devices if devices else ()
-    matched = match_gpus(
-        listed,
-        visible_first(host.cards.cards, host.visibility),
-        host.ram.machine_bytes,
-        host.ram.available_bytes,
-    )
-    info = devices.system_info if devices else ""
-    build = build_of(info, [device.name for device in listed], host.llama_version)
-    build = replace(build, backends=build.backends | host.llama_backends)
-    return _machine(host, build, matched, broken)
-
-
-def _machine(host: Host, build: Build, matched: Matched, broken: str) -> Machine:
-    return Machine(
-        ram_total_bytes=host.ram.total_bytes,
-        ram_available_bytes=host.ram.available_bytes,
-        n_cores=host.processor.n_usable,
-        gpus=matched.gpus,
-        cpu_features=host.processor.features,
-        build=build,
-        findings=findings_of(host, build, matched, broken),
-        cpu=host.processor.name,
-    )
-
-
-def this_machine(gpus: Iterable[Gpu] = (), sources: SystemAccess | None = None) -> Machine:
-    """The machine's RAM and cores, with the GPUs that are given; nothing is started or asked."""
-    sources = sources or SystemAccess()
-    ram = ram_of(sources)
-    return Machine(ram.total_bytes, ram.available_bytes, n_cores(sources), tuple(gpus))
-
-
-def n_cores(sources: SystemAccess | None = None) -> int:
-    """Physical cores that this process may run on, within its affinity and its quota."""
-    return processor(sources or SystemAccess()).n_usable

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..errors import gib
 from ..gguf.model_meta import ModelMeta
-from ..hardware.gpus import Gpu
+from ..hardware.machine import Gpu
 from .expert_packing import GpuCapacity, LayerPlacement
 from .model_bytes import ModelBytes
 from .request import PlanRequest

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from ..config.environment import engine_environment
 from ..engine.client import EngineProcess
 from ..engine.protocol import DeviceList
-from ..hardware.machine import Machine, detect
+from ..hardware.detect import detect
+from ..hardware.machine import Machine
 from ..hardware.system import SystemAccess
 
 

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, replace
 from ..engine.protocol import FLOATS, first_gpu_layer
 from ..gguf.model_meta import ModelMeta
 from ..gguf.tensors import TensorInfo
-from ..hardware.gpus import Gpu
+from ..hardware.machine import Gpu
 from ..perf.figures import Figure, Measured
 from .buffers import (
     MicroBatchShape,

@@ -19,8 +19,7 @@ from ..engine.protocol import FLOATS, FileSpan, Placement
 from ..engine.rates import CPU
 from ..errors import DoesNotFit, gib
 from ..gguf.model_meta import ModelMeta
-from ..hardware.gpus import Gpu
-from ..hardware.machine import Machine
+from ..hardware.machine import Gpu, Machine
 from ..perf.cost_model import Forecast, device_of, layer_devices
 from ..perf.figures import Figure, Measured
 from .expert_packing import (

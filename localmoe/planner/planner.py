@@ -16,7 +16,8 @@ from ..engine.rates import Tuning
 from ..errors import DoesNotFit, EngineError
 from ..gguf.demo import DEMO
 from ..gguf.model_meta import ModelMeta, read_meta
-from ..hardware.machine import Machine, detect
+from ..hardware.detect import detect
+from ..hardware.machine import Machine
 from ..hardware.system import SystemAccess
 from ..perf.calibration import Calibration, SpeedLog
 from ..perf.cost_model import Speeds

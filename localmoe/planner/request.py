@@ -16,8 +16,7 @@ from typing import Literal
 from ..engine.protocol import KvType
 from ..errors import DoesNotFit
 from ..gguf.model_meta import ModelMeta
-from ..hardware.gpus import Gpu
-from ..hardware.machine import Machine
+from ..hardware.machine import Gpu, Machine
 
 DEFAULT_UBATCH = 512
 LoadMode = Literal["auto", "mmap", "pinned"]
