@@ -143,7 +143,7 @@ class LocalMoE:
                 self._living_engine,
                 defaults,
                 reuse_prefix=share,
-                reasoning_tokens=loaded.model.reasoning_tokens,
+                reasoning_markers=loaded.model.reasoning_markers,
             )
 
     def _living_engine(self) -> EngineProcess:

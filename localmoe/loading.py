@@ -33,9 +33,16 @@ from .planner.plan import SMALLEST_N_CTX, Memory, Plan, pinned_spans
 from .planner.planner import Planner
 from .planner.request import BatchShape
 from .planner.search import Workload
-from .prompt.formats import NO_THINKING, TemplateFacts, TextFormat, no_template, prompt_format
+from .prompt.formats import (
+    EFFORTS,
+    TemplateFacts,
+    TextFormat,
+    no_template,
+    prompt_format,
+    thinking_variables,
+)
 from .prompt.messages import PromptFormat
-from .prompt.reasoning import HarmonyMarkers, ReasoningTokens, find_reasoning_tokens
+from .prompt.reasoning import HarmonyMarkers, ReasoningMarkers, find_reasoning_markers
 
 MAX_REPEAT_LAST_N = 1 << 16
 # general.sampling.* of a header (llama.cpp, src/llama-arch.cpp) as fields of Sampling
@@ -101,7 +108,7 @@ class OpenModel:
 def open_engine(
     name: str,
     settings: Settings,
-    watch: LoadCallbacks | None = None,
+    callbacks: LoadCallbacks | None = None,
     workload: Workload = "chat",
     n_prompt: int | None = None,
 ) -> OpenModel:
@@ -109,27 +116,30 @@ def open_engine(
 
     `n_prompt` is about how many tokens a single prompt has.
     """
-    watch = watch or LoadCallbacks()
-    with ModelResolver(settings, watch) as finder:
+    callbacks = callbacks or LoadCallbacks()
+    with ModelResolver(settings, callbacks) as finder:
         found = finder.fetch(finder.find(name))
         measuring = finder.release_engine()
-    return load_found(found, settings, watch, workload, n_prompt=n_prompt, measuring=measuring)
+    return load_found(found, settings, callbacks, workload, n_prompt=n_prompt, measuring=measuring)
 
 
 def load_local(
-    path: Path, settings: Settings, watch: LoadCallbacks | None = None, workload: Workload = "chat"
+    path: Path,
+    settings: Settings,
+    callbacks: LoadCallbacks | None = None,
+    workload: Workload = "chat",
 ) -> OpenModel:
     """Load a file. Raises LocalMoeError."""
     found = ResolvedModel(ModelName(str(path), path=path), path, read_meta(path))
-    return load_found(found, settings, watch or LoadCallbacks(), workload)
+    return load_found(found, settings, callbacks or LoadCallbacks(), workload)
 
 
 def load_found(
     found: ResolvedModel,
     settings: Settings,
-    watch: LoadCallbacks,
+    callbacks: LoadCallbacks,
     workload: Workload = "chat",
-    crowd: BatchShape | None = None,
+    batch_shape: BatchShape | None = None,
     n_prompt: int | None = None,
     measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
@@ -143,17 +153,17 @@ def load_found(
         check_runs(found.meta)
         check_path(str(found.meta.paths[0]))
         try:
-            return load_once(found, settings, watch, workload, crowd, n_prompt, measuring)
+            return load_once(found, settings, callbacks, workload, batch_shape, n_prompt, measuring)
         except OutOfMemory as error:
-            if watch.warning:
-                watch.warning(f"{error.message} Trying again with less on the GPU.")
-            return load_once(found, settings, watch, workload, crowd, n_prompt)
+            if callbacks.warning:
+                callbacks.warning(f"{error.message} Trying again with less on the GPU.")
+            return load_once(found, settings, callbacks, workload, batch_shape, n_prompt)
 
 
 def load_to_talk(
     found: ResolvedModel,
     settings: Settings,
-    watch: LoadCallbacks,
+    callbacks: LoadCallbacks,
     measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
     """Loads a model for a conversation. Raises LocalMoeError, where it only continues text, too.
@@ -163,7 +173,7 @@ def load_to_talk(
     with closed_on_error(measuring):
         if isinstance(format_of(found.meta), TextFormat):
             raise no_template()
-        return load_found(found, settings, watch, "chat", measuring=measuring)
+        return load_found(found, settings, callbacks, "chat", measuring=measuring)
 
 
 @contextmanager
@@ -180,37 +190,37 @@ def closed_on_error(measuring: MeasuringEngine | None) -> Iterator[None]:
 def load_once(
     found: ResolvedModel,
     settings: Settings,
-    watch: LoadCallbacks,
+    callbacks: LoadCallbacks,
     workload: Workload,
-    crowd: BatchShape | None,
+    batch_shape: BatchShape | None,
     n_prompt: int | None,
     measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
     """Plans and loads. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
     meta = found.meta
     path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
-    format = format_of(meta, think=wants_thinking(settings))
+    format = format_of(meta, think_of(settings))
     if measuring is None or not measuring.process.is_alive:
-        measuring = MeasuringEngine(watch.warning, watch.log)
+        measuring = MeasuringEngine(callbacks.warning, callbacks.log)
     engine = measuring.process
     try:
-        planner = Planner(settings, workload, measuring, crowd, n_prompt)
-        note = watch.note if meta.file_bytes > QUICK_BYTES else None
+        planner = Planner(settings, workload, measuring, batch_shape, n_prompt)
+        note = callbacks.note if meta.file_bytes > QUICK_BYTES else None
         plan = planner.plan_to_load(path, meta, on_note=note)
         if plan.placement.n_gpu_layers:
             engine.close()
             check_nothing_was_taken(planner)
-            engine = EngineProcess(environment_of(plan.placement), watch.log)
-        loaded = start(engine, planner, meta, plan, watch)
+            engine = EngineProcess(environment_of(plan.placement), callbacks.log)
+        loaded = start(engine, planner, meta, plan, callbacks)
     except BaseException:
         engine.kill()
         raise
     log = planner.speed_log(meta, plan)
-    reasoning_tokens = find_reasoning_tokens(special_tokens(meta), engine)
-    remark = unstoppable(meta.chat_template, reasoning_tokens) if settings.think == "off" else ""
-    if remark and watch.note:
-        watch.note(remark)
-    model = ChatModel(engine, format, loaded.n_ctx, log.add, reasoning_tokens)
+    reasoning_markers = find_reasoning_markers(special_tokens(meta), engine, meta.chat_template)
+    remark = thinking_remark(settings.think, meta.chat_template, reasoning_markers)
+    if remark and callbacks.note:
+        callbacks.note(remark)
+    model = ChatModel(engine, format, loaded.n_ctx, log.add, reasoning_markers)
     return OpenModel(meta, plan, model, engine, loaded, log, found.spec)
 
 
@@ -235,13 +245,13 @@ def check_nothing_was_taken(planner: Planner) -> None:
 
 
 def start(
-    engine: EngineProcess, planner: Planner, meta: ModelMeta, plan: Plan, watch: LoadCallbacks
+    engine: EngineProcess, planner: Planner, meta: ModelMeta, plan: Plan, callbacks: LoadCallbacks
 ) -> Loaded:
     """Load by a plan; on a GPU, the first time, use it once as hard as it will ever be used."""
     place, spans = plan.placement, pinned_spans(meta, plan.placement)
     path = str(meta.paths[0])
     try:
-        loaded = engine.load(path, place, pinned=spans, on_progress=watch.loading)
+        loaded = engine.load(path, place, pinned=spans, on_progress=callbacks.loading)
         if place.n_gpu_layers and not planner.is_verified(meta, plan):
             try_out(engine, meta, place)
             planner.mark_verified(meta, plan)
@@ -278,14 +288,14 @@ def open_vocabulary(path: Path) -> EngineProcess:
         raise
 
 
-def wants_thinking(settings: Settings) -> bool:
-    """Whether a model is to think before it answers; a grammar's text begins at once."""
-    bound = settings.grammar is not None or settings.json_schema is not None
-    return settings.think != "off" and not bound
+def think_of(settings: Settings) -> str | None:
+    """Returns how a model is to think. A grammar's text begins at once, so nothing comes before."""
+    is_bound = settings.grammar is not None or settings.json_schema is not None
+    return "off" if is_bound else settings.think
 
 
-def format_of(meta: ModelMeta, *, think: bool = True) -> PromptFormat:
-    """The prompt format of a model; without `think` it asks for an answer at once, if it can."""
+def format_of(meta: ModelMeta, think: str | None = None) -> PromptFormat:
+    """Returns the prompt format of a model that is told to think like that, if it can be told."""
     words = meta.tokenizer
     facts = TemplateFacts(
         architecture=meta.architecture,
@@ -301,7 +311,7 @@ def format_of(meta: ModelMeta, *, think: bool = True) -> PromptFormat:
         control_tokens=frozenset(words.control_tokens),
         user_tokens=frozenset(words.user_tokens),
     )
-    return prompt_format(facts, env=engine_environment(), variables={} if think else NO_THINKING)
+    return prompt_format(facts, env=engine_environment(), variables=thinking_variables(think))
 
 
 def special_tokens(meta: ModelMeta) -> frozenset[str]:
@@ -309,11 +319,17 @@ def special_tokens(meta: ModelMeta) -> frozenset[str]:
     return frozenset(meta.tokenizer.control_tokens).union(meta.tokenizer.user_tokens)
 
 
-def unstoppable(template: str, reasoning_tokens: ReasoningTokens | None) -> str:
-    """What to tell a person who wants no thinking of a model that can't be asked for that."""
-    if isinstance(reasoning_tokens, HarmonyMarkers):
+def thinking_remark(
+    think: str | None, template: str, reasoning_markers: ReasoningMarkers | None
+) -> str:
+    """Returns what to tell a person whose wish about thinking a template can't pass on; or ""."""
+    if think in EFFORTS and "reasoning_effort" not in template:
+        return f"This model's prompt template knows no levels of thinking: {think} is on for it."
+    if think != "off":
+        return ""
+    if isinstance(reasoning_markers, HarmonyMarkers):
         return "This model always thinks; its reasoning effort is set to low instead."
-    if reasoning_tokens is None or "think" not in template or ASKS_FOR_THINKING.search(template):
+    if reasoning_markers is None or "think" not in template or ASKS_FOR_THINKING.search(template):
         return ""
     return "This model's prompt template has no way to turn its thinking off."
 
@@ -379,7 +395,7 @@ class EngineReloader:
 
     loaded: OpenModel
     settings: Settings
-    watch: LoadCallbacks = field(default_factory=LoadCallbacks)
+    callbacks: LoadCallbacks = field(default_factory=LoadCallbacks)
     workload: Workload = "chat"
     _n_oom_kills: int | None = field(default=None, init=False)
     _was_killed: bool = field(default=False, init=False)
@@ -394,7 +410,7 @@ class EngineReloader:
         measuring = self._step_back(error) if self._wants_less(error) else None
         path = loaded.meta.paths[0]
         found = ResolvedModel(ModelName(str(path), path=path), path, loaded.meta)
-        fresh = load_found(found, self.settings, self.watch, self.workload, measuring=measuring)
+        fresh = load_found(found, self.settings, self.callbacks, self.workload, measuring=measuring)
         # the format tells the time of the conversation's beginning, and no other
         model = replace(fresh.model, format=loaded.model.format)
         loaded.plan, loaded.loaded = fresh.plan, fresh.loaded
@@ -418,7 +434,7 @@ class EngineReloader:
         """Sees to it that the next plan takes less; returns the engine that this started."""
         on_gpu = self.loaded.plan.placement.n_gpu_layers > 0
         if on_gpu and KILLED not in error.message:
-            measuring = MeasuringEngine(self.watch.warning, self.watch.log)
+            measuring = MeasuringEngine(self.callbacks.warning, self.callbacks.log)
             Planner(self.settings, self.workload, measuring).reserve_more(self.loaded.meta)
             return measuring
         self.settings = safer(self.settings, self.loaded.plan)

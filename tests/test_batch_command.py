@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from vocabulary_files import with_renamed_tokens
+from vocabulary_files import CONTROL, NORMAL, USER_DEFINED, with_renamed_tokens
 
 from localmoe.api import LocalMoE
 from localmoe.batch.runner import BatchProgress, InputCheck, Recovered
@@ -84,11 +84,19 @@ def test_a_file_is_answered_and_a_second_time_there_is_nothing_to_do(
 THINKING, TEXT = "'m good", " thank you for asking. How are you doing?"
 
 
-@pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+FAMILIES = {
+    "Qwen3": (("<think>", "</think>"), CONTROL),
+    "Gemma 4": (("<|channel>", "<channel|>"), USER_DEFINED),
+    "fine-tune": (("<think>", "</think>"), NORMAL),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, whose first word is <think> here, and whose first comma ends that."""
+    (opener, closer), kind = FAMILIES[request.param]
     path = tmp_path_factory.mktemp("models") / "thinker.gguf"
-    with_renamed_tokens(DEMO, path, {268: "<think>", 4052: "</think>"})
+    with_renamed_tokens(DEMO, path, {268: opener, 4052: closer}, kind)
     return path
 
 
@@ -108,6 +116,24 @@ def test_what_a_model_thinks_is_no_part_of_its_answer(
     assert choice["finish_reason"] == "stop"
     assert first["response"]["body"]["usage"]["completion_tokens"] == 15
     assert second["response"]["body"]["choices"][0]["text"]  # a text that goes on has no thinking
+
+
+def test_an_answer_that_is_all_thinking_is_no_silence(thinker: Path) -> None:
+    command = [
+        *COMMAND[:-2],
+        "run",
+        str(thinker),
+        "Hi! How are you today?",
+        "--temp",
+        "0",
+        "-n",
+        "2",
+    ]
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert ran.stdout == "\n"
+    assert "while the model was still thinking" in ran.stderr
+    document = json.loads(subprocess.check_output([*command, "--json", "-q"]))
+    assert (document["text"], document["thinking"]) == ("", THINKING[:1])
 
 
 def test_the_python_door_parts_thinking_too(thinker: Path) -> None:

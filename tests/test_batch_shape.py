@@ -32,5 +32,5 @@ def test_a_single_request_is_computed_as_if_in_company() -> None:
 
 def test_the_number_of_a_person_is_kept() -> None:
     for n in (1, 5):
-        crowd = BatchShape(numbers(20, n), 600, is_open=False)
-        assert [r.n_seq for r in crowd.requests(PlanRequest(), has_gpu=False)] == [n]
+        batch_shape = BatchShape(numbers(20, n), 600, is_open=False)
+        assert [r.n_seq for r in batch_shape.requests(PlanRequest(), has_gpu=False)] == [n]

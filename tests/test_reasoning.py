@@ -19,19 +19,25 @@ from localmoe.engine.protocol import Delta, Placement, Request, Sampling, TextPi
 from localmoe.engine.worker.sampling import TextStream
 from localmoe.gguf.demo import DEMO
 from localmoe.gguf.model_meta import read_meta
-from localmoe.loading import open_vocabulary, unstoppable
-from localmoe.prompt.formats import NO_THINKING, TemplateFacts, prompt_format
+from localmoe.loading import open_vocabulary, thinking_remark
+from localmoe.prompt.formats import (
+    NO_THINKING,
+    TemplateFacts,
+    prompt_format,
+    thinking_variables,
+)
 from localmoe.prompt.messages import Message, Prompt
 from localmoe.prompt.mistral import MistralFormat
 from localmoe.prompt.reasoning import (
     Answer,
     HarmonyMarkers,
-    ReasoningTokens,
+    ReasoningMarkers,
     ThinkMarkers,
-    find_reasoning_tokens,
+    find_reasoning_markers,
     join_reasoning,
     split_reasoning,
 )
+from localmoe.prompt.reasoning_tags import TextTags, find_text_tags
 
 OPEN, CLOSE = 1, 2
 THINK = ThinkMarkers(OPEN, CLOSE)
@@ -59,7 +65,7 @@ class Stream:
                 self.tokens.append(token)
         return self
 
-    def deltas(self, markers: ReasoningTokens) -> Iterator[Delta]:
+    def deltas(self, markers: ReasoningMarkers) -> Iterator[Delta]:
         text = TextStream(self.stop)
         yield Delta(1, prompt_tokens=5)
         for token in self.tokens:
@@ -71,14 +77,17 @@ class Stream:
             yield Delta(1, out, (token,), has_pending_text=text.has_pending_text)
         yield Delta(1, text.finish(), finish_reason="stop")
 
-    def answer(self, markers: ReasoningTokens, *, is_open: bool = False) -> Answer:
+    def answer(
+        self, markers: ReasoningMarkers, *, is_open: bool = False, prompt: tuple[int, ...] = (5,)
+    ) -> Answer:
         answer = Answer()
-        for delta in split_reasoning(self.deltas(markers), markers, is_open=is_open):
+        asked = asking(is_open) if is_open else Request(prompt)
+        for delta in split_reasoning(self.deltas(markers), markers, asked):
             answer.add(delta)
         assert answer.last is not None
         return answer
 
-    def whole(self, markers: ReasoningTokens, prompt: tuple[int, ...] = (5,)) -> Answer:
+    def whole(self, markers: ReasoningMarkers, prompt: tuple[int, ...] = (5,)) -> Answer:
         """The answer from deltas as an unstreamed request has them: one at each marker."""
         gathered, text, tokens = list[Delta](), "", ()
         for delta in self.deltas(markers):
@@ -90,6 +99,11 @@ class Stream:
 
     def spelled(self, tokens: Sequence[int]) -> str:
         return b"".join(self.pieces[token] for token in tokens).decode("utf-8", "replace")
+
+
+def asking(is_open: bool = False) -> Request:
+    """A request whose prompt opened the thinking, or didn't."""
+    return Request((5, OPEN) if is_open else (5,))
 
 
 # ---- <think> ----
@@ -153,7 +167,7 @@ def test_text_that_was_held_back_keeps_its_kind() -> None:
 
 def test_every_delta_is_of_one_kind_and_none_is_lost() -> None:
     stream = Stream().say("Well", OPEN, "Hm", CLOSE, "Yes")
-    deltas = list(split_reasoning(stream.deltas(THINK), THINK))
+    deltas = list(split_reasoning(stream.deltas(THINK), THINK, asking()))
     assert [(d.kind, d.text) for d in deltas if d.text] == [
         ("text", "Well"), ("thinking", "Hm"), ("text", "Yes"),
     ]  # fmt: skip
@@ -199,12 +213,87 @@ def test_left_early_tokens_and_text_agree_or_the_text_counts(
     stream = Stream(("stop",)).say(*said)
     answer = Answer()
     for _, delta in zip(
-        range(n), split_reasoning(stream.deltas(THINK), THINK, is_open=is_open), strict=False
+        range(n), split_reasoning(stream.deltas(THINK), THINK, asking(is_open)), strict=False
     ):
         answer.add(delta)
     message = answer.message()
     if message.tokens is not None and OPEN not in said and CLOSE not in said:
         assert stream.spelled(message.tokens) == answer.text
+
+
+def test_a_channels_name_is_no_part_of_what_is_thought() -> None:
+    markers = ThinkMarkers(OPEN, CLOSE, "thought")
+    said = (OPEN, "tho", "ught", "\n", "Hm", CLOSE, "Yes")
+    for answer in (Stream().say(*said).answer(markers), Stream().say(*said).whole(markers)):
+        assert (answer.thinking, answer.text) == ("Hm", "Yes")
+    other = Stream().say(OPEN, "th", "e end", CLOSE, "Yes")
+    for answer in (other.answer(markers), other.whole(markers)):
+        assert (answer.thinking, answer.text) == ("the end", "Yes")
+
+
+# ---- tags that are plain text ----
+
+TAGGED = TextTags((((8, 9), "</think>"),))
+ANSWERS = {
+    "<think>\nHm</think>\n\nYes": ("Hm", "Yes"),
+    "\n<think>a < b </thin k></think>Yes": ("a < b </thin k>", "Yes"),
+    "<thinking>Hm</thinking>Yes": ("Hm", "Yes"),
+    "Here is my thought process:\nHm\nHere is my response:\nYes": ("Hm\n", "Yes"),
+    "[THINK]Hm[/THINK]Yes </think>": ("Hm", "Yes </think>"),
+    "<think>never closed": ("never closed", ""),
+    "<thin ice": ("", "<thin ice"),
+    "<": ("", "<"),
+    "Yes <think>no</think>": ("", "Yes <think>no</think>"),
+    "\n\nYes": ("", "\n\nYes"),
+    "": ("", ""),
+}
+
+
+@given(st.sampled_from(list(ANSWERS)), st.lists(st.integers(1, 30), max_size=8))
+def test_tags_are_found_wherever_a_stream_is_cut(said: str, cuts: list[int]) -> None:
+    places = sorted({0, len(said), *(cut for cut in cuts if cut < len(said))})
+    pieces = [said[a:b] for a, b in zip(places, places[1:], strict=False)]
+    stream = Stream().say(*pieces)
+    answer, whole = stream.answer(TAGGED), Stream().say(*pieces).whole(TAGGED)
+    assert (answer.thinking, answer.text) == ANSWERS[said]
+    assert (whole.thinking, whole.text) == ANSWERS[said]
+    assert answer.tokens == tuple(stream.tokens)
+    message = answer.message()
+    if message.tokens:  # an answer behind a tag is known by its text alone
+        assert stream.spelled(message.tokens) == answer.text
+
+
+@given(st.lists(st.sampled_from([*"<>/thinkY\n ", "<think>", "</think>"]), max_size=30))
+def test_no_stream_of_tags_loses_a_character_or_a_token(said: list[str]) -> None:
+    stream = Stream(("stop",)).say(*said)
+    answer = stream.answer(TAGGED)
+    assert answer.tokens == tuple(stream.tokens)
+    if answer.thinking == "" and "<think>" not in answer.text:
+        assert answer.text in "".join(said)
+    whole = Stream().say(*said).whole(TAGGED)
+    assert (whole.thinking, whole.text) == (answer.thinking, answer.text)
+
+
+def test_a_prompt_may_end_with_a_tag() -> None:
+    answer = Stream().say("Hm", "</thi", "nk>Yes").answer(TAGGED, prompt=(5, 8, 9))
+    assert (answer.thinking, answer.text) == ("Hm", "Yes")
+
+
+def test_only_tags_of_the_template_are_looked_for_in_prompts(words: EngineProcess) -> None:
+    plain = find_text_tags("{{ messages }}", words)
+    assert plain == TextTags()
+    tags = find_text_tags("assistant\n[THINK]", words)
+    for behind in ("", "\n"):
+        ids = words.tokenize([TextPiece("assistant\n[THINK]" + behind, special=True)])[0]
+        assert tags.closer_after(ids) == "[/THINK]"
+    assert tags.closer_after(words.tokenize([TextPiece("[THINK] no")])[0]) == ""
+
+
+def test_an_answer_that_must_have_a_form_has_no_tags() -> None:
+    stream = Stream().say('"<think>a"')
+    asked = Request((5, 8, 9), Sampling(json_schema="{}"))
+    deltas = list(split_reasoning(stream.deltas(TAGGED), TAGGED, asked))
+    assert {delta.kind for delta in deltas if delta.text} == {"text"}
 
 
 # ---- harmony ----
@@ -278,7 +367,7 @@ class Fake:
 
 def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -> None:
     engine = Fake(Stream().say("{}"))
-    model = ChatModel(engine, MistralFormat("v1", 1, 2), 100, reasoning_tokens=THINK)  # type: ignore[arg-type]
+    model = ChatModel(engine, MistralFormat("v1", 1, 2), 100, reasoning_markers=THINK)  # type: ignore[arg-type]
     prompt = Prompt("", (5, OPEN))
     bound = AnswerOptions(Sampling(json_schema="{}"))
     assert {d.kind for d in model.answer(prompt, bound) if d.text} == {"text"}
@@ -298,19 +387,20 @@ def test_a_grammars_answer_is_text_even_where_the_prompt_opened_the_thinking() -
             ["<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>"],
             HarmonyMarkers(start=257, channel=260, message=259, end=258),
         ),
-        (["<|im_end|>", "<think>"], None),
-        (["<|im_end|>"], None),
+        (["<turn|>", "<|channel>", "<channel|>"], ThinkMarkers(257, 258, "thought")),
+        (["<|im_end|>", "<think>"], TextTags()),
+        (["<|im_end|>"], TextTags()),
     ],
 )
 def test_the_markers_are_those_of_the_vocabulary(
-    tmp_path: Path, control: list[str], markers: ReasoningTokens | None
+    tmp_path: Path, control: list[str], markers: ReasoningMarkers | None
 ) -> None:
     special = write_byte_level(tmp_path / "words.gguf", control)
     engine = open_vocabulary(tmp_path / "words.gguf")
     try:
-        assert find_reasoning_tokens(frozenset(special), engine) == markers
+        assert find_reasoning_markers(frozenset(special), engine) == markers
         # as a template's text without a token of that name, it is text
-        assert find_reasoning_tokens(frozenset(), engine) is None
+        assert find_reasoning_markers(frozenset(), engine) == TextTags()
     finally:
         engine.close()
 
@@ -395,6 +485,27 @@ def test_a_template_that_opens_the_thinking(words: EngineProcess) -> None:
 
 THINK_IDS = ThinkMarkers(258, 259)
 
+# how families ask for thinking: Gemma 4 and GLM; DeepSeek V3.1 and Granite; gpt-oss; Seed-OSS
+SWITCHES = (
+    "{% if enable_thinking is defined and enable_thinking %}+{% else %}-{% endif %}",
+    "{% if thinking is defined and thinking %}+{% endif %}",
+    "{{ reasoning_effort | default('medium') }}",
+    "{% if thinking_budget is defined and thinking_budget == 0 %}-{% endif %}",
+)
+
+
+def test_on_off_and_unsaid_are_three_things(words: EngineProcess) -> None:
+    def rendered(template: str, think: str | None) -> str:
+        variables = thinking_variables(think)
+        return encoded(template, [Message("user", "Hi")], words, variables).text
+
+    assert [rendered(SWITCHES[0], think) for think in (None, "on", "off")] == ["-", "+", "-"]
+    assert [rendered(SWITCHES[1], think) for think in (None, "hide", "off")] == ["", "+", ""]
+    efforts = [rendered(SWITCHES[2], think) for think in (None, "on", "off", "low", "high")]
+    assert efforts == ["medium", "medium", "low", "low", "high"]
+    assert [rendered(SWITCHES[3], think) for think in (None, "on", "off")] == ["", "", "-"]
+    assert [rendered(SWITCHES[0], effort) for effort in ("low", "high")] == ["+", "+"]
+
 
 @pytest.mark.parametrize(
     ("template", "markers", "says"),
@@ -408,9 +519,9 @@ THINK_IDS = ThinkMarkers(258, 259)
     ],
 )
 def test_what_can_not_be_turned_off_is_said(
-    template: str, markers: ReasoningTokens | None, says: str
+    template: str, markers: ReasoningMarkers | None, says: str
 ) -> None:
-    remark = unstoppable(template, markers)
+    remark = thinking_remark("off", template, markers)
     assert says in remark
     assert bool(says) == bool(remark)
 
@@ -436,7 +547,7 @@ def test_the_engine_lets_text_out_at_a_marker() -> None:
         before = plain.tokens[: plain.tokens.index(once[1])]
         held = engine.detokenize(before)[-1] + "never"
         options = AnswerOptions(greedy.sampling, 24, (held,))
-        for delta in ChatModel(engine, format, 256, reasoning_tokens=markers).answer(
+        for delta in ChatModel(engine, format, 256, reasoning_markers=markers).answer(
             prompt, options
         ):
             answer.add(delta)

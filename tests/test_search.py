@@ -224,7 +224,7 @@ def test_a_job_is_cut_to_what_the_context_holds() -> None:
 
 def test_of_many_requests_few_are_measured_and_the_best_is_among_them(mixtral: ModelMeta) -> None:
     on = machine(16)
-    crowd = [
+    batch_shape = [
         r
         for n in (1, 2, 4, 8, 16, 32, 64)
         for r in requests_of(PlanRequest(n_seq=n, n_ctx=256), True, FreeParameters(), "batch")
@@ -234,11 +234,11 @@ def test_of_many_requests_few_are_measured_and_the_best_is_among_them(mixtral: M
         return make_plan(on, mixtral, NOTHING_MEASURED, request)
 
     asked = JOBS["batch"], mixtral, ("CUDA0",), Speeds(H100)
-    few = promising_requests(crowd, *asked, planned)
-    assert len(crowd) == 56
+    few = promising_requests(batch_shape, *asked, planned)
+    assert len(batch_shape) == 56
     assert len(few) == N_MEASURED
-    assert search(few, *asked, planned).placement == search(crowd, *asked, planned).placement
-    assert promising_requests(crowd[:8], *asked, planned) == crowd[:8]
+    assert search(few, *asked, planned).placement == search(batch_shape, *asked, planned).placement
+    assert promising_requests(batch_shape[:8], *asked, planned) == batch_shape[:8]
 
 
 def test_what_is_open_gives_way_before_a_refusal() -> None:

@@ -102,13 +102,15 @@ def _finish(writer: gguf.GGUFWriter, tokens: list[str], types: list[int]) -> lis
     return [t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
 
 
-def with_renamed_tokens(source: Path, path: Path, names: Mapping[int, str]) -> None:
-    """Copy a model; some of its tokens are control tokens of these names then."""
+def with_renamed_tokens(
+    source: Path, path: Path, names: Mapping[int, str], kind: int = CONTROL
+) -> None:
+    """Copy a model; some of its tokens are control tokens of these names then, or of a `kind`."""
     reader = gguf.GGUFReader(source)
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     types = reader.fields["tokenizer.ggml.token_type"].contents()
     for id, name in names.items():
-        tokens[id], types[id] = name, CONTROL
+        tokens[id], types[id] = name, kind
     changed = {
         "tokenizer.ggml.tokens": MetadataDetails(gguf.GGUFValueType.ARRAY, tokens),
         "tokenizer.ggml.token_type": MetadataDetails(gguf.GGUFValueType.ARRAY, types),

@@ -19,7 +19,7 @@ from ..engine.interfaces import Engine
 from ..engine.protocol import Delta, Failed, FromEngine, Request
 from ..engine.retry import DISPATCH_CRASHES, REQUEST_TRIES, CrashCounter
 from ..errors import EngineError
-from ..prompt.reasoning import Answer, ReasoningTokens, join_reasoning
+from ..prompt.reasoning import Answer, ReasoningMarkers, join_reasoning
 from ..structured.check import OutputMismatch, check_answer
 
 MAX_AHEAD = 1024
@@ -54,6 +54,7 @@ class StopFlag:
 class _Question(Generic[Key]):
     key: Key
     request: Request
+    markers: ReasoningMarkers | None = None
     n_asked: int = 0
     deltas: list[Delta] = field(default_factory=list)  # of the answer under way
 
@@ -73,13 +74,12 @@ class Dispatcher(Generic[Key]):
     """Requests on their way to engines and back. `engine_of` starts an engine and loads the model.
 
     With `stop` wanted, what isn't being computed yet is given up, without an outcome.
-    `reasoning_tokens` are those that requests name, where they do.
+    The markers beside a request part its thinking from its answer.
     """
 
-    requests: Iterable[tuple[Key, Request]]
+    requests: Iterable[tuple[Key, Request] | tuple[Key, Request, ReasoningMarkers | None]]
     engine_of: Callable[[], Engine]
     stop: StopFlag = field(default_factory=StopFlag)
-    reasoning_tokens: ReasoningTokens | None = None
     n_deaths: int = 0
     _engine: Engine | None = None
     _inbox: Inbox = field(default_factory=queue.SimpleQueue)
@@ -95,7 +95,7 @@ class Dispatcher(Generic[Key]):
         Raises EngineError where no engine can be started, or none lives long enough to answer.
         Left early, what is under way is cancelled.
         """
-        fresh = (_Question(key, request) for key, request in self.requests)
+        fresh = (_Question(*asked) for asked in self.requests)
         try:
             while True:
                 if not self.stop.wanted:
@@ -186,9 +186,8 @@ class Dispatcher(Generic[Key]):
             return [Outcome(question.key, code="refused", message=said)]
         if message.finish_reason == "cancelled":
             return []
-        reasoning_tokens = self.reasoning_tokens if question.request.reasoning_tokens else None
         return [
-            _checked(question, join_reasoning(question.deltas, reasoning_tokens, question.request))
+            _checked(question, join_reasoning(question.deltas, question.markers, question.request))
         ]
 
     def _died(self, death: EngineError) -> list[Outcome[Key]]:

@@ -26,12 +26,12 @@ from ..loading import (
     load_found,
     open_vocabulary,
     special_tokens,
+    think_of,
     title,
-    wants_thinking,
 )
 from ..planner.request import BatchShape
 from ..prompt.jinja_client import Renderer
-from ..prompt.reasoning import ReasoningTokens, find_reasoning_tokens
+from ..prompt.reasoning import ReasoningMarkers, find_reasoning_markers
 from .dispatch import StopFlag
 from .encoder import Encoder, RestartingVocabulary, Side, with_renderer
 from .manifest import Manifest, input_file
@@ -128,7 +128,7 @@ class _Checked:
 
     requests: InputCheck
     n_ctx: int = 0
-    reasoning_tokens: ReasoningTokens | None = None
+    reasoning_markers: ReasoningMarkers | None = None
 
 
 def run_job(job: BatchJob, source: BinaryIO, stop: StopFlag, tell: JobCallbacks) -> JobResult:
@@ -177,7 +177,7 @@ def manifest_of(job: BatchJob, source: BinaryIO, found: ResolvedModel) -> Manife
     """Returns all that decides over the answers of a job."""
     said = job.settings.model_dump(mode="json", include=set(ANSWER_SETTINGS))
     settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
-        "think": job.settings.think if job.settings.think != "on" else None,
+        "think": job.settings.think,
         "truncate": job.files.truncate,
         "errors": job.files.errors and job.files.errors.name,
     }
@@ -217,8 +217,9 @@ def _check(
         if not checked.n_to_ask:
             return _Checked(checked)
         encoder = encoder_of()
-        tokens = find_reasoning_tokens(special_tokens(found.meta), encoder.vocabulary)
-        return _Checked(checked, encoder.n_ctx, tokens)
+        meta, words = found.meta, encoder.vocabulary
+        markers = find_reasoning_markers(special_tokens(meta), words, meta.chat_template)
+        return _Checked(checked, encoder.n_ctx, markers)
 
 
 def _open_encoder(
@@ -231,7 +232,7 @@ def _open_encoder(
     stack.callback(vocabulary.close)
     renderer = Renderer(engine_environment())
     stack.callback(renderer.close)
-    format = with_renderer(format_of(meta, think=wants_thinking(job.settings)), renderer)
+    format = with_renderer(format_of(meta, think_of(job.settings)), renderer)
     return Encoder(format, vocabulary, plan.placement.n_ctx, job.files.truncate)
 
 
@@ -254,8 +255,8 @@ def _ask(
         title(fetched.meta),
         format_of(fetched.meta).answers_start_text,
         job.parallelism.reuse_prefix,
-        checked.reasoning_tokens,
-        thinking=job.settings.think == "on",
+        checked.reasoning_markers,
+        thinking=job.settings.think not in ("off", "hide"),
     )
     parallelism = job.parallelism
     shape = batch_shape_of(pending, checked.n_ctx, parallelism.n_at_once, parallelism.reuse_prefix)
@@ -288,15 +289,15 @@ class JobEngine:
     def open(self) -> EngineProcess:
         """Returns an engine with the model loaded; another call ends the one before."""
         self._asking(False)  # while a model loads, nothing is lost by a Ctrl-C
-        watch = self._job.load_callbacks
+        callbacks = self._job.load_callbacks
         if self._loaded is not None:
             self.kill()
-            if watch.warning:
-                watch.warning("The engine died; it is started again.")
+            if callbacks.warning:
+                callbacks.warning("The engine died; it is started again.")
         self._loaded = load_found(
             self._found,
             self._job.settings,
-            watch,
+            callbacks,
             "batch",
             self._shape,
             measuring=self._resolver.release_engine(),

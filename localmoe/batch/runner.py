@@ -18,9 +18,9 @@ from typing import BinaryIO
 from ..engine.interfaces import Engine
 from ..engine.protocol import FinishReason, Request, Timings, Usage
 from ..files import InputLine, digest, read_lines
-from ..prompt.reasoning import ReasoningTokens
+from ..prompt.reasoning import ReasoningMarkers
 from ..structured.check import unheld_parts, with_held_schema
-from .dispatch import Dispatcher, Outcome, StopFlag
+from .dispatch import Dispatcher, Key, Outcome, StopFlag
 from .encoder import Encoder
 from .journal import Record
 from .pending import PendingRequest, PendingRequests
@@ -211,14 +211,14 @@ class RunOptions:
     """`model` is what answers name as theirs. With `reuse_prefix`, requests that begin alike share
     work.
 
-    `answers_start_text` is that of the model's prompt format, `reasoning_tokens` are those of its
+    `answers_start_text` is that of the model's prompt format, `reasoning_markers` are those of its
     vocabulary; what a model thought is told where `thinking` is wanted.
     """
 
     model: str
     answers_start_text: bool = False
     reuse_prefix: bool = True
-    reasoning_tokens: ReasoningTokens | None = None
+    reasoning_markers: ReasoningMarkers | None = None
     thinking: bool = True
 
 
@@ -235,8 +235,8 @@ def run_batch(
     Raises LocalMoeError where the output can't be written or no engine lives; what was written is
     safe, and another run goes on from there.
     """
-    asked = ((ask, engine_request(ask, options)) for ask in backlog.asks())
-    asking = Dispatcher(asked, engine_of, stop, options.reasoning_tokens)
+    asked = (asked_of(ask, ask, options) for ask in backlog.asks())
+    asking = Dispatcher(asked, engine_of, stop)
     progress = BatchProgress(backlog.n_asks)
     started = time.monotonic()
     for outcomes in asking.outcomes():
@@ -250,6 +250,14 @@ def run_batch(
     return progress
 
 
+def asked_of(
+    key: Key, ask: PendingRequest, options: RunOptions
+) -> tuple[Key, Request, ReasoningMarkers | None]:
+    """Returns a pending request as a dispatcher takes it. Only chats have thinking to part."""
+    markers = options.reasoning_markers if ask.chat else None
+    return key, engine_request(ask, options), markers
+
+
 def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
     """Returns a pending request as the engine takes it."""
     return Request(
@@ -260,8 +268,8 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
         strip_leading_space=ask.chat and options.answers_start_text,
         stream=False,
         reuse_prefix=options.reuse_prefix,
-        reasoning_tokens=options.reasoning_tokens.ids
-        if options.reasoning_tokens and ask.chat
+        reasoning_tokens=options.reasoning_markers.ids
+        if options.reasoning_markers and ask.chat
         else (),
     )
 
@@ -317,7 +325,7 @@ def answers(
     defaults: Defaults,
     *,
     reuse_prefix: bool = True,
-    reasoning_tokens: ReasoningTokens | None = None,
+    reasoning_markers: ReasoningMarkers | None = None,
 ) -> Iterator[BatchResult]:
     """Results as they finish. A request is a prompt, a list of messages, or a line's object.
 
@@ -325,9 +333,9 @@ def answers(
     may die; `engine_of` is called again when one has. Raises EngineError where none lives.
     """
     refused: list[BatchResult] = []
-    options = RunOptions("", encoder.format.answers_start_text, reuse_prefix, reasoning_tokens)
+    options = RunOptions("", encoder.format.answers_start_text, reuse_prefix, reasoning_markers)
 
-    def asked() -> Iterator[tuple[tuple[int, str | None], Request]]:
+    def asked() -> Iterator[tuple[tuple[int, str | None], Request, ReasoningMarkers | None]]:
         for index, value in enumerate(requests):
             try:
                 request = request_of(as_line(value), defaults)
@@ -335,9 +343,9 @@ def answers(
             except ItemError as error:
                 refused.append(BatchResult(index, error.custom_id, error=error.message))
             else:
-                yield (index, request.custom_id), engine_request(ask, options)
+                yield asked_of((index, request.custom_id), ask, options)
 
-    for outcomes in Dispatcher(asked(), engine_of, reasoning_tokens=reasoning_tokens).outcomes():
+    for outcomes in Dispatcher(asked(), engine_of).outcomes():
         yield from [refused.pop(0) for _ in range(len(refused))]
         yield from map(result_of, outcomes)
     yield from refused

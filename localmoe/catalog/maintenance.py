@@ -95,18 +95,18 @@ def told_apart(files: Sequence[VerifiableFile]) -> list[VerifiableFile]:
 
 
 def check(
-    finder: ModelResolver, file: VerifiableFile, watch: LoadCallbacks, mend: bool = False
+    finder: ModelResolver, file: VerifiableFile, callbacks: LoadCallbacks, mend: bool = False
 ) -> Verdict:
     """A file read again; with `mend`, what is damaged or lost of the cache is fetched again.
 
     Where that can't be done, the verdict says why.
     """
     expected = {file.path: file.expected} if file.expected else None
-    (verdict,) = finder.store.verify([file.path], expected, watch.verifying)
+    (verdict,) = finder.store.verify([file.path], expected, callbacks.verifying)
     if not (mend and file.repo and is_wrong(verdict)):
         return verdict
     try:
-        return mended(finder, file, verdict, watch)
+        return mended(finder, file, verdict, callbacks)
     except LocalMoeError as error:
         reason = error.message
     except OSError as error:
@@ -120,7 +120,7 @@ def is_wrong(verdict: Verdict) -> bool:
 
 
 def mended(
-    finder: ModelResolver, file: VerifiableFile, verdict: Verdict, watch: LoadCallbacks
+    finder: ModelResolver, file: VerifiableFile, verdict: Verdict, callbacks: LoadCallbacks
 ) -> Verdict:
     """What is wrong of a file of the cache, fetched again. Raises LocalMoeError, OSError."""
     hub, path = finder.hub, file.path
@@ -128,13 +128,13 @@ def mended(
     if file.expected and file.expected.sha256 != remote.sha256:
         raise DownloadError("The Hub has another file under this name.")
     if verdict.outcome == "missing":
-        download(hub, [remote], watch.downloading, watch.note)
+        download(hub, [remote], callbacks.downloading, callbacks.note)
     elif expected_sha256(path) == remote.sha256:  # else what was read is not what is replaced
-        repair(hub, remote, watch.downloading, watch.note, verdict=verdict)
+        repair(hub, remote, callbacks.downloading, callbacks.note, verdict=verdict)
     else:
-        repair(hub, remote, watch.downloading, watch.note)
+        repair(hub, remote, callbacks.downloading, callbacks.note)
         link_anew(hub, remote, path)
-    return finder.store.verify([path], {path: wanted(remote)}, watch.verifying)[0]
+    return finder.store.verify([path], {path: wanted(remote)}, callbacks.verifying)[0]
 
 
 def link_anew(hub: Hub, file: RemoteFile, path: Path) -> None:

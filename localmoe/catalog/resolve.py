@@ -75,7 +75,7 @@ class ResolvedModel:
     """The model that a name means. Where it isn't here, `path` is a stand-in with its header alone.
 
     `quant` is None for a file of a person's own, `why` says how it was chosen ("" where it was
-    named), `typed` what to type for exactly this model.
+    named), `typed_name` what to type for exactly this model.
     """
 
     name: ModelName
@@ -84,7 +84,7 @@ class ResolvedModel:
     quant: Quant | None = None
     is_here: bool = True
     why: str = ""
-    typed: str = ""
+    typed_name: str = ""
 
     @property
     def files(self) -> tuple[RemoteFile, ...]:
@@ -109,16 +109,16 @@ class ResolvedModel:
     @property
     def called(self) -> str:
         """What to call it in a sentence."""
-        return self.typed or self.name.text
+        return self.typed_name or self.name.text
 
 
 class ModelResolver:
     """Finds models by name, and fetches them. Close it, or use it as a context manager."""
 
     def __init__(
-        self, settings: Settings, watch: LoadCallbacks | None = None, workload: Workload = "run"
+        self, settings: Settings, callbacks: LoadCallbacks | None = None, workload: Workload = "run"
     ) -> None:
-        self.watch = watch or LoadCallbacks()
+        self.callbacks = callbacks or LoadCallbacks()
         self.hub = Hub(hub_access(settings.offline))
         self.store = InstalledModels(self.hub.access)
         self.settings = settings
@@ -130,7 +130,7 @@ class ModelResolver:
     def planner(self) -> Planner:
         """Plans for this machine; its engine is started when it is first asked for."""
         if self._planner is None:
-            self._measuring = MeasuringEngine(self.watch.warning, self.watch.log)
+            self._measuring = MeasuringEngine(self.callbacks.warning, self.callbacks.log)
             self._planner = Planner(self.settings, self._workload, self._measuring)
         return self._planner
 
@@ -170,7 +170,7 @@ class ModelResolver:
         self._confirm(found.files)
         self._say_how_much(found)
         try:
-            paths = download(self.hub, found.files, self.watch.downloading, self.watch.note)
+            paths = download(self.hub, found.files, self.callbacks.downloading, self.callbacks.note)
         except KeyboardInterrupt:
             self._note(f"Stopped; what came is kept. Go on with: localmoe pull {found.called}")
             raise
@@ -189,8 +189,8 @@ class ModelResolver:
         if {file.sha256 for file in now} - {file.sha256 for file in quant.files}:
             newer = Quant(quant.label, now, quant.stem)
             name = ModelName(newer.repo, repo=newer.repo, revision=now[0].commit)
-            typed = exact_name(name, newer, [newer])
-            self._note(f"A newer commit is on the Hub: localmoe pull {typed}")
+            typed_name = exact_name(name, newer, [newer])
+            self._note(f"A newer commit is on the Hub: localmoe pull {typed_name}")
 
     def release_engine(self) -> MeasuringEngine | None:
         """Hands over the engine that measured, if any did; whoever takes it closes it."""
@@ -298,11 +298,11 @@ class ModelResolver:
     ) -> ResolvedModel:
         """Reads the header of the chosen quant, from the cache or from the Hub."""
         quant, is_here = choice.quant, bool(installed)
-        typed = exact_name(name, quant, quants)
-        meta = self._meta(quant, installed, typed)
-        return ResolvedModel(name, meta.paths[0], meta, quant, is_here, choice.why, typed)
+        typed_name = exact_name(name, quant, quants)
+        meta = self._meta(quant, installed, typed_name)
+        return ResolvedModel(name, meta.paths[0], meta, quant, is_here, choice.why, typed_name)
 
-    def _meta(self, quant: Quant, installed: InstalledQuants, typed: str) -> ModelMeta:
+    def _meta(self, quant: Quant, installed: InstalledQuants, typed_name: str) -> ModelMeta:
         """Returns what a header says. Raises ModelFileError, with what mends it in the cache."""
         if not installed:
             with self._asking(quant.repo):
@@ -313,32 +313,32 @@ class ModelResolver:
         except ModelFileError as error:
             if model.verified:  # it is as its maker made it
                 raise
-            hint = f"Mend it with: localmoe verify {typed} --repair"
+            hint = f"Mend it with: localmoe verify {typed_name} --repair"
             raise ModelFileError(error.message, hint) from None
 
     # ---- what is said ----
 
     def _note(self, sentence: str) -> None:
-        if self.watch.note:
-            self.watch.note(sentence)
+        if self.callbacks.note:
+            self.callbacks.note(sentence)
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        if self.watch.asking and not self.hub.access.offline:
-            self.watch.asking(what)
+        if self.callbacks.asking and not self.hub.access.offline:
+            self.callbacks.asking(what)
         try:
             yield
         finally:
-            if self.watch.asking:
-                self.watch.asking("")
+            if self.callbacks.asking:
+                self.callbacks.asking("")
 
     def _say(self, found: ResolvedModel) -> None:
         """Why this quant, and what is known to be bad about it."""
         if found.why:
             self._note(found.why)
         warning = poor_quality(found.label, found.meta.n_experts)
-        if warning and self.watch.warning:
-            self.watch.warning(warning)
+        if warning and self.callbacks.warning:
+            self.callbacks.warning(warning)
 
     def _say_how_much(self, found: ResolvedModel) -> None:
         """What is still to be fetched. Raises DownloadError where the disk has no room for it."""
@@ -370,7 +370,7 @@ class ModelResolver:
         wanted = {path: sha256_of(path, found.label, found.spec) for path in found.meta.paths}
         unknown = [p for p, sha256 in wanted.items() if not self.store.is_verified(p, sha256)]
         expected = {path: ExpectedHash(sha256) for path, sha256 in wanted.items() if sha256}
-        for verdict in self.store.verify(unknown, expected, self.watch.verifying):
+        for verdict in self.store.verify(unknown, expected, self.callbacks.verifying):
             if verdict.outcome == "unknown hash" and verdict.sha256:
                 self.store.stamp(verdict.path, verdict.sha256)  # so it is read only once
             elif not verdict.is_ok:

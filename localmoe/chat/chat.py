@@ -16,7 +16,7 @@ from ..engine.protocol import Delta, Request, Sampling
 from ..engine.retry import CHAT_ENCODE_TRIES, retry_on_crash, stream_with_retry
 from ..errors import EngineError, LocalMoeError, PromptError, RequestError
 from ..prompt.messages import Message, Prompt, PromptFormat
-from ..prompt.reasoning import Answer, ReasoningTokens, begins_inside, split_reasoning
+from ..prompt.reasoning import Answer, ReasoningMarkers, nothing_came, split_reasoning
 from ..structured.check import with_held_schema
 from .context_window import (
     LEAST_ANSWER,
@@ -48,7 +48,7 @@ class ChatModel:
     """A model that can be talked to: an engine that has it loaded, its format, its room.
 
     `n_ctx` is in tokens, for a conversation and the answer to it. `on_answered` is told the last
-    delta of every answer. `reasoning_tokens` part thinking from answer, where the model has such
+    delta of every answer. `reasoning_markers` part thinking from answer, where the model has such
     tokens.
     """
 
@@ -56,7 +56,7 @@ class ChatModel:
     format: PromptFormat
     n_ctx: int
     on_answered: Callable[[Delta], None] | None = None
-    reasoning_tokens: ReasoningTokens | None = None
+    reasoning_markers: ReasoningMarkers | None = None
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of a conversation. Raises PromptError where it leaves no room to answer."""
@@ -72,18 +72,17 @@ class ChatModel:
 
     def answer(self, prompt: Prompt, options: AnswerOptions) -> Generator[Delta, None, None]:
         """Generate after a prompt; the last delta has the finish reason."""
-        reasoning_tokens = self.reasoning_tokens
+        reasoning_markers = self.reasoning_markers
         request = Request(
             tokens=prompt.tokens,
             sampling=with_held_schema(options.sampling),
             max_tokens=options.max_tokens,
             stop=options.stop,
             strip_leading_space=self.format.answers_start_text,
-            reasoning_tokens=reasoning_tokens.ids if reasoning_tokens else (),
+            reasoning_tokens=reasoning_markers.ids if reasoning_markers else (),
         )
-        is_open = begins_inside(reasoning_tokens, prompt.tokens, options.sampling)
         with closing(self.engine.generate(request)) as deltas:
-            for delta in split_reasoning(deltas, reasoning_tokens, is_open=is_open):
+            for delta in split_reasoning(deltas, reasoning_markers, request):
                 if delta.finish_reason and self.on_answered:
                     self.on_answered(delta)
                 yield delta
@@ -199,7 +198,7 @@ class Chat:
             if answer.text:
                 self.messages = [*answered(self.messages), question, answer.message()]
         if not answer.text:
-            self._note(nothing_came(answer))
+            self._note(nothing_came(answer, "; the question is taken back"))
 
     def _instead(
         self,
@@ -346,13 +345,3 @@ def are(leaving: DroppedTurns) -> str:
 def them(leaving: DroppedTurns) -> str:
     """The pronoun for some turns."""
     return "it" if leaving.n_turns == 1 else "them"
-
-
-def nothing_came(answer: Answer) -> str:
-    """Why a question is taken back although it was answered to the end."""
-    if not answer.thinking:
-        return "The model answered nothing; the question is taken back."
-    return (
-        "The answer ended while the model was still thinking; the question is taken back. "
-        "Allow it more tokens (-n), or ask it not to think (--think off)."
-    )

@@ -171,8 +171,8 @@ def batch(
     if not quiet:
         warn_of_unheld(settings)
     parallelism = Parallelism(n_wanted(parallel), reuse_prefix=not no_share)
-    with load_callbacks(model, quiet, verbose) as watch:
-        job = BatchJob(model, files, settings, parallelism, watch)
+    with load_callbacks(model, quiet, verbose) as callbacks:
+        job = BatchJob(model, files, settings, parallelism, callbacks)
         return run_shown(job, as_json=as_json, quiet=quiet)
 
 

@@ -165,8 +165,8 @@ def conversation_with(
             ) from None
         found = search.fetch(found)
         measuring = search.release_engine()
-    with load_callbacks(name, quiet, verbose) as watch:
-        conversation = Conversation(found, settings, watch, measuring)
+    with load_callbacks(name, quiet, verbose) as callbacks:
+        conversation = Conversation(found, settings, callbacks, measuring)
         try:
             yield conversation
         finally:

@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..catalog.resolve import check_runs, why_not
-from ..loading import format_of, open_vocabulary, title
+from ..loading import format_of, open_vocabulary, think_of, title
 from ..terminal import console
 from ..terminal.plan_view import plan_lines
 from ..terminal.progress import model_resolver
-from .options import json_option, load_options, messages_option, offline_option, settings_of
+from .options import (
+    form_options,
+    json_option,
+    load_options,
+    messages_option,
+    offline_option,
+    settings_of,
+    system_option,
+    think_option,
+)
 from .prompt_input import conversation_of
 
 if TYPE_CHECKING:
@@ -124,24 +133,25 @@ def shown_value_of(value: float | int | str) -> str:
 @click.argument("model")
 @click.argument("text", required=False)
 @messages_option
-@click.option("-s", "--system", metavar="TEXT", help="A system message.")
+@system_option
+@form_options
+@think_option
 @offline_option
 @json_option
 def prompt(
-    model: str,
-    text: str | None,
-    messages: str | None,
-    system: str | None,
-    offline: bool | None,
-    as_json: bool,
+    model: str, text: str | None, messages: str | None, as_json: bool, **options: Any
 ) -> None:
-    """The exact text and token ids that a conversation becomes. Loads the vocabulary alone."""
-    conversation = conversation_of(text, messages, system)
-    with model_resolver(settings_of({"offline": offline}, model)) as search:
+    """The exact text and token ids that a conversation becomes. Loads the vocabulary alone.
+
+    Options that change a prompt change it here: a schema or a grammar turns thinking off.
+    """
+    settings = settings_of(options, model)
+    conversation = conversation_of(text, messages, settings.system)
+    with model_resolver(settings) as search:
         found = search.find(model, must_fit=False)
     meta = found.meta
     check_runs(meta, found.is_here)
-    format = format_of(meta)
+    format = format_of(meta, think_of(settings))
     with open_vocabulary(meta.paths[0]) as engine:
         encoded = format.encode(conversation, engine)
     if as_json:

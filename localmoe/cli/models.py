@@ -236,8 +236,8 @@ def checked(
 ) -> Iterator[tuple[VerifiableFile, Verdict]]:
     """One after the other, each with its name in the line that says how far it is."""
     for file in files:
-        with load_callbacks(printable(file.path.name), quiet) as watch:
-            verdict = maintenance.check(search, file, watch, repair)
+        with load_callbacks(printable(file.path.name), quiet) as callbacks:
+            verdict = maintenance.check(search, file, callbacks, repair)
         yield file, verdict
 
 

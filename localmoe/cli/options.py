@@ -59,6 +59,11 @@ load_options = group_of(
     offline_option,
 )
 
+system_option = click.option("-s", "--system", metavar="TEXT", help="A system message.")
+form_options = group_of(
+    click.option("--json-schema", metavar="JSON|FILE", help="Answer in JSON of this schema."),
+    click.option("--grammar", metavar="FILE", help="Answer as this GBNF grammar allows."),
+)
 sampling_options = group_of(
     click.option("-n", "--max-tokens", type=int, metavar="N", help="End an answer after N tokens."),
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
@@ -70,15 +75,15 @@ sampling_options = group_of(
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated."
     ),
-    click.option("-s", "--system", metavar="TEXT", help="A system message."),
-    click.option("--json-schema", metavar="JSON|FILE", help="Answer in JSON of this schema."),
-    click.option("--grammar", metavar="FILE", help="Answer as this GBNF grammar allows."),
+    system_option,
+    form_options,
 )
 
 think_option = click.option(
     "--think",
-    type=click.Choice(["on", "off", "hide"]),
-    help="Whether a reasoning model thinks before it answers: shown, not at all, or unseen.",
+    type=click.Choice(["on", "off", "hide", "low", "medium", "high"]),
+    help="Whether a reasoning model thinks before it answers: shown, not at all, or unseen; or how "
+    "hard. Unsaid, it does as it is used to.",
 )
 chat_options = group_of(
     click.option(

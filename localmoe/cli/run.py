@@ -12,7 +12,7 @@ import click
 from ..catalog.catalog import read_catalog
 from ..catalog.model_name import parse_name
 from ..config.environment import config_folder
-from ..prompt.reasoning import Answer
+from ..prompt.reasoning import Answer, nothing_came
 from ..structured.check import check_answer, is_structured
 from ..terminal import console
 from ..terminal.progress import load_with_progress
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..chat.chat import AnswerOptions
     from ..loading import OpenModel
     from ..prompt.messages import Message
-    from ..prompt.reasoning import Answer
+    from ..prompt.reasoning import Answer, nothing_came
 
 CHARACTERS_PER_TOKEN = 4  # of English; what a plan is made for need not be exact
 
@@ -130,6 +130,7 @@ def finish_run(answer: Answer, load_s: float, as_json: bool, quiet: bool) -> Non
         console.document(
             {
                 "text": answer.text,
+                **({"thinking": answer.thinking} if answer.thinking else {}),
                 "finish_reason": last.finish_reason,
                 "usage": asdict(last.usage),
                 "timings": {"load_s": load_s, **asdict(last.timings)},
@@ -137,3 +138,5 @@ def finish_run(answer: Answer, load_s: float, as_json: bool, quiet: bool) -> Non
         )
     elif sys.stderr.isatty() and not quiet:
         console.stats(last)
+    if not answer.text.strip() and not quiet:
+        console.warning(nothing_came(answer))

@@ -81,13 +81,17 @@ Lines = Annotated[tuple[Text, ...], _if_text(lambda text: (text,))]
 Layers = Literal["auto", "all"] | Count
 
 
+Think = Literal["on", "off", "hide", "low", "medium", "high"]
+
+
 class Settings(BaseModel):
     """What a person can set; None leaves the choice to the model or to the plan.
 
     Sizes are bytes. `parallel` is how many requests a loaded model answers at once (`batch` finds
     that by itself). `n_gpu_layers` counts the output matrix as one layer more, as llama.cpp does.
-    `think` says whether a reasoning model thinks and whether that is shown, `on_full` what a chat
-    does when its context is full, `save` whether it is kept, `plain` that Markdown stays text.
+    `think` says whether or how hard a reasoning model thinks and whether that is shown (None leaves
+    it to its template), `on_full` what a chat does when its context is full, `save` whether it is
+    kept, `plain` that Markdown stays text.
     `tune` lets a model be timed for some seconds the first time that it runs on this CPU.
     """
 
@@ -115,7 +119,7 @@ class Settings(BaseModel):
     json_schema: Text | None = None
     grammar: Text | None = None
     offline: bool = False
-    think: Annotated[Literal["on", "off", "hide"], _if_flag()] = "on"
+    think: Annotated[Think, _if_flag()] | None = None
     on_full: Literal["stop", "drop", "summarize"] = "drop"
     save: bool = True
     plain: bool = False

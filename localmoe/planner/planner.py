@@ -75,8 +75,8 @@ class Planner:
     """Plans of models for a workload, on this machine or one with the memory that was asked for.
 
     Measures in the engine that it is given, which its caller closes, or in one of its own: close
-    the planner then, or use it as a context manager. `crowd` is what a batch will ask, `n_prompt`
-    how many tokens a single prompt has.
+    the planner then, or use it as a context manager. `batch_shape` is what a batch will ask,
+    `n_prompt` how many tokens a single prompt has.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Planner:
         settings: Settings,
         workload: Workload = "run",
         measuring: MeasuringEngine | None = None,
-        crowd: BatchShape | None = None,
+        batch_shape: BatchShape | None = None,
         n_prompt: int | None = None,
     ) -> None:
         self._request = plan_request(settings)
         self._may_tune = settings.tune
-        self._crowd = crowd
+        self._batch_shape = batch_shape
         self._job = job_of(workload, n_prompt, settings.max_tokens)
         self._open = FreeParameters(
             n_ubatch=settings.ubatch_size is None,
@@ -229,11 +229,13 @@ class Planner:
         planned: Callable[[PlanRequest], Plan],
     ) -> Plan:
         has_gpu = self._may_use_gpus(machine)
-        request = tuned(self._request, speeds.tuning, self._open.n_ubatch and self._crowd is None)
+        request = tuned(
+            self._request, speeds.tuning, self._open.n_ubatch and self._batch_shape is None
+        )
         request = replace(request, batch_invariant=request.n_seq > 1 and not has_gpu)
         refusals: list[DoesNotFit] = []
         for wish, why in fallbacks(request, self._open):
-            wanted = self._crowd.requests(wish, has_gpu) if self._crowd else [wish]
+            wanted = self._batch_shape.requests(wish, has_gpu) if self._batch_shape else [wish]
             requests: Iterable[PlanRequest] = (
                 r for w in wanted for r in requests_of(w, has_gpu, self._open, self._job.name)
             )

@@ -33,10 +33,13 @@ ENDS = frozenset([
     "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|endoftext|>", "<|end_of_text|>",
     "<|tool_response>", "<｜end▁of▁sentence｜>",
 ])  # fmt: skip
-# what templates call it: Qwen3, GLM and others; DeepSeek V3.1 and Granite; gpt-oss can only do less
+# what templates call it: Qwen3, GLM, Gemma 4 and others; DeepSeek V3.1, Kimi and Granite; Seed-OSS;
+# gpt-oss can only do less
 NO_THINKING: Mapping[str, object] = {
-    "enable_thinking": False, "thinking": False, "reasoning_effort": "low",
+    "enable_thinking": False, "thinking": False, "thinking_budget": 0, "reasoning_effort": "low",
 }  # fmt: skip
+THINKING: Mapping[str, object] = {"enable_thinking": True, "thinking": True}
+EFFORTS = ("low", "medium", "high")
 MARKER = re.compile(r"[<\[].+[>\]]")
 INSTRUCT_NAME = re.compile(r"(mixtral|mistral).*instruct", re.IGNORECASE)
 
@@ -70,6 +73,18 @@ class TemplateFacts:
         if self.tokenizer_model != "llama":
             return False
         return self.add_space_prefix is not False
+
+
+def thinking_variables(think: str | None) -> Mapping[str, object]:
+    """Returns what a template is told of thinking: nothing, on, off, or how much of it.
+
+    "hide" is on: whether a person sees it is nothing to a template.
+    """
+    if think is None:
+        return {}
+    if think == "off":
+        return NO_THINKING
+    return {**THINKING, "reasoning_effort": think} if think in EFFORTS else THINKING
 
 
 def prompt_format(

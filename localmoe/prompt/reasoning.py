@@ -1,9 +1,10 @@
 """Thinking told from answer: the deltas of an engine -> deltas of kind "thinking" or "text".
 
-Reasoning models part the two with control tokens: <think> and its kin around the thinking, or the
-channels of OpenAI's harmony format. The split goes by ids. What a person or a model spells in
-ordinary tokens is text like any other. The engine lets held text out at each of these tokens, so
-that no delta has text of both sides.
+Reasoning models part the two with tokens: <think> and its kin around the thinking, or the channels
+of OpenAI's harmony format. The split goes by ids. What a person or a model spells in ordinary
+tokens is text like any other. The engine lets held text out at each of these tokens, so that no
+delta has text of both sides. Where a vocabulary has no such tokens, the split goes by text
+(reasoning_tags.py).
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ from typing import Literal
 
 from ..engine.interfaces import Tokenizer
 from ..engine.protocol import Delta, Request, Sampling, TextPiece
+from ..structured.check import is_structured
 from .messages import Message
+from .reasoning_tags import TagSplitter, TextTags, find_text_tags
 
 Kind = Literal["text", "thinking"]
 
-# openers and closers of thinking: Qwen3, DeepSeek, GLM and most others; Magistral; Seed-OSS
+# openers and closers of thinking, and the word behind an opener that is no part of it: Qwen3,
+# DeepSeek, GLM and most others; Magistral; Seed-OSS; Gemma 4; Command A; Sky-T1; EXAONE
 BRACKETS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
+    ("<think>", "</think>", ""),
+    ("[THINK]", "[/THINK]", ""),
+    ("<seed:think>", "</seed:think>", ""),
+    ("<|channel>", "<channel|>", "thought"),
+    ("<|START_THINKING|>", "<|END_THINKING|>", ""),
+    ("<|begin_of_thought|>", "<|end_of_thought|>", ""),
+    ("<thinking>", "</thinking>", ""),
+    ("<thought>", "</thought>", ""),
+    ("<reasoning>", "</reasoning>", ""),
 )
 # <|start|>assistant<|channel|>analysis<|message|>...<|end|>, of gpt-oss
 # (https://cookbook.openai.com/articles/openai-harmony)
@@ -34,10 +44,11 @@ N_BEHIND_OPENER = 2
 
 @dataclass(frozen=True, slots=True)
 class ThinkMarkers:
-    """The tokens around thinking."""
+    """The tokens around thinking. `header` is the word behind the opener that is no part of it."""
 
     opens: int
     closes: int
+    header: str = ""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -68,49 +79,54 @@ class HarmonyMarkers:
         return (self.start, self.channel, self.message, self.end)
 
 
-ReasoningTokens = ThinkMarkers | HarmonyMarkers
+ReasoningMarkers = ThinkMarkers | HarmonyMarkers | TextTags
 
 
-def find_reasoning_tokens(special: frozenset[str], tokenizer: Tokenizer) -> ReasoningTokens | None:
-    """What a vocabulary parts thinking with; None where it has no such tokens.
+def find_reasoning_markers(
+    special: frozenset[str], tokenizer: Tokenizer, template: str = ""
+) -> ReasoningMarkers:
+    """Returns what parts thinking from answer: tokens where a vocabulary has them, else tags.
 
-    `special` are the texts of its control and user-defined tokens. Each must be one token.
+    `special` are the texts of its control and user-defined tokens. Where there are several kinds,
+    that which the `template` names comes first.
     """
-    for texts in (HARMONY, *BRACKETS):
+    kinds = [HARMONY, *sorted((pair[:2] for pair in BRACKETS), key=lambda p: p[0] not in template)]
+    headers = {opener: header for opener, _, header in BRACKETS}
+    for texts in kinds:
         if not special.issuperset(texts):
             continue
         encoded = tokenizer.tokenize([TextPiece(text, special=True) for text in texts])
         if all(len(ids) == 1 for ids in encoded):
             ids = [encoded_ids[0] for encoded_ids in encoded]
-            return HarmonyMarkers(*ids) if texts == HARMONY else ThinkMarkers(*ids)
-    return None
+            if texts == HARMONY:
+                return HarmonyMarkers(*ids)
+            return ThinkMarkers(ids[0], ids[1], headers[texts[0]])
+    return find_text_tags(template, tokenizer)
 
 
 def begins_inside(
-    markers: ReasoningTokens | None, prompt: Sequence[int], sampling: Sampling
+    markers: ReasoningMarkers | None, prompt: Sequence[int], sampling: Sampling
 ) -> bool:
     """Whether the prompt itself opened the thinking that the answer goes on with.
 
     A grammar's text begins at once, wherever the template has put it.
     """
     return (
-        isinstance(markers, ThinkMarkers)
-        and sampling.grammar is None
-        and sampling.json_schema is None
+        isinstance(markers, (ThinkMarkers, TextTags))
+        and not is_structured(sampling)
         and markers.is_open_after(prompt)
     )
 
 
 def join_reasoning(
-    deltas: Iterable[Delta], markers: ReasoningTokens | None, request: Request
+    deltas: Iterable[Delta], markers: ReasoningMarkers | None, request: Request
 ) -> Answer:
     """An answer from all deltas of a request that wasn't streamed.
 
     A delta has all text between two markers, so line ends behind these are taken off here.
     """
-    is_open = begins_inside(markers, request.tokens, request.sampling)
     answer = Answer()
-    for delta in split_reasoning(iter(deltas), markers, is_open=is_open):
+    for delta in split_reasoning(iter(deltas), markers, request):
         answer.add(delta)
     if answer.thinking:
         answer.thinking, answer.text = answer.thinking.lstrip("\n"), answer.text.lstrip("\n")
@@ -155,19 +171,33 @@ class Answer:
         return Message("assistant", self.text, None if cut else self.text_tokens, self.thinking)
 
 
+def nothing_came(answer: Answer, so: str = "") -> str:
+    """Why an answer has no text although it came to its end; `so` says what follows from that."""
+    if not answer.thinking:
+        return f"The model answered nothing{so}."
+    return (
+        f"The answer ended while the model was still thinking{so}. "
+        "Allow it more tokens (-n), or ask it not to think (--think off)."
+    )
+
+
 def split_reasoning(
-    deltas: Iterator[Delta], markers: ReasoningTokens | None, *, is_open: bool = False
+    deltas: Iterator[Delta], markers: ReasoningMarkers | None, request: Request
 ) -> Generator[Delta, None, None]:
-    """The deltas of an answer, each of one kind. `is_open`: it begins inside the thinking.
+    """Yields the deltas of the answer to a request, each of one kind.
 
     Tokens of markers and headers count as thinking, so that those of the text spell it exactly.
     """
-    if markers is None:
+    if markers is None or (isinstance(markers, TextTags) and is_structured(request.sampling)):
         yield from deltas
         return
-    splitter: _Brackets | _Harmony = (
-        _Harmony(markers) if isinstance(markers, HarmonyMarkers) else _Brackets(markers, is_open)
-    )
+    splitter: _Brackets | _Harmony | TagSplitter
+    if isinstance(markers, HarmonyMarkers):
+        splitter = _Harmony(markers)
+    elif isinstance(markers, TextTags):
+        splitter = TagSplitter(markers.closer_after(request.tokens))
+    else:
+        splitter = _Brackets(markers, begins_inside(markers, request.tokens, request.sampling))
     for delta in deltas:
         yield from splitter.feed(delta)
 
@@ -182,6 +212,8 @@ class _Brackets:
     markers: ThinkMarkers
     is_open: bool
     is_first: bool = field(init=False)  # whether line ends are still to be left out
+    header: str = ""  # what the thinking may begin with that is no part of it
+    pending: str = ""  # what came of it so far
 
     def __post_init__(self) -> None:
         self.is_first = self.is_open
@@ -194,17 +226,28 @@ class _Brackets:
         if self.markers.opens not in delta.tokens and self.markers.closes not in delta.tokens:
             yield self._trimmed(replace(delta, kind=self.kind))
             return
+        delta = replace(delta, text=self._without_header(delta.text, is_last=True))
         yield from _before_marker(delta, self.kind)
         self.is_open = delta.tokens[-1] == self.markers.opens
         self.is_first = True
+        self.header = self.markers.header if self.is_open else ""
 
     def _trimmed(self, delta: Delta) -> Delta:
         if not self.is_first or not delta.tokens:
             return delta
+        delta = replace(delta, text=self._without_header(delta.text))
         if delta.has_pending_text or delta.text.strip("\n"):
             self.is_first = False
             return replace(delta, text=delta.text.lstrip("\n")) if self.is_open else delta
         return replace(delta, text="", kind="thinking")
+
+    def _without_header(self, text: str, *, is_last: bool = False) -> str:
+        text, self.pending = self.pending + text, ""
+        if not is_last and text != self.header and self.header.startswith(text):
+            self.pending = text
+            return ""
+        text, self.header = text.removeprefix(self.header), ""
+        return text
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from ..config.sources import file_key, setting_name
 from ..engine.protocol import TextPiece
 from ..errors import LocalMoeError, UsageError
 from ..files import read_text
+from ..prompt.formats import EFFORTS
 from ..terminal import console
 from ..terminal.plan_view import plan_lines
 from ..terminal.progress import load_callbacks, model_resolver
@@ -292,10 +293,15 @@ CONVERSATION_COMMANDS = (
     SlashCommand("copy", "[N]", "copy the last answer, or its Nth code block", copy),
     SlashCommand(
         "think",
-        "[on|off|hide]",
+        "[on|off|hide|low|medium|high]",
         "show what the model thought; whether it thinks, and you see it",
         think,
-        lambda repl: [("on", "think, shown"), ("off", "don't"), ("hide", "think, unseen")],
+        lambda repl: [
+            ("on", "think, shown"),
+            ("off", "don't"),
+            ("hide", "think, unseen"),
+            *((effort, "how hard, where the model has levels") for effort in EFFORTS),
+        ],
     ),
 )
 
@@ -377,7 +383,7 @@ def show_settings(repl: Repl, argument: str) -> None:
         ("session", kept_as(repl)),
         ("sampling", ", ".join(f"{option_name(n)} {drawn_by(sampling, n)}" for n in drawn)),
         ("answers", f"max-tokens {shown_limit(settings.max_tokens)}, stop {stops(settings.stop)}"),
-        ("thinking", settings.think),
+        ("thinking", settings.think or "as the model is used to"),
         ("when full", settings.on_full),
         *waiting(repl),
         *last_prompt(repl),
@@ -473,11 +479,11 @@ def model(repl: Repl, argument: str) -> None:
     if argument:
         with model_resolver(conversation.settings, argument, workload="chat") as search:
             found = search.fetch(search.find(argument))
-        with load_callbacks(argument) as watch:
-            conversation.switch(found, watch)
+        with load_callbacks(argument) as callbacks:
+            conversation.switch(found, callbacks)
     elif conversation.pending:
-        with load_callbacks(conversation.model_name) as watch:
-            conversation.reload(watch)
+        with load_callbacks(conversation.model_name) as callbacks:
+            conversation.reload(callbacks)
     else:
         repl.tell(f"{conversation.title} ({conversation.model_name})")
         return

@@ -46,7 +46,7 @@ class Conversation:
         self,
         found: ResolvedModel,
         settings: Settings,
-        watch: LoadCallbacks,
+        callbacks: LoadCallbacks,
         measuring: MeasuringEngine | None = None,
     ) -> None:
         self.settings = self.began_with = self.loaded_by = settings
@@ -54,7 +54,7 @@ class Conversation:
         self.session: Session | None = None
         self.on_note: Callable[[str], None] = lambda text: None
         self.was_killed = False  # by the person: then it isn't started again at once
-        self.loading = BackgroundLoad(found, settings, watch, self._prepare, measuring)
+        self.loading = BackgroundLoad(found, settings, callbacks, self._prepare, measuring)
         self._found = found
         self._loaded: OpenModel | None = None
         self._revival: EngineReloader | None = None
@@ -127,15 +127,15 @@ class Conversation:
 
     def change(self, settings: Settings) -> None:
         """Go by other settings from now on; those of loading count at the next model."""
-        from ..loading import format_of  # start-up, 40 ms: not before the prompt
+        from ..loading import format_of, think_of  # start-up, 40 ms: not before the prompt
 
         before, self.settings = self.settings, settings
         if self._chat is None:
             return
         self._chat.options = self.loaded.options(settings)
         self._chat.on_full = settings.on_full
-        if (before.think == "off") != (settings.think == "off"):
-            format = format_of(self.loaded.meta, think=settings.think != "off")
+        if before.think != settings.think:
+            format = format_of(self.loaded.meta, think_of(settings))
             self.loaded.model = self._chat.model = replace(self._chat.model, format=format)
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class Conversation:
 
     # ---- models ----
 
-    def switch(self, found: ResolvedModel, watch: LoadCallbacks) -> None:
+    def switch(self, found: ResolvedModel, callbacks: LoadCallbacks) -> None:
         """Go on with another model. Only the text of what was said counts: ids are a model's own.
 
         Raises LocalMoeError where it can't be loaded; then the one before is loaded again.
@@ -173,18 +173,18 @@ class Conversation:
 
         self.loaded.close()
         try:
-            loaded = load_to_talk(found, self.settings, watch)
+            loaded = load_to_talk(found, self.settings, callbacks)
         except LocalMoeError:
             values = {name: getattr(self.loaded_by, name) for name in AT_LOADING}
             before = self.settings.model_copy(update=values)
-            self._go_on_with(load_to_talk(self._found, before, watch), before)
+            self._go_on_with(load_to_talk(self._found, before, callbacks), before)
             raise
         self._found = found
         self._go_on_with(loaded, self.settings)
 
-    def reload(self, watch: LoadCallbacks) -> None:
+    def reload(self, callbacks: LoadCallbacks) -> None:
         """Load the same model by the settings of now. Raises as `switch` does."""
-        self.switch(self._found, watch)
+        self.switch(self._found, callbacks)
 
     def _go_on_with(self, loaded: OpenModel, by: Settings) -> None:
         before = self.chat
@@ -198,7 +198,7 @@ class Conversation:
 
         settings = self.settings
         self._loaded, self.loaded_by = loaded, by
-        self._revival = EngineReloader(loaded, by, self.loading.watch)
+        self._revival = EngineReloader(loaded, by, self.loading.callbacks)
         self._chat = Chat(
             loaded.model,
             loaded.options(settings),
@@ -300,7 +300,7 @@ class BackgroundLoad:
         self,
         found: ResolvedModel,
         settings: Settings,
-        watch: LoadCallbacks,
+        callbacks: LoadCallbacks,
         then: Callable[[OpenModel], None],
         measuring: MeasuringEngine | None = None,
     ) -> None:
@@ -309,12 +309,12 @@ class BackgroundLoad:
         self._loaded: OpenModel | None = None
         self._error: BaseException | None = None
         self._on_error: Callable[[BaseException], None] | None = None
-        self._watch = watch
-        self.watch = self._quietly(watch)
+        self._callbacks = callbacks
+        self.callbacks = self._quietly(callbacks)
         self._job = (found, settings)
         self._measuring = measuring
         self._then = then
-        self._thread = threading.Thread(target=self._load, args=[self.watch], daemon=True)
+        self._thread = threading.Thread(target=self._load, args=[self.callbacks], daemon=True)
 
     def start(self, on_error: Callable[[BaseException], None]) -> None:
         """Load in a thread, unless that was done; `on_error` is told there that it failed."""
@@ -324,7 +324,7 @@ class BackgroundLoad:
 
     def run(self) -> None:
         """Load here and now, and say what there is to say."""
-        self._load(self._watch)
+        self._load(self._callbacks)
 
     @property
     def is_over(self) -> bool:
@@ -367,12 +367,12 @@ class BackgroundLoad:
         for say, text in said:
             say(text)
 
-    def _load(self, watch: LoadCallbacks) -> None:
+    def _load(self, callbacks: LoadCallbacks) -> None:
         try:
             from ..loading import load_to_talk  # start-up, 40 ms: not before the prompt
 
             measuring, self._measuring = self._measuring, None
-            loaded = load_to_talk(*self._job, watch, measuring)
+            loaded = load_to_talk(*self._job, callbacks, measuring)
             self._then(loaded)
             self._loaded = loaded
         except BaseException as error:
@@ -380,7 +380,7 @@ class BackgroundLoad:
             if self._on_error:
                 self._on_error(error)
 
-    def _quietly(self, watch: LoadCallbacks) -> LoadCallbacks:
+    def _quietly(self, callbacks: LoadCallbacks) -> LoadCallbacks:
         def keep(say: Callable[[str], None] | None) -> Callable[[str], None] | None:
             return (lambda text: self._said.append((say, text))) if say else None
 
@@ -388,5 +388,9 @@ class BackgroundLoad:
             self.fraction = fraction
 
         return replace(
-            watch, loading=at, log=None, note=keep(watch.note), warning=keep(watch.warning)
+            callbacks,
+            loading=at,
+            log=None,
+            note=keep(callbacks.note),
+            warning=keep(callbacks.warning),
         )

@@ -63,8 +63,8 @@ def model_resolver(
 ) -> Iterator[ModelResolver]:
     """Finds models, and says on stderr what it has to say."""
     with (
-        load_callbacks(name, quiet, verbose) as watch,
-        ModelResolver(settings, watch, workload) as search,
+        load_callbacks(name, quiet, verbose) as callbacks,
+        ModelResolver(settings, callbacks, workload) as search,
     ):
         yield search
 
@@ -80,8 +80,8 @@ def load_with_progress(
     """Load a model with its progress shown, for a prompt of about `n_prompt` tokens."""
     from ..loading import open_engine  # start-up, 40 ms; a chat loads it beside its prompt
 
-    with load_callbacks(model, quiet, verbose) as watch:
-        return open_engine(model, settings, watch, workload, n_prompt)
+    with load_callbacks(model, quiet, verbose) as callbacks:
+        return open_engine(model, settings, callbacks, workload, n_prompt)
 
 
 def share(done: int, whole: int) -> str:

@@ -287,12 +287,12 @@ def as_batch(job: Figures, out: Path) -> Figures:
         recover(output, backlog)
         fill(backlog, job["prompts"], job["n_generated"])
         is_one = job["kind"] == "one"  # then as `localmoe run` would load, which is fastest
-        crowd = None if is_one else batch_shape_of(backlog, 1 << 15, None, reuse_prefix=True)
+        batch_shape = None if is_one else batch_shape_of(backlog, 1 << 15, None, reuse_prefix=True)
         started = time.monotonic()
         loaded = load_found(
             ResolvedModel(ModelName(str(path), path=path), path, meta), settings_of(job),
             LoadCallbacks(),
-            "run" if is_one else "batch", crowd, len(job["prompts"][0]) if is_one else None,
+            "run" if is_one else "batch", batch_shape, len(job["prompts"][0]) if is_one else None,
         )  # fmt: skip
         ready = time.monotonic()
         try:
