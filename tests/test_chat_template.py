@@ -5,6 +5,7 @@ Real tokenizers (llama.cpp with small vocabularies) and a real child that render
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vocabulary_files import V1_FILE, write_byte_level, write_sentencepiece
 
 from localmoe.config.environment import engine_environment
@@ -223,6 +226,106 @@ def test_what_a_template_can_not_do_is_a_sentence(
     assert says in error.value.message
     assert error.value.message.startswith("The model's prompt template ")
     assert error.value.hint
+
+
+TYPED = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor -%}
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+PLAIN = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ALTERNATING = """\
+{% if messages[0].role == 'system' %}{{ messages[0].content }}#{% set messages = messages[1:] %}
+{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('no turn') }}{% endif %}[{{ m.role }}] {{ m.content }}{% endfor %}"""
+ONE_SYSTEM = """\
+{% if messages[0].role == 'system' %}{{ messages[0].content }}#{% endif %}
+{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}{% endfor %}"""
+
+
+def test_a_template_that_wants_parts_gets_parts(byte_level: Vocabulary) -> None:
+    asked = [SYSTEM, USER, Message("assistant", "or", (263,)), Message("user", "And?")]
+    parts, plain = (
+        replace(byte_level.format, template=template).encode(asked, byte_level.engine)
+        for template in (TYPED, PLAIN)
+    )
+    assert parts == plain
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (PLAIN, "<|im_start|>system\nNow rhyme.<|im_end|>\n<|im_start|>user\nc<|im_end|>"),
+        (ALTERNATING, "You are terse.#[user] Hi[assistant] b[user] Now rhyme.\n\nc"),
+        (ONE_SYSTEM, "You are terse.#[user] Hi[assistant] b[user] Now rhyme.\n\nc"),
+        (
+            ALTERNATING.replace("'system'", "'none'"),
+            "[user] You are terse.\n\nHi[assistant] b[user] Now rhyme.\n\nc",
+        ),
+    ],
+)
+def test_only_what_a_template_can_not_say_is_moved(
+    byte_level: Vocabulary, template: str, text: str
+) -> None:
+    asked = [
+        Message("system", "You are terse."), Message("user", "Hi"), Message("assistant", "b"),
+        Message("system", "Now rhyme."), Message("user", "c"),
+    ]  # fmt: skip
+    prompt = replace(byte_level.format, template=template).encode(asked, byte_level.engine)
+    assert text in prompt.text
+
+
+def test_what_the_system_says_last_comes_behind_the_user(byte_level: Vocabulary) -> None:
+    asked = [Message("user", "Hi"), Message("system", "Now rhyme.")]
+    format = replace(byte_level.format, template=ONE_SYSTEM)
+    assert format.encode(asked, byte_level.engine).text.endswith("[user] Hi\n\nNow rhyme.")
+
+
+# how templates lose what was said
+LOSSES = {
+    "all users": "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
+    "the last": "{% for m in messages[:-1] %}{{ m.content }};{% endfor %}",
+    "all but the last": "{{ messages[-1].content }}",
+    "answers": "{% for m in messages if m.role != 'assistant' %}{{ m.content }};{% endfor %}",
+    "their ends": "{% for m in messages %}{{ m.content[:3] }};{% endfor %}",
+    "an unknown key": "{% for m in messages %}{{ m.role }}{{ m.text }}{% endfor %}",
+}
+KEEPERS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}",
+    "{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    "{% for m in messages %}{{ m.content.split('</think>')[-1].lstrip('\n') }}\n{% endfor %}",
+    TYPED, PLAIN, ALTERNATING, ONE_SYSTEM,
+)  # fmt: skip
+said_words = st.text(st.sampled_from('abc "\n<é{'), min_size=1, max_size=8).filter(str.strip)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_prompt_that_lacks_what_was_said_is_none(byte_level: Vocabulary, loss: str) -> None:
+    asked = [Message("user", "hello world"), Message("assistant", "yes, hello"),
+             Message("user", "tell more")]  # fmt: skip
+    format = replace(byte_level.format, template=LOSSES[loss])
+    with pytest.raises(PromptError, match="leaves out what the (user|assistant) says"):
+        format.encode(asked, byte_level.engine)
+
+
+@given(st.sampled_from(KEEPERS), st.lists(said_words, min_size=1, max_size=5), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_every_prompt_has_all_that_was_said(
+    byte_level: Vocabulary, template: str, said: list[str], has_system: bool
+) -> None:
+    turns = said[: len(said) - 1 + len(said) % 2]
+    asked = [Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns)]
+    if has_system:
+        asked.insert(0, SYSTEM)
+    text = replace(byte_level.format, template=template).encode(asked, byte_level.engine).text
+    for message in asked:
+        words = message.content.strip()
+        assert words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
 
 # ---- control tokens ------------------------------------------------------------------------------

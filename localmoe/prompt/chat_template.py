@@ -16,9 +16,12 @@ Templates that cut the thinking out of past answers look for its marks: the plai
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
@@ -37,6 +40,10 @@ from .segments import encode_parts
 
 JOIN = "\n\n"
 THINKING = ("<think>", "</think>")
+CLOSERS = re.compile(r"</[^<>]{1,40}>|\[/[^\[\]]{1,40}\]|<[^<>]{1,40}\|>")
+"""What a template may cut a past answer's thinking off behind."""
+PARTS = re.compile(r"""\[\s*['"](?:type|text)['"]\s*\]|\.(?:type|text)\b""")
+"""How templates speak of the parts of a content."""
 OTHER_FILE = "Try another file of this model; templates differ from one to the next."
 
 
@@ -78,35 +85,48 @@ class TemplateFormat:
         return self.control_tokens | {self.bos_text, self.eos_text}
 
     def _layout(self, messages: list[Message]) -> RenderedPrompt:
-        """Render, with the system prompt folded into the first turn if the template wants none."""
-        folded = fold_system(messages)
-        try:
-            layout = self._render(messages)
-        except RenderError as error:
-            if folded == messages or error.kind == "limit":
-                raise template_error(error) from None
-        else:
-            systems = [m.content.strip() for m in messages if m.role == "system"]
-            if folded == messages or all(system in layout.text for system in systems):
-                return layout
-        try:
-            return self._render(folded)
-        except RenderError as error:
-            raise template_error(error) from None
+        """Renders the conversation in the first form in which the template leaves out no text.
 
-    def _render(self, messages: list[Message]) -> RenderedPrompt:
-        """Raises RenderError."""
+        Raises PromptError where there is none: a prompt without what somebody said is no prompt.
+        """
+        refused: RenderError | None = None
+        missing: Message | None = None
+        for form in conversation_forms(messages):
+            for as_parts in (False, True) if PARTS.search(self.template) else (False,):
+                try:
+                    layout = self._render(form, as_parts=as_parts)
+                except RenderError as error:
+                    if error.kind == "limit":
+                        raise template_error(error) from None
+                    refused = error
+                    continue
+                lost = first_missing(form, layout.text)
+                if lost is None:
+                    return layout
+                missing = missing or lost
+        if refused is not None:
+            raise template_error(refused) from None
+        assert missing is not None
+        raise PromptError(
+            f"The model's prompt template leaves out what the {missing.role} says: "
+            f"{ascii(missing.content[:40])}.",
+            OTHER_FILE,
+        )
+
+    def _render(self, messages: list[Message], *, as_parts: bool) -> RenderedPrompt:
+        """Raises RenderError. With `as_parts`, a content is a list of one part of type text."""
         contents = [message.content for message in messages]
         shadows = Provenance(contents, taken=self.template + self.bos_text + self.eos_text)
         marks = [shadows.mark() if is_marked(messages, n) else "" for n in range(len(messages))]
         plain = [self._plain(message, shadows) for message in messages]
         covered = [mark or shadows.cover(text) for mark, text in zip(marks, contents, strict=True)]
-        prompted = messages[-1].role == "user"
+        prompted = messages[-1].role != "assistant"
         n_asked = last_sampled(messages)
+        written = partial(rendering, as_parts=as_parts)
         texts = self._texts(
-            rendering(messages, plain, prompted=prompted),
-            rendering(messages, covered, prompted=prompted),
-            *(rendering(messages[:n_asked], plain, prompted=p) for p in (True, False) if n_asked),
+            written(messages, plain, prompted=prompted),
+            written(messages, covered, prompted=prompted),
+            *(written(messages[:n_asked], plain, prompted=p) for p in (True, False) if n_asked),
         )
         renders = Renders(*texts[:2], *map(shadows.uncover, texts[2:]))
         marked = {mark: message for mark, message in zip(marks, messages, strict=True) if mark}
@@ -177,15 +197,65 @@ class RenderedPrompt:
         yield TextPiece(self.text[done : within.end], special=True)
 
 
-def fold_system(messages: list[Message]) -> list[Message]:
-    """The system prompt before the first words of the user, a blank line between."""
-    system = [m.content for m in messages if m.role == "system"]
-    rest = [m for m in messages if m.role != "system"]
-    if not system:
-        return messages
-    first = next(n for n, message in enumerate(rest) if message.role == "user")
-    rest[first] = replace(rest[first], content=JOIN.join([*system, rest[first].content]))
-    return rest
+def conversation_forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yields a conversation as it is, and then with ever more of what the system says moved.
+
+    First what the system says later goes into the user's turn that follows, with all that it says
+    at the beginning in one message; then everything goes into turns of the user.
+    """
+    tried = [messages]
+    yield messages
+    for keeps_first in (True, False):
+        form = fold_system(messages, keeps_first=keeps_first)
+        if form not in tried:
+            tried.append(form)
+            yield form
+
+
+def fold_system(messages: list[Message], *, keeps_first: bool) -> list[Message]:
+    """Returns what the system says before the words of the user that follow, a blank line between.
+
+    With `keeps_first`, what it says before all others stays a message of its own. Behind the last
+    words of the user, it comes after these.
+    """
+    n_first = next(n for n, message in enumerate(messages) if message.role != "system")
+    found: list[Message] = []
+    waiting: list[str] = []
+    for n, message in enumerate(messages):
+        if message.role == "system":
+            waiting.append(message.content)
+            if keeps_first and n == n_first - 1:
+                found.append(Message("system", JOIN.join(waiting)))
+                waiting = []
+        elif message.role == "user":
+            found.append(replace(message, content=JOIN.join([*waiting, message.content])))
+            waiting = []
+        else:
+            found.append(message)
+    if waiting:
+        last = max(n for n, message in enumerate(found) if message.role == "user")
+        found[last] = replace(found[last], content=JOIN.join([found[last].content, *waiting]))
+    return found
+
+
+def first_missing(messages: Sequence[Message], text: str) -> Message | None:
+    """Returns the first message whose words a rendered text lacks.
+
+    A template may trim them, write them as JSON, and leave out what an answer thought before.
+    """
+    position = 0
+    for message in messages:
+        said = message.content.strip()
+        if message.role == "assistant":
+            said = CLOSERS.split(said)[-1].strip()
+        forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+        places = [(text.find(form, position), len(form)) for form in forms]
+        found = [place + length for place, length in places if place >= 0]
+        if found:
+            position = min(found)
+        elif not any(form in text for form in forms):
+            return message
+    return None
 
 
 def is_marked(messages: Sequence[Message], number: int) -> bool:
@@ -201,9 +271,14 @@ def last_sampled(messages: Sequence[Message]) -> int:
     return max((n for n, message in enumerate(messages) if message.tokens), default=0)
 
 
-def rendering(messages: Sequence[Message], contents: Sequence[str], *, prompted: bool) -> Rendering:
-    """Messages with other contents."""
-    pairs = [{"role": m.role, "content": text} for m, text in zip(messages, contents, strict=False)]
+def rendering(
+    messages: Sequence[Message], contents: Sequence[str], *, prompted: bool, as_parts: bool
+) -> Rendering:
+    """Returns messages with other contents, as texts or as lists of one part each."""
+    pairs = [
+        {"role": m.role, "content": [{"type": "text", "text": text}] if as_parts else text}
+        for m, text in zip(messages, contents, strict=False)
+    ]
     return Rendering(pairs, add_generation_prompt=prompted)
 
 

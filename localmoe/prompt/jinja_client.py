@@ -59,7 +59,7 @@ class Limits:
 class Rendering:
     """A conversation to render; with `add_generation_prompt`, up to where the answer begins."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, object]]
     add_generation_prompt: bool = True
 
 
