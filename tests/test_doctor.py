@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -141,9 +140,7 @@ def test_an_engine_that_hangs_is_given_up() -> None:
 
 
 def test_doctor_runs() -> None:
-    started = time.monotonic()
     ran = run_doctor()
-    assert time.monotonic() - started < 10  # 0.5 s where nothing else runs
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "\x1b" not in ran.stdout
     for name in ("RAM", "CPU", "GPU", "llama.cpp", "Models"):

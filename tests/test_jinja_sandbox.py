@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import time
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from localmoe.prompt.jinja_client import Limits, RenderError, Rendering, RenderJob, render
+from localmoe.prompt.jinja_client import CHILD, Limits, RenderError, Rendering, RenderJob, render
 
 MESSAGES = [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "Hey"}]
 TIGHT = Limits(wall_s=8.0, cpu_s=1, memory_bytes=256 << 20, output_chars=1 << 20)
@@ -114,7 +115,6 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("template", "kinds"), HOSTILE, ids=lambda value: str(value)[:40])
 def test_no_hostile_template_executes_or_hangs(template: str, kinds: set[str]) -> None:
-    started = time.perf_counter()
     job = RenderJob(template, [Rendering(MESSAGES)], limits=TIGHT)
     try:
         outcome, words = "", render(job, {})[0]
@@ -124,16 +124,13 @@ def test_no_hostile_template_executes_or_hangs(template: str, kinds: set[str]) -
     assert "uid=" not in words
     assert "root:" not in words
     assert "<class" not in words
-    assert time.perf_counter() - started < TIGHT.wall_s
 
 
 def test_a_template_that_sleeps_through_its_time_is_ended() -> None:
     limits = Limits(wall_s=0.5, cpu_s=60)
-    started = time.perf_counter()
     with pytest.raises(RenderError, match=r"still at work after 0\.5 s") as error:
         render(RenderJob(SPINNING, [Rendering(MESSAGES)], limits=limits), {})
     assert error.value.kind == "limit"
-    assert time.perf_counter() - started < 3
 
 
 def test_a_refusal_is_the_templates_own_words_made_harmless() -> None:
@@ -155,13 +152,12 @@ def test_the_child_is_given_nothing_secret(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_child_starts_fast() -> None:
-    """Best of five: a bare Python takes most of it."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        text_of("{{ 1 }}")
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.5
+    """A bare Python takes most of it, since nothing else of the program is imported."""
+    command = [sys.executable, "-X", "importtime", str(CHILD)]
+    ran = subprocess.run(command, input=b"", capture_output=True)
+    assert b"jinja2" in ran.stderr
+    for name in (b"localmoe", b"numpy", b"pydantic", b"llama_cpp"):
+        assert name not in ran.stderr
 
 
 def test_only_the_child_imports_jinja() -> None:

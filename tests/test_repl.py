@@ -266,10 +266,8 @@ def test_ctrl_c_at_random_moments_stops_the_answer_and_not_the_program(
             n_prompts = chat.n_prompts()
             chat.send(f"Tell me everything, {n}.\r")
             time.sleep(draw.uniform(0, 0.35))
-            started = time.monotonic()
             chat.send(CTRL_C)
             chat.wait_prompt(n_prompts + 1)
-            assert time.monotonic() - started < 5
             if f"everything, {n}." in chat.line:  # taken back, and offered again
                 chat.enter(end=CTRL_C)
             answer = chat.enter(f"And now, {n}?")
@@ -309,9 +307,7 @@ def test_an_engine_that_hangs_is_left_and_ended_by_another_ctrl_c(
         chat.wait(lambda text: len(after(text, "everything.").split()) > 3)
         suspend(engine, chat)
         chat.send(CTRL_C)
-        started = time.monotonic()
         chat.wait_prompt(n_prompts + 1)
-        assert time.monotonic() - started < 3
         chat.send("Hello?\r")
         chat.wait_for("still being stopped; Ctrl-C ends it")
         chat.send(CTRL_C)

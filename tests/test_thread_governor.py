@@ -107,10 +107,9 @@ def busy_programs(n: int) -> Iterator[None]:
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not tell")
 def test_the_kernel_tells_of_cores_that_others_have() -> None:
     with busy_programs(2 * (os.cpu_count() or 1)):
-        before, until = waited_s(), time.monotonic() + 1
-        while time.monotonic() < until:
-            pass
-        assert waited_s() - before > 0.1
+        before, until = waited_s(), time.monotonic() + 30
+        while waited_s() - before < 0.1:
+            assert time.monotonic() < until
 
 
 def test_a_system_that_does_not_tell_is_an_idle_one(tmp_path: Path) -> None:
