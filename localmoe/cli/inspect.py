@@ -241,6 +241,7 @@ def server_flags(place: Placement, found: ResolvedModel) -> Iterator[str]:
     yield from ("-fit", "off")
     yield from ("-ngl", str(place.n_gpu_layers), "-c", str(place.n_ctx_total))
     yield from ("-np", str(place.n_seq), "-ub", str(place.n_ubatch), "-b", str(place.n_batch))
+    yield "--kv-unified" if place.kv_unified else "--no-kv-unified"  # by itself it decides by -np
     yield from ("-t", str(place.n_threads), "-ctk", place.kv_type, "-ctv", place.kv_type)
     yield from ("-fa", place.flash_attention)
     if place.tensor_split:
