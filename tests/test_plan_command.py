@@ -59,6 +59,7 @@ def test_flags_for_llama_server_name_every_expert_in_ram(mixtral: str) -> None:
     assert flags.startswith("llama-server -m ")
     assert "-ngl 33 -c 8192" in flags
     assert "-ctk q8_0 -ctv q8_0" in flags
+    assert "--no-kv-unified" in flags
     assert flags.count("_(ch|)exps=CPU") == len(plan["cpu_expert_layers"])
 
 

@@ -13,6 +13,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import llama_cpp.llama_cpp as C
@@ -159,8 +160,9 @@ class Vocab:
         self.is_spm: bool = C.llama_vocab_type(handle) == C.LLAMA_VOCAB_TYPE_SPM
         self._pieces: dict[int, bytes] = {}
 
+    @cached_property
     def facts(self) -> VocabFacts:
-        """Returns the special tokens of the vocabulary."""
+        """The special tokens. Every token is asked once whether it ends a turn."""
         return VocabFacts(
             n_vocab=self.n_tokens,
             bos=C.llama_vocab_bos(self.handle),

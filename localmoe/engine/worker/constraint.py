@@ -161,7 +161,7 @@ def _tokenizer(vocab: llama.Vocab) -> LLTokenizer:
 def _ends(vocab: llama.Vocab) -> npt.NDArray[np.bool_]:
     """Which tokens end an answer."""
     found = np.zeros(vocab.n_tokens, bool)
-    found[list(vocab.facts().eog)] = True
+    found[list(vocab.facts.eog)] = True
     return found
 
 

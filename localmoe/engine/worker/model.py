@@ -138,7 +138,7 @@ class NativeModel:
 
     def facts(self) -> VocabFacts:
         """Returns the special tokens of the vocabulary."""
-        return self.vocab.facts()
+        return self.vocab.facts
 
     @property
     def lacks_copies(self) -> bool:

@@ -181,7 +181,7 @@ class Worker:
         self._reasons.clear()
         if load.vocab_only:
             vocab = self._vocab = llama.LlamaModel(load.path, vocab_only=True).vocab
-            return Loaded(load.id, vocab.facts(), 0, time.perf_counter() - started)
+            return Loaded(load.id, vocab.facts, 0, time.perf_counter() - started)
         report = self._progress_of(load.id)
         model = self._model = NativeModel(load.path, load.placement, load.pinned, report)
         self._vocab, self._scheduler = model.vocab, Scheduler(model)
