@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ def remove_temporaries(path: Path) -> None:
 
 MAX_LINE_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
+CONTROL_BYTES = re.compile(rb"[\x00-\x1f]")
+"""What JSON writes as escapes only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,20 @@ def read_lines(stream: BinaryIO, max_bytes: int = MAX_LINE_BYTES) -> Iterator[In
             line = _pass_by(stream, raw, number, offset)
             yield line
             offset += line.n_bytes
+
+
+def is_torn_record(line: InputLine, opening: bytes) -> bool:
+    """Whether a crash left this of a record that was being added to a file of records.
+
+    Such a line is the last and has no line end. It begins with the `opening` of every record, or
+    with zeros, which a file system puts where the data never came. A record has its opening once
+    and no control characters; a line with more was joined by another program.
+    """
+    if line.whole or line.raw is None:
+        return False
+    text = line.raw.rstrip(b"\0")
+    is_one = text.find(opening, 1) < 0 and not CONTROL_BYTES.search(text)
+    return is_one and text[: len(opening)] == opening[: len(text)]
 
 
 def _pass_by(stream: BinaryIO, begun: bytes, number: int, offset: int) -> InputLine:

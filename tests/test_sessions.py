@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -206,11 +207,13 @@ def test_every_beginning_of_a_file_is_a_chat(store: Sessions) -> None:
     for n_bytes in range(len(whole) + 1):
         path.write_bytes(whole[:n_bytes])
         found = read_transcript(path)
-        assert found.messages == after[whole[:n_bytes].count(b"\n")]
+        # a record that only lacks its line end is one all the same
+        assert found.messages == after[whole[: n_bytes + 1].count(b"\n")]
         assert not found.damaged
-        for tail in (b"\0" * 300, b'{"type": "message", "n": 0}\n'):  # zeros; and a damaged line
-            path.write_bytes(whole[:n_bytes] + tail)
-            assert read_transcript(path).messages == found.messages
+        path.write_bytes(whole[:n_bytes] + b"\0" * 300)
+        zeroed = read_transcript(path)
+        assert zeroed.messages == after[whole[:n_bytes].count(b"\n")]
+        assert not zeroed.damaged
 
 
 def test_a_torn_tail_is_cut_when_the_chat_goes_on(store: Sessions) -> None:
@@ -224,6 +227,46 @@ def test_a_torn_tail_is_cut_when_the_chat_goes_on(store: Sessions) -> None:
         found = store.read("one")
         assert (found.messages, found.damaged) == ([*TURN, *NEXT], [])
         assert found.model == "demo"
+
+
+def test_a_last_line_without_its_end_still_counts(store: Sessions) -> None:
+    path = written(store, TURN)
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    with store.open("one") as session:
+        assert session.messages == TURN
+        session.use("demo", "file-a")
+        session.sync([*TURN, *NEXT])
+    assert store.read("one").messages == [*TURN, *NEXT]
+
+
+REWRITES: dict[str, Callable[[str], bytes]] = {
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "UTF-16, big end first": lambda text: text.encode("utf-16-be"),
+    "CR as line ends": lambda text: text.replace("\n", "\r").encode(),
+    "no line ends": lambda text: text.replace("\n", "").encode(),
+    "a comma behind each line": lambda text: text.replace("}\n", "},\n").encode(),
+    "laid out": lambda text: "".join(
+        json.dumps(json.loads(line), indent=2) + "\n" for line in text.splitlines()
+    ).encode(),
+    "a list": lambda text: json.dumps([json.loads(line) for line in text.splitlines()]).encode(),
+    "a typo in the last line": lambda text: text.replace('"Fine.\\n"', 'Fine."').encode(),
+    "another text": lambda text: b"My diary.\nNothing yet.\n",
+    "another text without a line end": lambda text: b"My diary",
+    "compressed": lambda text: gzip.compress(text.encode()),
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
+def test_what_another_program_made_of_a_session_is_refused_and_stays(
+    store: Sessions, rewrite: Callable[[str], bytes]
+) -> None:
+    path = written(store, TURN)
+    raw = rewrite(path.read_text("utf-8"))
+    path.write_bytes(raw)
+    with pytest.raises(LocalMoeError, match=r"Line \d of .*one\.jsonl is damaged"):
+        store.open("one")
+    assert path.read_bytes() == raw
+    assert store.all()[0].damaged
 
 
 def test_a_killed_writer_loses_nothing_that_was_kept(store: Sessions) -> None:

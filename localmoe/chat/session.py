@@ -349,9 +349,10 @@ class Session:
         if not self._found.end:
             block = head(self.model, self.file) + block
         elif block:
-            block = self._other_model + block
+            block = b"\n" * self._found.lacks_line_end + self._other_model + block
         if block:
             self._append(block)
+            self._found.lacks_line_end = False
             self._other_model = b""
             self.is_state_current = False
         self._written, self._found.n_dropped = list(messages), n_dropped
@@ -365,8 +366,9 @@ class Session:
             raise _cannot_read(self.path, error) from None
         if found.damaged:
             raise LocalMoeError(
-                f"Line {found.damaged[0]} of {self.path} is damaged, and others follow it.",
-                f"localmoe sessions export {self.name} saves the rest; or take that line out.",
+                f"Line {found.damaged[0]} of {self.path} is damaged{others(found.damaged)}.",
+                "Mend it, or take it out of the file; "
+                f"localmoe sessions export {self.name} saves what can be read.",
             )
         return found
 
@@ -393,6 +395,14 @@ class Session:
         if not self._found.end:
             with contextlib.suppress(OSError):
                 sync_folder(self.path.parent)
+
+
+def others(damaged: Sequence[int]) -> str:
+    """Returns how a sentence about the first damaged line goes on where there are more."""
+    n_more = len(damaged) - 1
+    if not n_more:
+        return ""
+    return ", and so is another" if n_more == 1 else f", and so are {n_more} others"
 
 
 def asked(messages: Sequence[Message]) -> list[str]:

@@ -1,8 +1,8 @@
 """What was said in a chat, as lines of JSON that a person can read and any crash can cut short.
 
 The first line says which model it was; then each line is a message, or says what of the messages
-before it no longer counts. Lines are only ever added, a whole turn in one write; what a crash or a
-power cut left of the last ones is cut off when the chat goes on.
+before it no longer counts. Lines are only ever added, a whole turn in one write; the line without
+an end that a crash or a power cut left is cut off when the chat goes on.
 
     {"type": "head", "version": 1, "model": "mixtral", "file": "...", "at": "2026-01-31T09:00:00Z"}
     {"type": "message", "n": 0, "role": "user", "content": "Hello", "at": "..."}
@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocalMoeError, escape_unsafe
-from ..files import InputLine, read_lines
+from ..files import InputLine, is_torn_record, read_lines
 from ..prompt.messages import Message
 
 VERSION = 1
 MAX_RECORD_BYTES = 64 << 20
+RECORD_OPENING = b'{"type": "'
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class Transcript:
     """A chat as its lines tell it.
 
     `file` stands for the model file that the messages' tokens are of; `end` is the byte after the
-    last whole record, `damaged` the numbers of the lines before it that could not be read.
+    last record, which may lack its line end (`lacks_line_end`). `damaged` are the numbers of the
+    lines that can't be read.
     """
 
     model: str = ""
@@ -47,6 +49,7 @@ class Transcript:
     messages: list[Message] = field(default_factory=list)
     n_dropped: int = 0
     end: int = 0
+    lacks_line_end: bool = False
     damaged: list[int] = field(default_factory=list)
 
     @property
@@ -58,20 +61,19 @@ class Transcript:
 
 def read_transcript(path: Path) -> Transcript:
     """A chat from its file, as far as it can be read. Raises LocalMoeError on a later format."""
-    found, slots, unread = Transcript(), dict[int, Message](), list[int]()
+    found, slots = Transcript(), dict[int, Message]()
     for line in _lines(path):
         record = chat_record_of(line)
         if record is None:
-            unread.append(line.number)
+            if not is_torn_record(line, RECORD_OPENING):
+                found.damaged.append(line.number)
             continue
         if record.get("type") == "head" and record["version"] > VERSION:
             raise LocalMoeError(
                 f"{path} was written by a later version of localmoe.", "Update localmoe to open it."
             )
         _apply(found, slots, record)
-        found.end = line.offset + line.n_bytes
-        found.damaged += unread
-        unread.clear()
+        found.end, found.lacks_line_end = line.offset + line.n_bytes, not line.whole
     found.messages = [slots[n] for n in sorted(slots)]
     found.n_dropped = min(found.n_dropped, len(slots))
     return found
@@ -83,11 +85,11 @@ def _lines(path: Path) -> Iterator[InputLine]:
 
 
 def chat_record_of(line: InputLine) -> dict[str, Any] | None:
-    """The record that a line is, checked; None where it isn't a whole one."""
-    if line.raw is None or not line.whole:
+    """The record that a line is, checked; None where it isn't one."""
+    if line.raw is None:
         return None
     with suppress(ValueError, TypeError, KeyError, RecursionError):
-        record = json.loads(line.raw)
+        record = json.loads(line.raw.decode("utf-8-sig"))
         if isinstance(record, dict) and _is_sound(record):
             return record
     return None

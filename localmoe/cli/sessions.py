@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..chat.kv_snapshot import QUOTA_BYTES
-from ..chat.session import kept_sessions
+from ..chat.session import kept_sessions, others
 from ..errors import LocalMoeError, UsageError
 from ..terminal import console
 from .completion import SessionType
@@ -106,10 +106,13 @@ def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
 
 
 def read_session(store: Sessions, name: str) -> Transcript:
-    """A session, with a warning where a line of it is lost."""
+    """A session, with a warning where lines of it are lost."""
     found = store.read(name)
-    for number in found.damaged:
-        console.warning(f"Line {number} of {store.path(name)} can't be read and is left out.")
+    if found.damaged:
+        console.warning(
+            f"Line {found.damaged[0]} of {store.path(name)} is damaged{others(found.damaged)}: "
+            "left out."
+        )
     return found
 
 
