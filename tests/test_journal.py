@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,10 +77,11 @@ def test_every_prefix_after_the_last_fsync_is_recovered(path: Path) -> None:
     last = reply(3).raw + reply(4, text="é🙂").raw
     for n in range(len(last) + 1):
         path.write_bytes(safe + last[:n])
-        n_whole = last[:n].count(b"\n")
+        n_whole = last[: n + 1].count(b"\n")  # one that only lacks its line end is kept
         lines, n_cut = recovered(path)
         assert lines == [1, 2, 3, 4][: 2 + n_whole]
-        assert path.read_bytes() == (safe + last)[: len(safe) + n - n_cut]
+        is_mended = last[n : n + 1] == b"\n"
+        assert path.read_bytes() == (safe + last)[: len(safe) + n - n_cut + is_mended]
 
 
 def test_every_zero_filled_tail_is_cut(path: Path) -> None:
@@ -92,16 +94,37 @@ def test_every_zero_filled_tail_is_cut(path: Path) -> None:
     assert recovered(path) == ([1], 100_000)
 
 
-def test_a_damaged_last_line_is_cut(path: Path) -> None:
-    path.write_bytes(reply(1).raw + b'{"id": "batch_req_' + b"\0" * 30 + b"\n")
-    assert recovered(path) == ([1], 49)
-
-
-@pytest.mark.parametrize("damage", [b"\0" * 40, b"not ours", b"", b"[" * 100_000, b'{"id": 1}'])
-def test_damage_before_the_end_is_refused_with_its_line(path: Path, damage: bytes) -> None:
-    raw = reply(1).raw + damage + b"\n" + reply(2).raw
+@pytest.mark.parametrize("after", [b"", reply(2).raw], ids=["at the end", "in the middle"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 40, b'{"id": "batch_req_\0\0', b"not ours", b"", b"[" * 100_000, b'{"id": 1}'],
+)
+def test_a_whole_line_that_is_damaged_is_refused(path: Path, damage: bytes, after: bytes) -> None:
+    raw = reply(1).raw + damage + b"\n" + after
     path.write_bytes(raw)
     with pytest.raises(LocalMoeError, match=r"Line 2 of .*out\.jsonl is damaged"):
+        recovered(path)
+    assert path.read_bytes() == raw
+
+
+REWRITES: dict[str, Callable[[list[Any]], bytes]] = {
+    "laid out": lambda values: "".join(json.dumps(v, indent=2) + "\n" for v in values).encode(),
+    "a list": lambda values: json.dumps(values).encode(),
+    "no line ends": lambda values: "".join(map(json.dumps, values)).encode(),
+    "CR as line ends": lambda values: "\r".join(map(json.dumps, values)).encode(),
+    "UTF-16": lambda values: "\n".join(map(json.dumps, values)).encode("utf-16"),
+    "commas": lambda values: ",\n".join(map(json.dumps, values)).encode(),
+    "another text": lambda values: b"my thesis",
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
+def test_what_another_program_made_of_an_output_is_refused_and_stays(
+    path: Path, rewrite: Callable[[list[Any]], bytes]
+) -> None:
+    raw = rewrite([json.loads(reply(n).raw) for n in range(1, 4)])
+    path.write_bytes(raw)
+    with pytest.raises(LocalMoeError, match=r"Line \d of .*out\.jsonl is damaged"):
         recovered(path)
     assert path.read_bytes() == raw
 

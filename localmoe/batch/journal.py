@@ -1,8 +1,9 @@
 """An output file that is its own journal: every line in it is whole, on disk, and said once.
 
 One process writes it, behind a lock. Lines are appended in a single write and are acknowledged only
-after an fsync; what a crash or a power cut leaves after the last whole line is cut off at the next
-start. Nothing is changed in place: a rewrite goes to a file beside it that then takes its name.
+after an fsync; the line without an end that a crash or a power cut leaves is cut off at the next
+start, and anything else that is no record is refused. Nothing is changed in place: a rewrite goes
+to a file beside it that then takes its name.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..files import (
     InputLine,
     append_durably,
     atomic_file,
+    is_torn_record,
     read_lines,
     remove_temporaries,
     sync,
@@ -32,6 +34,7 @@ from ..files import (
 
 MAX_RECORD_BYTES = 64 << 20
 COPY_BYTES = 1 << 20
+RECORD_OPENING = b'{"id": "batch_req_'
 KEY = re.compile(r"batch_req_([0-9a-f]{32})")
 
 
@@ -91,23 +94,25 @@ class Journal:
     # ---- reading ----
 
     def recover(self, on_record: Callable[[Record], None]) -> int:
-        """Read every record and cut a torn tail off; gives the bytes that were cut.
+        """Read every record and cut a torn line off the end; gives the bytes that were cut.
 
-        Raises LocalMoeError naming the line where something before the end is damaged.
+        Raises LocalMoeError naming the line where anything else is no record; then the file stays.
         """
-        end = damaged = 0
+        end, lacks_line_end = 0, False
         for line, record in self._lines():
             if record is None:
-                damaged = damaged or line.number
-                continue
-            if damaged:
+                if is_torn_record(line, RECORD_OPENING):
+                    break  # it is the last
                 raise LocalMoeError(
-                    f"Line {damaged} of {self.path} is damaged, and others follow it.",
-                    "Take that line out of the file; the request is then asked again.",
+                    f"Line {line.number} of {self.path} is damaged, or no answer of a batch.",
+                    "Take that line out, and its request is asked again; or choose another -o.",
                 )
-            end = record.offset + record.n_bytes
+            end, lacks_line_end = record.offset + record.n_bytes, not line.whole
             on_record(record)
-        return self._open(end)
+        n_cut = self._open(end)
+        if lacks_line_end:
+            self.append([b"\n"])
+        return n_cut
 
     def records(self) -> Iterator[Record]:
         """Every record of an output that was recovered."""
@@ -191,11 +196,11 @@ def _refuse_odd(path: Path) -> None:
 
 
 def record_of(line: InputLine) -> Record | None:
-    """The record that a line of an output is; None where it isn't a whole one."""
-    if line.raw is None or not line.whole:
+    """The record that a line of an output is; None where it isn't one."""
+    if line.raw is None:
         return None
     try:
-        value = json.loads(line.raw)
+        value = json.loads(line.raw.decode("utf-8-sig"))
         key = KEY.fullmatch(value["id"])
         name, number, is_error = value["custom_id"], value["line"], value["error"] is not None
     except (ValueError, TypeError, KeyError, RecursionError):
