@@ -20,7 +20,9 @@ from typing import BinaryIO
 
 from .errors import UsageError
 
-if sys.platform == "darwin":
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
 
 TEMPORARY_SUFFIX = ".new"
@@ -29,6 +31,47 @@ APPENDING = (
     | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 )  # fmt: skip
 """Flags of os.open for a file that is only added to."""
+
+
+LOCK_OFFSET = 1 << 40
+"""The byte that is locked on Windows, where a locked byte can't be read."""
+
+
+def open_locked(path: Path) -> int:
+    """Opens a file, made where there is none, that only this process may add to until it closes it.
+
+    The lock is the file's, not the name's: another name of it (a hard link) leads to the same lock.
+    Raises BlockingIOError where another process has it, and OSError.
+    """
+    while True:
+        fd = os.open(path, APPENDING, 0o666)
+        try:
+            _lock(fd)
+            if has_name(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # another process put a new file in its place before it was locked
+
+
+def _lock(fd: int) -> None:
+    if sys.platform == "win32":
+        os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:  # what Windows says of a byte that is locked
+            raise BlockingIOError(error.errno, error.strerror) from None
+    else:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def has_name(fd: int, path: Path) -> bool:
+    """Whether `path` leads to the file that was opened as `fd`, and to no other by now."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def append_durably(fd: int, block: bytes, n_bytes: int) -> None:

@@ -295,7 +295,7 @@ def test_the_second_ctrl_c_drops_it(source: Path, output: Path) -> None:
 def test_ctrl_c_before_anything_is_asked_ends_at_once(source: Path, output: Path) -> None:
     command = [*COMMAND, "-i", str(source), "-o", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not output.with_name(".out.jsonl.lock").exists():
+    while not output.exists():
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

@@ -210,6 +210,32 @@ def test_a_second_writer_is_refused(output: FileOutput, path: Path) -> None:
 
 
 @posix
+def test_a_second_writer_by_another_name_of_the_file_is_refused(
+    output: FileOutput, path: Path
+) -> None:
+    other = path.with_name("other.jsonl")
+    other.hardlink_to(path)
+    program = (
+        "import sys, pathlib; from localmoe.batch.journal import Journal\n"
+        "Journal(pathlib.Path(sys.argv[1]))"
+    )
+    for name in (path, other):
+        done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True)
+        assert "Another run is writing" in done.stderr
+    output.write([reply(1), reply(2, is_error=True)])
+    output.drop(lambda record: not record.is_error)
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert "Another run is writing" in done.stderr  # a rewrite passes the lock on
+
+
+def test_a_refused_output_leaves_no_file(path: Path) -> None:
+    manifest_path(path).write_text("[]")
+    with pytest.raises(UsageError, match="not a manifest"):
+        FileOutput(path, MANIFEST, errors=path.with_name("errors.jsonl"))
+    assert list(path.parent.iterdir()) == [manifest_path(path)]
+
+
+@posix
 def test_a_writer_that_was_killed_leaves_no_lock(path: Path) -> None:
     program = (
         "import os, sys, pathlib; from localmoe.batch.journal import Journal\n"

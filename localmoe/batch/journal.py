@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ..errors import LocalMoeError, UsageError
 from ..files import (
-    APPENDING,
     InputLine,
     append_durably,
     atomic_file,
+    has_name,
     is_torn_record,
+    open_locked,
     read_lines,
     remove_temporaries,
     sync,
@@ -62,15 +61,12 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()  # of a link, the file that it names is rewritten
-        self._fd = -1
         _refuse_odd(self.path)
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._fd = -1
+        self._n_bytes = 0
+        self._is_begun = self.path.exists()
         try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise UsageError(
-                f"Another run is writing {path}.", "Wait for it, or choose another -o."
-            ) from None
+            self._open()
         except OSError as error:
             raise UsageError(f"{path} can't be written: {error.strerror}.") from None
         remove_temporaries(self.path)  # of a rewrite that a crash cut short
@@ -82,9 +78,11 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Closes the file and lets other processes have it."""
+        """Closes the file and lets other processes have it; one that was not begun is removed."""
+        with contextlib.suppress(OSError):  # Windows deletes no file that is open
+            if self._fd >= 0 and not self._is_begun and has_name(self._fd, self.path):
+                self.path.unlink()
         self._close_file()
-        self._lock.release()
 
     @property
     def is_empty(self) -> bool:
@@ -109,7 +107,7 @@ class Journal:
                 )
             end, lacks_line_end = record.offset + record.n_bytes, not line.whole
             on_record(record)
-        n_cut = self._open(end)
+        n_cut = self._cut(end)
         if lacks_line_end:
             self.append([b"\n"])
         return n_cut
@@ -146,27 +144,37 @@ class Journal:
                         old.seek(offset)
                         for n_left in range(n_bytes, 0, -COPY_BYTES):
                             new.write(old.read(min(n_left, COPY_BYTES)))
-                self._close_file()  # Windows replaces nothing that is open
+                if os.name == "nt":
+                    self._close_file()  # Windows replaces nothing that is open
+            self._open()
         except OSError as error:
             raise self._failed(error) from None
-        self._open(self.path.stat().st_size)
+        self._cut(os.fstat(self._fd).st_size)
 
-    def _open(self, end: int) -> int:
-        """Open for appending with everything after `end` cut off; gives how much that was."""
-        self._close_file()
+    def _open(self) -> None:
+        """Opens and locks what has the name now, in place of what had it. Raises OSError."""
         try:
-            is_new = not self.path.exists()
-            self._fd = os.open(self.path, APPENDING, 0o666)
-            self._n_bytes = end
+            before, self._fd = self._fd, open_locked(self.path)
+        except BlockingIOError:
+            raise UsageError(
+                f"Another run is writing {self.path}.", "Wait for it, or choose another -o."
+            ) from None
+        if before >= 0:
+            os.close(before)
+
+    def _cut(self, end: int) -> int:
+        """Takes off everything after `end`; gives how much that was."""
+        try:
             n_cut = os.fstat(self._fd).st_size - end
             if n_cut:
                 os.ftruncate(self._fd, end)
             sync(self._fd)  # of a run that was killed, not all that can be read need be on disk
-            if is_new:
+            if not self._is_begun:
                 with contextlib.suppress(OSError):
                     sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
+        self._n_bytes, self._is_begun = end, True
         return n_cut
 
     def _close_file(self) -> None:
