@@ -151,8 +151,15 @@ def write_atomically(path: Path, data: bytes, *, durable: bool, mode: int = 0o66
 def remove_temporaries(path: Path) -> None:
     """Deletes what killed processes left of `path`, for the one process that may write it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            left.unlink()
+        if is_temporary(left, path):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def is_temporary(name: Path, path: Path) -> bool:
+    """Whether `atomic_file` may give this name to a file that is about to take that of `path`."""
+    pattern = rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}"
+    return name.parent == path.parent and bool(re.fullmatch(pattern, name.name))
 
 
 MAX_LINE_BYTES = 16 << 20

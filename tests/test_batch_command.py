@@ -221,6 +221,12 @@ def test_an_ordered_output_has_the_order_of_the_input(tmp_path: Path, output: Pa
     [
         (["-i", "/none"], "/none can't be read"),
         (["-i", "IN", "-o", "IN"], "must be different files"),
+        (["-i", "IN", "-o", "OUT", "--errors", "OUT"], "is -o and --errors"),
+        (["-i", "IN", "-o", "OUT", "--errors", "OUT.manifest.json"], "is the manifest of -o and"),
+        (["-i", "OUT.manifest.json", "-o", "OUT"], "is the manifest of -o and -i"),
+        (["-i", "TEMPORARY", "-o", "OUT"], "the name of a temporary file"),
+        (["-i", "IN", "-o", "LINK"], "is -o and -i"),
+        (["-i", "IN", "-o", "OUT", "--errors", "LINK"], "is --errors and -i"),
         (["-i", "IN", "-o", "/none/out"], "There is no folder /none"),
         (["-i", "IN", "--ordered"], "need a file to write"),
         (["-i", "IN", "--json"], "can't both be on stdout"),
@@ -232,7 +238,11 @@ def test_an_ordered_output_has_the_order_of_the_input(tmp_path: Path, output: Pa
 def test_each_mistake_is_one_line(tmp_path: Path, arguments: Sequence[str], sentence: str) -> None:
     (tmp_path / "in.jsonl").write_text(lines("Hi!"))
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "link").hardlink_to(tmp_path / "in.jsonl")
     names = {"IN": str(tmp_path / "in.jsonl"), "LIST": str(tmp_path / "list.json")}
+    for name in ("OUT", "OUT.manifest.json", "LINK"):
+        names[name] = str(tmp_path / name.lower())
+    names["TEMPORARY"] = str(tmp_path / ".out.0123abcd.new")
     result = localmoe(*(names.get(argument, argument) for argument in arguments))
     assert (result.returncode, result.stdout) == (2, "")
     assert sentence in result.stderr

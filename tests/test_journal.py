@@ -168,8 +168,12 @@ def test_a_rewrite_that_a_crash_cut_short_left_nothing(path: Path) -> None:
     path.write_bytes(reply(1).raw)
     beside = path.with_name(".out.jsonl.0f12ab34.new")
     beside.write_bytes(b"half")
+    others = [path.with_name(f".out.jsonl{end}.new") for end in ("", ".mine", ".0f12ab34.x")]
+    for other in others:
+        other.write_bytes(b"a person's")
     assert recovered(path) == ([1], 0)
     assert not beside.exists()
+    assert all(other.exists() for other in others)
 
 
 @posix
@@ -194,6 +198,19 @@ def test_errors_go_to_a_file_of_their_own(tmp_path: Path, path: Path) -> None:
         output.write([reply(1), reply(2, is_error=True), reply(3)])
     assert recovered(path)[0] == [1, 3]
     assert recovered(errors)[0] == [2]
+
+
+@pytest.mark.parametrize("text", ["my thesis", "my thesis\n", "\0", '{"id', "before"])
+def test_errors_never_go_to_a_file_that_the_batch_did_not_write(path: Path, text: str) -> None:
+    FileOutput(path, MANIFEST).close()
+    path.write_bytes(reply(1).raw)
+    errors = path.with_name("thesis.txt")
+    errors.write_text(text)
+    now = replace(MANIFEST, settings={**MANIFEST.settings, "errors": "thesis.txt"})
+    with pytest.raises(UsageError, match=r"thesis\.txt is there already, and this batch did not"):
+        FileOutput(path, now, errors=errors, resume_anyway=True)
+    assert errors.read_text() == text
+    assert read_manifest(path) == MANIFEST
 
 
 # ---- one writer, no room ----

@@ -6,6 +6,7 @@ through callbacks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -179,9 +180,17 @@ def manifest_of(job: BatchJob, source: BinaryIO, found: ResolvedModel) -> Manife
     settings = {name: said[name] if said[name] != [] else None for name in ANSWER_SETTINGS} | {
         "think": job.settings.think,
         "truncate": job.files.truncate,
-        "errors": job.files.errors and job.files.errors.name,
+        "errors": job.files.errors and errors_name(job.files.output, job.files.errors),
     }
     return Manifest(input_file(job.files.input_name, source), model_identity(found), settings)
+
+
+def errors_name(output: str, errors: Path) -> str:
+    """What a manifest calls a file of errors: its path from the folder of the output."""
+    try:
+        return os.path.relpath(os.path.realpath(errors), os.path.dirname(os.path.realpath(output)))
+    except ValueError:  # another drive on Windows
+        return os.path.realpath(errors)
 
 
 def model_identity(found: ResolvedModel) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # of a link, the file that it names is rewritten
+        self.path = Path(os.path.realpath(path))  # of a link, the file that it names is rewritten
         _refuse_odd(self.path)
         self._fd = -1
         self._n_bytes = 0

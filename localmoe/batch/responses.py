@@ -187,6 +187,11 @@ class FileOutput:
     def _journal_of(self, is_error: bool) -> Journal:
         return self.errors if is_error else self.answers
 
+    def _has_other_errors(self, before: Manifest, now: Manifest) -> bool:
+        """Whether the file of errors holds something, and was not that of the runs before."""
+        is_same = before.settings.get("errors") == now.settings.get("errors")
+        return self.errors is not self.answers and not is_same and not self.errors.is_empty
+
     def _check(self, manifest: Manifest, resume_anyway: bool) -> list[str]:
         """Write the manifest, unless what is there is from another; gives what changed."""
         path = self.answers.path
@@ -198,6 +203,11 @@ class FileOutput:
                 f"{there} is there already, and no batch wrote it: {manifest_path(path).name} is "
                 "missing.",
                 "Choose another name, or take the file away.",
+            )
+        if before and self._has_other_errors(before, manifest):
+            raise UsageError(
+                f"{self.errors.path} is there already, and this batch did not write it.",
+                "Choose another name for --errors, or take the file away.",
             )
         changes = [] if before is None or is_empty else differences(before, manifest)
         if changes and not resume_anyway:

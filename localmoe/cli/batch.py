@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -17,8 +19,10 @@ import click
 from ..batch.dispatch import StopFlag
 from ..batch.encoder import Side
 from ..batch.job import BatchFiles, BatchJob, JobCallbacks, Parallelism, run_job
+from ..batch.manifest import manifest_path
 from ..batch.runner import BatchProgress
 from ..errors import LocalMoeError, UsageError
+from ..files import is_temporary
 from ..terminal import console
 from ..terminal.batch_view import Pace, check_line, progress_line, summary_document, summary_lines
 from ..terminal.progress import load_callbacks
@@ -47,12 +51,35 @@ def check_files(files: BatchFiles, as_json: bool) -> None:
         if as_json:
             raise UsageError("--json and the answers can't both be on stdout.", "Give -o FILE.")
         return
-    names = [files.output, *([files.input] if files.input != "-" else [])]
-    paths = [Path(name).resolve() for name in names] + (
-        [files.errors.resolve()] if files.errors else []
-    )
-    if len(set(paths)) < len(paths):
-        raise UsageError("Input, output and errors must be different files.")
+    refuse_shared_names(files)
+
+
+def refuse_shared_names(files: BatchFiles) -> None:
+    """Raises UsageError where two of the files that a batch reads and writes are one."""
+    output = Path(os.path.realpath(files.output))
+    uses = {"-o": output, "the manifest of -o": manifest_path(output)}
+    if files.errors:
+        uses["--errors"] = Path(os.path.realpath(files.errors))
+    written = list(uses.values())
+    if files.input != "-":
+        uses["-i"] = source = Path(os.path.realpath(files.input))
+        if any(is_temporary(source, path) for path in written):
+            raise UsageError(
+                f"{files.input} has the name of a temporary file of the output.", "Rename it."
+            )
+    for (one, path), (other, other_path) in combinations(uses.items(), 2):
+        if is_same_file(path, other_path):
+            raise UsageError(
+                f"Input, output and errors must be different files: {path} is {one} and {other}."
+            )
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, also by a hard link or in other letters."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:  # one is not there yet
+        return os.path.normcase(one) == os.path.normcase(other)
 
 
 @contextlib.contextmanager
