@@ -7,14 +7,17 @@ and has a digest, so that every line after it has its right number.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -162,10 +165,48 @@ def is_temporary(name: Path, path: Path) -> bool:
     return name.parent == path.parent and bool(re.fullmatch(pattern, name.name))
 
 
+# ---- reading -------------------------------------------------------------------------------------
+
+MAX_READ_BYTES = 64 << 20
+"""More than any file of this program's own has, and any text that a model can take."""
 MAX_LINE_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
 CONTROL_BYTES = re.compile(rb"[\x00-\x1f]")
 """What JSON writes as escapes only."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, also for what is none.
+
+    Whatever this program reads without being told to is opened so: a pipe may never be written to,
+    and a device may never end.
+    """
+    return BufferedReader(open_regular_unbuffered(path))
+
+
+def open_regular_unbuffered(path: Path) -> FileIO:
+    """Opens a regular file for reading without a buffer. Raises OSError, also for what is none."""
+    return FileIO(path, "rb", opener=_open_regular)
+
+
+def _open_regular(name: str, flags: int) -> int:
+    fd = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # without it, a pipe is waited for
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    raise OSError(errno.EINVAL, "Not a regular file", name)
+
+
+def read_regular(path: Path, max_bytes: int = MAX_READ_BYTES) -> bytes:
+    """All of a regular file. Raises OSError, also where it is larger than `max_bytes`."""
+    with open_regular(path) as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise OSError(errno.EFBIG, f"Larger than {max_bytes >> 10:,} KiB", str(path))
+    return raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +275,20 @@ def digest(*parts: bytes) -> bytes:
 
 
 def read_text(path: str) -> str:
-    """A text file, or stdin for `-`, as UTF-8. Raises UsageError."""
+    """A text file or pipe that a person named, or stdin for `-`, as UTF-8. Raises UsageError."""
+    name = "stdin" if path == "-" else path
     try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        if path == "-":
+            raw = sys.stdin.buffer.read(MAX_READ_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_READ_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} can't be read: {reason}.") from None
-    return decoded(raw, "stdin" if path == "-" else path)
+        raise UsageError(f"{name} can't be read: {reason}.") from None
+    if len(raw) > MAX_READ_BYTES:
+        raise UsageError(f"{name} has more than {MAX_READ_BYTES >> 20} MiB: too much for a model.")
+    return decoded(raw, name)
 
 
 def decoded(raw: bytes, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,39 @@ def one_line_error(result: subprocess.CompletedProcess[str], code: int) -> str:
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+# ---- files that are none ----
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices of POSIX")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("config/config.yaml", "run demo hi"),
+        ("config/models.yaml", "run demo hi"),
+        ("state/sessions/me.jsonl", "chat demo --session me"),
+        ("state/sessions/me.jsonl", "sessions show me"),
+        ("out.jsonl.manifest.json", "batch demo -o out.jsonl"),
+        ("out.jsonl", "batch demo -o out.jsonl"),
+        ("old.gguf", "convert old.gguf"),
+    ],
+)
+def test_what_never_ends_in_place_of_a_file_is_refused(
+    tmp_path: Path, name: str, command: str, kind: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    env = {f"LOCALMOE_{n.upper()}": str(tmp_path / n) for n in ("config", "state")}
+    arguments = [str(tmp_path / a) if a.endswith(("jsonl", "gguf")) else a for a in command.split()]
+    result = localmoe(*arguments, stdin="hi\n", env=env)
+    assert re.search("ot a regular file|is not a file", one_line_error(result, result.returncode))
+    assert result.returncode in (1, 2)
 
 
 # ---- starting ----

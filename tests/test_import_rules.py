@@ -23,6 +23,18 @@ MAX_FUNCTION_IMPORTS = 20
 
 ENVIRONMENT_READER = "config/environment.py"
 PRINTER = "terminal/console.py"
+# how many files each opens: those of the kernel, /dev/null, and what a person names
+FILE_READERS = {
+    "files.py": 2,
+    "hardware/system.py": 1,
+    "hub/partial_file.py": 1,
+    "engine/worker/model.py": 1,
+    "engine/worker/server.py": 1,
+    "engine/native/pinning.py": 1,
+    "cli/__init__.py": 2,
+    "cli/batch.py": 1,
+    "cli/sessions.py": 1,
+}
 LLAMA_CPP_IMPORTER = "engine/native/llama.py"
 HTTP_CLIENTS = {"httpx", "huggingface_hub", "requests", "urllib3"}
 TERMINALS = {"click", "prompt_toolkit", "rich"}
@@ -187,6 +199,26 @@ def test_one_module_reads_the_environment(module: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
     ]
     assert reads == []
+
+
+def is_reading(call: ast.Call) -> bool:
+    """Whether a call opens a file by its name and reads it, whatever the file is."""
+    mode = call.args[0] if call.args else None
+    match call.func:
+        case ast.Name(id="open") | ast.Attribute(attr="read_bytes" | "read_text"):
+            return True
+        case ast.Attribute(attr="open"):
+            return isinstance(mode, ast.Constant) and isinstance(mode.value, str)
+    return False
+
+
+def test_one_module_opens_files_to_read() -> None:
+    """What is read unasked is read by files.py, which refuses pipes and devices."""
+    calls = {
+        module: [n for n in ast.walk(tree_of(module)) if isinstance(n, ast.Call) and is_reading(n)]
+        for module in MODULES
+    }
+    assert {module: len(found) for module, found in calls.items() if found} == FILE_READERS
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != PRINTER])

@@ -25,6 +25,7 @@ from ..files import (
     has_name,
     is_torn_record,
     open_locked,
+    open_regular,
     read_lines,
     remove_temporaries,
     sync,
@@ -117,7 +118,7 @@ class Journal:
         return (record for _, record in self._lines() if record is not None)
 
     def _lines(self) -> Iterator[tuple[InputLine, Record | None]]:
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), open_regular(self.path) as file:
             for line in read_lines(file, MAX_RECORD_BYTES):
                 yield line, record_of(line)
 
@@ -139,7 +140,7 @@ class Journal:
         """Keep only the records at these places (offset, length), in this order."""
         try:
             with atomic_file(self.path, durable=True) as new:
-                with self.path.open("rb") as old:
+                with open_regular(self.path) as old:
                     for offset, n_bytes in places:
                         old.seek(offset)
                         for n_left in range(n_bytes, 0, -COPY_BYTES):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import LocalMoeError, UsageError
-from ..files import remove_temporaries, write_atomically
+from ..files import read_regular, remove_temporaries, write_atomically
 
 FORM = "localmoe batch 1"
 MAX_SHOWN = 24
@@ -64,7 +64,7 @@ def read_manifest(output: Path) -> Manifest | None:
     """The manifest of an output; None where it has none. Raises UsageError on another file."""
     path = manifest_path(output)
     try:
-        return _form.validate_json(path.read_bytes())
+        return _form.validate_json(read_regular(path))
     except FileNotFoundError:
         return None
     except OSError as error:

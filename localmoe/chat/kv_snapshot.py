@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..engine.interfaces import Engine
 from ..errors import EngineError, LocalMoeError, RequestError
-from ..files import TEMPORARY_SUFFIX
+from ..files import TEMPORARY_SUFFIX, open_regular_unbuffered
 from .session import STATE, Session, Sessions
 
 QUOTA_BYTES = 8 << 30
@@ -45,7 +45,7 @@ def _file_key(paths: tuple[Path, ...]) -> str:
     for path in paths:
         n_bytes = path.stat().st_size
         hashed.update(n_bytes.to_bytes(8, "big"))
-        with path.open("rb", buffering=0) as file:
+        with open_regular_unbuffered(path) as file:
             hashed.update(file.read(HEADER_BYTES))
             for n in range(1, N_SAMPLES + 1):
                 file.seek(max(0, n_bytes * n // N_SAMPLES - SAMPLE_BYTES))

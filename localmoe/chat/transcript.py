@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocalMoeError, escape_unsafe
-from ..files import InputLine, is_torn_record, read_lines
+from ..files import InputLine, is_torn_record, open_regular, read_lines
 from ..prompt.messages import Message
 
 VERSION = 1
@@ -80,7 +80,7 @@ def read_transcript(path: Path) -> Transcript:
 
 
 def _lines(path: Path) -> Iterator[InputLine]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         yield from read_lines(file, MAX_RECORD_BYTES)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from ..files import read_regular
 from ..terminal import console
 
 SHELLS = ("bash", "zsh", "fish")
@@ -78,7 +79,7 @@ def model_names() -> list[str]:
 def catalog_names(path: Path) -> list[str]:
     """Returns the names of a catalog without parsing it whole."""
     try:
-        return ENTRY.findall(path.read_text("utf-8"))
+        return ENTRY.findall(read_regular(path).decode("utf-8"))
     except (OSError, UnicodeDecodeError):
         return []
 

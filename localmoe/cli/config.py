@@ -15,7 +15,7 @@ from ..config.settings import Settings, settings_of, settings_said
 from ..config.settings import settings_of as checked
 from ..config.sources import file_key, read_config
 from ..errors import LocalMoeError, UsageError
-from ..files import write_atomically
+from ..files import read_regular, write_atomically
 from ..terminal import console
 from .options import (
     chat_options,
@@ -97,15 +97,15 @@ def edit() -> None:
     file = config_path()
     draft = file.with_name(f"{file.name}.draft")
     try:
-        before = file.read_bytes() if file.exists() else TEMPLATE.encode()
+        before = read_regular(file) if file.exists() else TEMPLATE.encode()
         prepare(draft, before, file)
         edit_until_right(draft, before)
-        if draft.read_bytes() == before:
+        if read_regular(draft) == before:
             draft.unlink()
             console.note("Nothing was changed.")
             return
         # where the file is a link, what it points at
-        write_atomically(Path(os.path.realpath(file)), draft.read_bytes(), durable=True)
+        write_atomically(Path(os.path.realpath(file)), read_regular(draft), durable=True)
         draft.unlink()
     except OSError as error:
         raise UsageError(f"{error.filename or file}: {error.strerror}.") from None
@@ -115,7 +115,7 @@ def edit() -> None:
 def prepare(draft: Path, before: bytes, file: Path) -> None:
     """Have the file as it is to be edited, or what was written last time and not saved."""
     draft.parent.mkdir(parents=True, exist_ok=True)
-    if draft.exists() and draft.read_bytes() != before:
+    if draft.exists() and read_regular(draft) != before:
         console.note(f"This is what you wrote last time; to begin from {file}, delete {draft}.")
     else:
         draft.write_bytes(before)
@@ -130,7 +130,7 @@ def edit_until_right(draft: Path, before: bytes) -> None:
         except LocalMoeError as error:
             if not (sys.stdin.isatty() and wants_again(error)):
                 hint = f"It is kept in {draft}; localmoe config edit goes on with it."
-                if draft.read_bytes() == before:
+                if read_regular(draft) == before:
                     draft.unlink()
                     hint = "Nothing was changed."
                 raise UsageError(error.message, hint) from None
@@ -143,7 +143,7 @@ def open_editor(draft: Path, before: bytes) -> None:
     try:
         click.edit(filename=str(draft))
     except (click.ClickException, ValueError) as error:  # ValueError: quotes that don't end
-        if draft.read_bytes() == before:
+        if read_regular(draft) == before:
             draft.unlink()
         cause = error.__cause__
         why = f": {cause.strerror}" if isinstance(cause, OSError) else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
+from ..files import read_regular
 from ..hub.types import HubAccess, ProxySettings
 from .sources import FILE_NAME
 
@@ -122,6 +123,6 @@ def hub_token(env: Mapping[str, str]) -> str | None:
     if not said and env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() not in YES:
         file = Path(env.get("HF_TOKEN_PATH") or hub_home(env) / "token").expanduser()
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            said = file.read_text("utf-8")
+            said = read_regular(file).decode("utf-8")
     # a line break that was pasted along would end up in a header
     return (said or "").replace("\r", "").replace("\n", "").strip() or None

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from ..errors import LocalMoeError, printable
+from ..files import open_regular
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 8
@@ -42,7 +43,7 @@ class YamlSource:
 
     def _bytes(self) -> bytes:
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 raw = stream.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise LocalMoeError(f"{self.path} can't be read: {error.strerror}.") from None

@@ -30,7 +30,13 @@ import numpy as np
 
 from .. import __version__
 from ..errors import LocalMoeError, ModelFileError, UsageError, gib, model_file_error
-from ..files import atomic_file, remove_temporaries, sync
+from ..files import (
+    atomic_file,
+    open_regular,
+    open_regular_unbuffered,
+    remove_temporaries,
+    sync,
+)
 from .model_meta import ModelMeta, meta_of, read_meta
 from .reader import Header, RawTensor, read_header
 from .tensors import SPLIT_EXPERT, TensorInfo
@@ -257,7 +263,7 @@ def merge_experts(
 
 def _read_entries(path: Path) -> tuple[Header, dict[str, bytes]]:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             header = read_header(stream, name=path.name)
             return header, raw_entries(stream, header)
     except OSError as error:
@@ -344,7 +350,7 @@ def _write(conversion: Conversion, out: BinaryIO, report: Callable[[int], None])
 
 def _open(path: Path) -> io.FileIO:
     try:
-        return path.open("rb", buffering=0)
+        return open_regular_unbuffered(path)
     except OSError as error:
         raise _unreadable(path, error) from None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MESSAGE_CHARS, NAME_CHARS, ModelFileError, model_file_error
+from ..files import open_regular
 from .hparams import (
     Mla,
     Recurrent,
@@ -215,7 +216,7 @@ def meta_of(headers: Sequence[Header], paths: Sequence[Path] = ()) -> ModelMeta:
 
 def _read_file(path: Path) -> Header:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return read_header(stream, name=path.name)
     except FileNotFoundError:
         raise model_file_error(path.name, "no such file") from None

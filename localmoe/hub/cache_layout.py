@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import read_regular
 from ..gguf.model_meta import SHARD_NAME
 
 REPO_FOLDER = re.compile(r"models--[\w.-]+")
@@ -138,7 +139,7 @@ def commits_here(folder: Path) -> list[str]:
 def read_ref(folder: Path, revision: str) -> str | None:
     """What refs/<branch> says."""
     try:
-        commit = (folder / "refs" / revision).read_text("utf-8").strip()
+        commit = read_regular(folder / "refs" / revision).decode("utf-8").strip()
     except (OSError, ValueError):
         return None
     return commit if COMMIT.fullmatch(commit) else None

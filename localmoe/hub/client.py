@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from ..errors import DownloadError, LocalMoeError, UsageError, printable
-from ..files import atomic_file, write_atomically
+from ..files import atomic_file, open_regular, read_regular, write_atomically
 from .cache_layout import COMMIT, SHA256, commit_here, commits_here
 from .types import (
     OFFLINE_HINT,
@@ -108,7 +108,7 @@ def keep_listing(headers: Path, listed: RemoteRepo, revision: str | None) -> Non
 def kept_listing(headers: Path, repo: str, revision: str | None) -> RemoteRepo | None:
     """What was kept; None where that is nothing, or not what was written."""
     try:
-        kept = json.loads(listing_path(headers, repo, revision or "main").read_text("utf-8"))
+        kept = json.loads(read_regular(listing_path(headers, repo, revision or "main")))
         commit, files = kept["commit"], tuple(RemoteFile(**file) for file in kept["files"])
         if COMMIT.fullmatch(commit) and all(is_right(file, repo, commit) for file in files):
             return RemoteRepo(repo, commit, files)
@@ -423,7 +423,7 @@ def link_to_blob(path: Path, blob: Path, has_symlinks: bool) -> None:
             return None  # another program was quicker
         except OSError:
             continue  # not on this disk, or not allowed
-    with atomic_file(path, durable=False) as copy, blob.open("rb") as stream:
+    with atomic_file(path, durable=False) as copy, open_regular(blob) as stream:
         shutil.copyfileobj(stream, copy, COPIED_BYTES)
     return None
 

@@ -23,7 +23,13 @@ from typing import Any
 
 import psutil
 
-from ..files import remove_temporaries, sync_folder, write_atomically
+from ..files import (
+    open_regular_unbuffered,
+    read_regular,
+    remove_temporaries,
+    sync_folder,
+    write_atomically,
+)
 from .types import RemoteFile
 from .verify import PIECE_BYTES, as_ranges, fill, n_pieces
 
@@ -77,7 +83,8 @@ class Partial:
     def _open(self) -> None:
         if not any(self._states):
             self._journal_path.unlink(missing_ok=True)  # before the bytes that it speaks of
-            self.path.write_bytes(b"")
+            self.path.unlink(missing_ok=True)  # nothing is written through a link or into a pipe
+            self.path.touch()
         self._bytes = FileIO(self.path, "r+")
         self._reader = FileIO(self.path)
         self._bytes.truncate(self.file.n_bytes)
@@ -183,7 +190,7 @@ class Partial:
 
     def copy_pieces(self, source: Path, numbers: Sequence[int], checksums: Sequence[int]) -> None:
         """Takes pieces from a file that has them, without their bytes where the disk can share."""
-        with source.open("rb", buffering=0) as file:
+        with open_regular_unbuffered(source) as file:
             for start, end in as_ranges(numbers, self.file.n_bytes):
                 _copy_range(file, self._bytes, start, end)
         with self._lock:
@@ -248,7 +255,7 @@ def remove_leftover(blob: Path) -> None:
 def _read_journal(path: Path) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """Head and records, both empty where there is no journal or its head is damaged."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         head = json.loads(content[:HEAD_BYTES])
     except (OSError, ValueError, RecursionError):
         return {}, []

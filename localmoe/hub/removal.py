@@ -18,6 +18,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..errors import LocalMoeError, gib, printable
+from ..files import read_regular
 from .cache_layout import REPO_FOLDER, SHA256, CachedFile, cached_files, entries, link_target, walk
 from .download import lock_of
 from .partial_file import Leftover, remove_leftover
@@ -325,7 +326,7 @@ def _tidy(folder: Path) -> None:
     snapshots = {path.name for path in entries(folder / "snapshots")}
     with contextlib.suppress(OSError, UnicodeDecodeError):
         for ref in walk(folder / "refs"):
-            if ref.read_text("ascii").strip() not in snapshots:
+            if read_regular(ref).decode("ascii").strip() not in snapshots:
                 ref.unlink()
         for note in walk(folder / ".no_exist"):  # empty files: names the repository doesn't have
             if note.parts[len(folder.parts) + 1] not in snapshots and not note.lstat().st_size:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import gib
-from ..files import write_atomically
+from ..files import open_regular_unbuffered, read_regular, write_atomically
 from .cache_layout import SHA256
 
 PIECE_BYTES = 1 << 20
@@ -63,7 +63,7 @@ def hash_file(path: Path, on_progress: Callable[[int], None] | None = None) -> F
     """
     whole, pieces, n_bytes = hashlib.sha256(), list[int](), 0
     block, ahead = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as threads:
+    with open_regular_unbuffered(path) as file, ThreadPoolExecutor(2) as threads:
         n = fill(file, block)
         while n:
             reading = threads.submit(fill, file, ahead)
@@ -107,7 +107,7 @@ def write_pieces(stamps: Path, hashes: FileHashes) -> None:
 def read_pieces(stamps: Path, sha256: str, n_bytes: int) -> tuple[int, ...] | None:
     """The checksums kept for this content; None where there are none, or they are damaged."""
     try:
-        line, _, packed = pieces_path(stamps, sha256).read_bytes().partition(b"\n")
+        line, _, packed = read_regular(pieces_path(stamps, sha256)).partition(b"\n")
         head = json.loads(line)
     except (OSError, ValueError):
         return None
@@ -202,7 +202,7 @@ class Stamps:
     def read(self, path: Path) -> Stamp | None:
         """The stamp kept for a file, void or not."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            raw = json.loads(self._place(path).read_text("utf-8"))
+            raw = json.loads(read_regular(self._place(path)))
             seen = Fingerprint(**{name: _whole(n) for name, n in raw["seen"].items()})
             if SHA256.fullmatch(raw["sha256"]):
                 return Stamp(raw["sha256"], seen)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from ..engine.rates import CPU, Bandwidths, StepTime
-from ..files import write_atomically
+from ..files import read_regular, write_atomically
 from ..gguf.model_meta import ModelMeta
 from ..hardware.machine import Machine
 from .cpu_tuning import TuningRecord
@@ -82,7 +82,7 @@ class MeasurementStore:
     def buffers(self, key: MeasurementKey) -> Measured:
         """Returns the buffers, overheads and reserve that are known under a key."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            raw = json.loads((self._folder / key.file_name).read_text("utf-8"))
+            raw = json.loads(read_regular(self._path(key)))
             points = tuple(_point(point) for point in raw["compute"])
             overhead = {name: _size(n) for name, n in raw["overhead_bytes"].items()}
             verified = tuple(str(name) for name in raw.get("verified_plans", ()))
@@ -107,7 +107,7 @@ class MeasurementStore:
     def rates(self, key: MeasurementKey) -> Bandwidths:
         """Returns what is known of a machine's devices, whatever the model."""
         with contextlib.suppress(OSError, ValueError):
-            return parse_bandwidths(self._path(_of_machine(key, "bandwidths")).read_bytes())
+            return parse_bandwidths(read_regular(self._path(_of_machine(key, "bandwidths"))))
         return NO_BANDWIDTHS
 
     def write_rates(self, key: MeasurementKey, rates: Bandwidths) -> None:
@@ -120,7 +120,7 @@ class MeasurementStore:
     def timing(self, key: MeasurementKey) -> TuningRecord | None:
         """Returns how the CPU was timed on a model; None where it wasn't."""
         with contextlib.suppress(OSError, ValueError):
-            raw = self._path(_of_timing(key)).read_bytes()
+            raw = read_regular(self._path(_of_timing(key)))
             found = _TIMING.validate_json(raw, strict=True)
             return found if is_sound(found.tuning.times) else None
         return None
@@ -136,7 +136,7 @@ class MeasurementStore:
         """Returns the last records of a machine, oldest first. Damaged lines are none."""
         lines: list[bytes] = []
         with contextlib.suppress(OSError):
-            lines = self._records_path(key).read_bytes().splitlines()
+            lines = read_regular(self._records_path(key)).splitlines()
         found = (parse_record(line) for line in lines)
         return tuple(record for record in found if record)[-MAX_RECORDS:]
 
@@ -147,14 +147,14 @@ class MeasurementStore:
             return
         path = self._records_path(key)
         with self._locked(), contextlib.suppress(OSError):
-            old = path.read_bytes() if path.exists() else b""
+            old = read_regular(path) if path.exists() else b""
             torn = b"" if old.endswith(b"\n") or not old else b"\n"
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 os.write(file, torn + text.encode())
             finally:
                 os.close(file)
-            lines = path.read_bytes().splitlines(keepends=True)
+            lines = read_regular(path).splitlines(keepends=True)
             if len(lines) > 2 * MAX_RECORDS:
                 write_atomically(path, b"".join(lines[-MAX_RECORDS:]), durable=False, mode=0o600)
 

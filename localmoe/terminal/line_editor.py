@@ -20,6 +20,8 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from ..files import open_regular, write_atomically
+
 if sys.platform != "win32":
     import termios
 
@@ -190,7 +192,9 @@ def history_of(path: Path | None) -> History:
         return InMemoryHistory()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        open_regular(path).close()
         path.chmod(0o600)
         if path.stat().st_size > MAX_HISTORY_BYTES:
             forget_oldest(path)
@@ -201,9 +205,11 @@ def history_of(path: Path | None) -> History:
 
 def forget_oldest(path: Path) -> None:
     """Keep the newer half of a history; entries begin with a comment line of their time."""
-    kept = path.read_bytes()[-MAX_HISTORY_BYTES // 2 :]
+    with open_regular(path) as file:
+        file.seek(-MAX_HISTORY_BYTES // 2, os.SEEK_END)
+        kept = file.read(MAX_HISTORY_BYTES)
     begin = kept.find(b"\n# ")
-    path.write_bytes(kept[begin:] if begin >= 0 else b"")
+    write_atomically(path, kept[begin:] if begin >= 0 else b"", durable=False, mode=0o600)
 
 
 class _PrivateHistory(FileHistory):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...files import open_regular
 from ..protocol import FileSpan
 
 MAPS = Path("/proc/self/maps")
@@ -111,7 +112,7 @@ def address_of(span: FileSpan, mappings: Iterable[Mapping]) -> int | None:
 def can_pin(memory: HostMemory, path: str) -> bool:
     """Whether a page of this very file can be registered: the driver, its version and the file
     system all have a say, and asking costs nothing. `path` must not be empty."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+    with open_regular(Path(path)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
         address = next((m.address for m in mapped() if m.path == os.path.realpath(path)), None)
         if address is None or not memory.register(address, mmap.PAGESIZE):
             return False

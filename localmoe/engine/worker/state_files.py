@@ -37,7 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ...files import atomic_file
+from ...files import atomic_file, open_regular
 from ..native.llama import ggml
 from ..prefix import MIN_SHARED_TOKENS, common_prefix
 from .kv_slots import KvSlots
@@ -79,7 +79,7 @@ class StateFiles:
     def restore(self, path: Path, key: str) -> tuple[int, str]:
         """Hold again what a file has: how many tokens, and why none."""
         try:
-            with path.open("rb") as file, contextlib.closing(open_state(file)) as state:
+            with open_regular(path) as file, contextlib.closing(open_state(file)) as state:
                 state.check(key, state_layout_of(self._model))
                 if len(state.tokens) >= self._model.n_ctx:
                     raise StateMismatch(
