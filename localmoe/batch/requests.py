@@ -1,14 +1,11 @@
-"""The body of a batch line: which keys it may have, and what they ask of an answer.
-
-The keys are those of the OpenAI API's chat and text completions, and the samplers that this engine
-has besides. A key that changes nothing as it stands (`"n": 1`) is allowed; one that would change
-what the answer means and isn't supported is refused by its name: nothing is silently left out.
-
-The input of a batch: which form a file has, and what each of its lines asks.
+"""The lines of a batch's input: which form a file has, and what each line asks.
 
 A file holds OpenAI batch lines (`custom_id`, `method`, `url`, `body`), plain ones
-(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them if wanted), or one prompt a
-line as text. A line that can't be asked is an ItemError of its own, whatever is wrong with it.
+(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them), or one prompt a line as text.
+The keys of a body are those of OpenAI's chat and text completions, and the samplers that this
+engine has besides. A key that changes nothing (`"n": 1`) is allowed. One that would change what the
+answer means, and isn't supported, is refused by its name. A line that can't be asked is an
+ItemError of its own and stops no other.
 """
 
 from __future__ import annotations

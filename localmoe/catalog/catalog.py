@@ -1,9 +1,8 @@
-"""What the catalog has in place of an early Mixtral file, which llama.cpp no longer loads.
+"""The catalog of models that are known by name: the package's models.yaml and a person's own.
 
-models.yaml: the models that are known by name, the package's own and a person's.
-
-A wrong entry is refused with the file and the line of what is wrong: these files are written by
-hand, and a hash or a revision that is nearly right would only show after 28 GB.
+These files are written by hand, so a wrong entry is refused with its file and line: a hash that is
+nearly right would only show after 28 GB. `CatalogReplacement` is what the catalog has in place of
+an early Mixtral file that llama.cpp no longer loads.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ SAME_SIZE = 0.02  # the catalog rounds the number of parameters
 
 
 @dataclass(frozen=True, slots=True)
-class Better:
+class CatalogReplacement:
     """The same model in the catalog. `label` is the early file's quant, "" where the catalog
     doesn't have that; `n_bytes` what it takes, where that is known."""
 
@@ -54,7 +53,7 @@ class Better:
         return f"localmoe pull {self.key}" + (f":{self.label}" if self.label else "")
 
 
-def better(meta: ModelMeta, catalog: Mapping[str, ModelSpec]) -> Better | None:
+def better(meta: ModelMeta, catalog: Mapping[str, ModelSpec]) -> CatalogReplacement | None:
     """The catalog's entry of the same model: what has its name and its size."""
     file = SHARD_NAME.sub("", meta.paths[0].name).removesuffix(".gguf") if meta.paths else ""
     # the header's name may have the maker's before it
@@ -64,7 +63,7 @@ def better(meta: ModelMeta, catalog: Mapping[str, ModelSpec]) -> Better | None:
         if spec.repo and plain_name(spec.repo) in names and abs(ratio - 1) < SAME_SIZE:
             quant = spec.quants.get(meta.quant_label)
             label = meta.quant_label if quant else ""
-            return Better(key, spec.title, label, quant.bytes if quant else None)
+            return CatalogReplacement(key, spec.title, label, quant.bytes if quant else None)
     return None
 
 

@@ -1,11 +1,9 @@
-"""The names of sessions: those that a person may give, and those that date and time give.
+"""Chats on disk: a folder of sessions, their names, and the one that is going on.
 
-Chats on disk: a folder of them, and one that is going on.
-
-A session is a file of text (transcript.py), NAME.jsonl, and beside it, where a chat ended well, the
-state of the model's cache (engine/worker/state_files.py), NAME.state, which only saves time.
-One process at a time has
-a session, behind a lock. Everything is for its owner alone: files 0600 in a folder 0700.
+A session is a file of text (transcript.py), NAME.jsonl. Where a chat ended well, the state of the
+model's cache lies beside it (engine/worker/state_files.py), NAME.state, which only saves time.
+One process at a time has a session, behind a lock. Everything is for its owner alone: files 0600 in
+a folder 0700.
 """
 
 from __future__ import annotations

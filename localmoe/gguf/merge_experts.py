@@ -1,12 +1,9 @@
-"""The early layout of Mixtral files: a tensor for each expert, and routers in half precision.
+"""Merges early Mixtral files, a tensor for each expert, into what llama.cpp loads today.
 
-Files of December 2023 to April 2024 have it (llama.cpp's pull requests 4406 and 6387).
-
-Early Mixtral files, which llama.cpp no longer loads, become files that run.
-
-Laid end to end in the order of their numbers, the experts' bytes are the merged tensor of today's
-files: rows of a quant end with an expert. Routers become F32, as converters write them today; in
-half precision llama.cpp would round what goes in. All else stays as it is.
+Files of December 2023 to April 2024 have it (llama.cpp's pull requests 4406 and 6387). Laid end to
+end in the order of their numbers, the experts' bytes are the merged tensor of today's files: rows
+of a quant end with an expert. Routers in half precision become F32, as converters write them today;
+llama.cpp would round what goes into them. All else stays as it is.
 
 `plan_conversion(path)` reads headers and refuses what would not run; `convert` copies.
 """

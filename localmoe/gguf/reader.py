@@ -1,13 +1,10 @@
-"""The GGUF file format: the bytes of a header -> metadata and tensor table, within bounds.
+"""Reads the header of a GGUF file: metadata and the tensor table, within bounds.
 
 `read_header` reads a stream no further than its header goes, so the first megabytes of a remote
 file are enough. It refuses what llama.cpp refuses (ggml/src/gguf.cpp) and what would make it
-abort or hang, before llama.cpp sees the file. What the metadata means is model_meta.py's business.
-
-Taking values off a stream of little-endian bytes, within bounds; and the refusal of a file.
-
-What is read may come from anyone: no length is believed before it is held against the file's
-length and our caps, and no text reaches a message before it is made harmless.
+abort or hang, before llama.cpp sees the file. A file may come from anyone: no length is believed
+before it is held against the file's length and our caps, and no text reaches a message before it is
+made harmless. What the metadata means is model_meta.py's business.
 """
 
 from __future__ import annotations

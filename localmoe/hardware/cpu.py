@@ -1,9 +1,8 @@
-"""What the control groups of this process allow: memory and processor time, both versions.
+"""The processor: cores that this process may use, its features, and limits of control groups.
 
-A group's limits hold for all groups below it, so every group from the process's own up to the
-root counts. In a container the root that can be seen is the container's own group.
-
-The processor: cores that this process may use, and features that it has or a build uses.
+A group's limits, of memory and of processor time, hold for all groups below it, in both versions.
+So every group from the process's own up to the root counts. In a container the root that can be
+seen is the container's own group.
 """
 
 from __future__ import annotations

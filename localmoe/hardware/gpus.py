@@ -1,10 +1,9 @@
-"""Graphics cards as their drivers see them, whether llama.cpp can use them or not.
+"""Graphics cards as their drivers see them, matched with the devices that llama.cpp has.
 
 What is free on a card is asked here, before a child of ours holds a context on it: llama.cpp's own
 figure is read after that (ggml_backend_cuda_device_get_memory). nvidia-smi is run where it exists,
-AMD's and Intel's drivers say it in sysfs, Apple's chip is known by its name.
-
-Devices that layers can go to: llama.cpp's, each with what its driver says is free. Pure.
+AMD's and Intel's drivers say it in sysfs, and Apple's chip is known by its name. Cards that
+llama.cpp can't use are found, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Hugging Face cache as it lies on disk: repositories, snapshots, the blobs they link to.
+"""The Hugging Face cache as it lies on disk: repositories, revisions, snapshots and their blobs.
 
 Its layout is that of huggingface_hub (docs/source/en/guides/manage-cache.md):
 models--org--name/{blobs,refs,snapshots/<commit>/<name>}, where a name links to a blob, whose own
@@ -7,8 +7,6 @@ themselves. Newer versions may have a blob link on, to one store for all reposit
 are hashes of another kind.
 
 Looking never raises and opens no file: what can't be read isn't there.
-
-Which commit a revision stands for, as far as a repository's folder in the cache knows.
 """
 
 from __future__ import annotations

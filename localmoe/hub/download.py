@@ -1,10 +1,8 @@
-"""How far a download is, as data: what is done, at which speed, and how long it will still take.
+"""Downloads files from the Hub: resumed, verified, and put where every tool finds them.
 
-Downloads that resume, are verified, and land in the Hugging Face cache for every tool to find.
-
-The cache and its locks are huggingface_hub's; the bytes are our own transfer's, because
-huggingface_hub neither resumes nor checks what it got. A file becomes a blob of the cache
-only when its sha256 is the Hub's.
+The cache and its locks are laid out as huggingface_hub has them. The bytes are our own transfer's,
+because huggingface_hub neither resumes nor checks what it got. A file becomes a blob of the cache
+only when its sha256 is the Hub's. `ProgressMeter` says how far a download is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Who fetches what: the missing bytes of a file, dealt out to a few connections.
+"""Fetches the missing bytes of one file over a few connections, with retries and its sha256.
 
-The bytes of one file, from the Hub into its Partial: a few connections, retries, and the sha256.
-
-Each connection fills one piece at a time in memory and hands it to the partial whole. One more
+Each connection fills one piece at a time in memory and hands it to the partial file whole. One more
 thread makes the sha256 of what lies without a gap from the beginning, as it grows, and one has the
 disk keep what came. Nothing here decides what a wrong hash means: download.py does.
 """

@@ -1,10 +1,8 @@
-"""The hashes of a file: its sha256, and a checksum of each MiB, so that damage can be located.
+"""Hashes model files, and keeps what was found right, so that 28 GB are hashed once.
 
 The Hub knows one sha256 for a whole file: it says whether a file is right, never where it is
-wrong. So the checksums of a verified file are kept beside its stamp, and `verify --repair` fetches
-just the pieces that differ. They are CRC-32: they find damage, and sha256 alone decides.
-
-What was found right about a model file, kept so that 28 GB are not hashed at each start.
+wrong. So CRC-32 checksums of each MiB are kept beside the stamp of a verified file, and
+`verify --repair` fetches just the pieces that differ; sha256 alone decides.
 
 A stamp holds for one file as it lies: with another inode, size or time of change it is void. It is
 about the bytes behind all links, so every name of a blob shares it. Stamps can be deleted at any

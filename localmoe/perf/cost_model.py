@@ -1,9 +1,8 @@
-"""Which tensors of a placement are multiplied where: what a forecast adds up. Pure.
+"""Forecasts the tokens per second of a placement, from bytes, operations and rates. Pure.
 
-The rules are llama.cpp's (load_tensors, src/llama-model.cpp): the last layers are on GPUs, the
-output matrix counts as one more, overrides keep experts in RAM, embeddings are looked up there.
-
-Tokens per second that a placement will give, from bytes, operations and rates. Pure.
+Which device multiplies which tensor follows llama.cpp's rules (load_tensors, src/llama-model.cpp):
+the last layers are on GPUs, the output matrix counts as one more, overrides keep experts in RAM,
+embeddings are looked up there.
 
 The time of a step (one micro-batch of a prompt, or one token of every sequence) is the sum of
 
@@ -14,9 +13,8 @@ The time of a step (one micro-batch of a prompt, or one token of every sequence)
 * operations that cost time whatever their size, and round trips between a GPU and RAM;
 * what the engine itself takes.
 
-Every rate is measured (engine/native/device_benchmark.py)
-or, where it isn't, by formula (rates.py). What
-runs really got corrects the rest (speed_records.py).
+Every rate is measured (engine/native/device_benchmark.py) or by formula where it isn't (rates.py).
+What runs really got corrects the rest (speed_records.py).
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Bytes of the KV cache and of recurrent states, layer by layer, as llama.cpp lays them out. Pure.
+"""Bytes of the KV cache, of recurrent states and of compute buffers, as llama.cpp has them. Pure.
 
-Sources: src/llama-kv-cache.cpp, src/llama-memory-recurrent.cpp, src/llama-hparams.cpp.
-
-Bytes of the buffers to compute a micro-batch in: measured, interpolated or by formula. Pure.
-
-On the CPU, and on GPUs that hold everything, the size is n_ubatch x (a + b x n_ctx) + c to the
-byte: every token has its hidden states (a) and its row of the attention mask (b x n_ctx); c doesn't
-depend on either. With experts in RAM it isn't (docs/notes/compute-buffers.md): measure those.
+The first two are computed layer by layer (src/llama-kv-cache.cpp, src/llama-memory-recurrent.cpp,
+src/llama-hparams.cpp). Compute buffers are measured, interpolated or taken by formula: on the CPU,
+and on GPUs that hold everything, the size is n_ubatch x (a + b x n_ctx) + c to the byte. Every
+token has its hidden states (a) and its row of the attention mask (b x n_ctx); c depends on neither.
+With experts in RAM it isn't (docs/notes/compute-buffers.md): measure those.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
-"""Which experts to leave in RAM where not all fit on a GPU: those that are read soonest. Pure.
+"""Searches which layers and experts go to which GPU, on sizes alone. Pure.
 
-A token's step takes as long as its experts in RAM are read, and for each layer with any of them a
-trip to RAM and back. So whole layers are left rather than a tensor here and there, but not at the
-price of many bytes.
-
-Which layers and experts go to which GPU: the search, on sizes alone. Pure.
-
-Dense parts come first (every token needs all of them), then experts, so that what stays in RAM is
-read soonest: few bytes in few layers. llama.cpp puts the last layers on GPUs and counts the output
-matrix as one layer more (src/llama-model.cpp); layers go to devices in order, in one run each.
+Dense parts come first, since every token needs all of them. Then come experts, so that what stays
+in RAM is read soonest: a token's step takes as long as its experts in RAM are read, and for each
+layer with any of them a trip to RAM and back. Whole layers are left rather than a tensor here and
+there, but not at the price of many bytes. llama.cpp puts the last layers on GPUs and counts the
+output matrix as one layer more (src/llama-model.cpp); layers go to devices in order, in one run
+each.
 """
 
 from __future__ import annotations

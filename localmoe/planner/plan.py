@@ -1,12 +1,9 @@
-"""Which bytes of a model's files a plan wants pinned. Pure.
-
-A layout as the explicit values that an engine loads by, in llama.cpp's own counting. Pure.
-
-Where a model goes: from a machine, a model's metadata and a request to a Plan. Pure.
+"""Plans where a model goes: from a machine, a model's metadata and a request to a Plan. Pure.
 
 Nothing is probed, read or allocated here. Weights are summed from the tensor table, the cache is
-computed, compute buffers and overhead come from `measured` where they were measured; every figure
-says which. What a person fixed is kept and the rest is fitted around it.
+computed, and compute buffers and overhead come from `measured` where they were measured; every
+figure says which. What a person fixed is kept, and the rest is fitted around it. The plan's
+placement is in llama.cpp's own counting.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""What is wanted of a plan.
+"""What is asked of a plan: budgets, layers that a person fixed, and requests at once. Pure.
 
-What a person fixed, on a machine: its budgets, and the layers that are to be on GPUs. Pure.
-
-A machine that one might buy: this one, with the memory that was asked for. Pure.
-
-How many requests are answered at once: what is wanted, and what a cache for them needs. Pure.
+A budget larger than the machine's memory stands for a machine that one might buy.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Which placement serves a workload best: candidates are planned, timed by forecast, one is taken.
+"""Searches the placement that serves a workload best: plans candidates and forecasts each.
 
-What a person fixed is the same in every candidate; what is left open varies: the micro-batch,
-whether experts in RAM are pinned, and whether the largest may be there. A large micro-batch makes
-prompts fast and takes room on the GPU that experts could have, which makes answers slow: how much
-of which is wanted decides.
-
-Repacked copies of a plan's matrices: how many RAM has room for, and what they are good for.
+What a person fixed is the same in every candidate. What is left open varies: the micro-batch,
+whether experts in RAM are pinned, whether the largest may be there, and whether matrices are copied
+in repacked order. A large micro-batch makes prompts fast and takes room on the GPU that experts
+could have, which makes answers slow: the workload says how much of which is wanted.
 """
 
 from __future__ import annotations

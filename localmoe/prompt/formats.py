@@ -1,10 +1,8 @@
-"""Messages -> the exact prompt of a model family: which format a model wants.
+"""Chooses the prompt format of a model.
 
 Mistral's Instruct models get the tokens of Mistral's own reference (mistral.py), whatever template
-their file holds; every other model its own template (chat_template.py), and a model without one
-a text to continue (formats.py).
-
-Models without a chat template: base models, which continue a text and can do no more.
+their file holds. Every other model gets its own template (chat_template.py). A base model without a
+template continues a text and can do no more (TextFormat).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The commands of a conversation: their names, what they do, and what may stand behind them.
+"""The slash commands of a chat: their names, what they do, and what may stand behind them.
 
-Commands on what was said: take it back, have it again, put a file to it, copy it.
-
-Commands on how it is answered: settings, figures, the plan, the model, what is kept.
+One table has those on what was said (take it back, have it again, put a file to it, copy it),
+another those on how it is answered: settings, figures, the plan, the model, what is kept.
 """
 
 from __future__ import annotations

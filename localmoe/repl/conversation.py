@@ -1,8 +1,6 @@
-"""What a chat command holds: the model that answers, what was said, where it is kept.
+"""What a chat holds: its model, loaded while a person types, its messages and its session.
 
-Knows no terminal: repl.py and files.py show it.
-
-A model that is loaded in a thread while a person types already.
+It knows no terminal: repl.py and cli/chat.py show it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""A Markdown table as it comes: columns as wide as their cells want and the screen allows.
-
-Markdown as it comes: what is finished is given once, the line that is being written again and
-again.
+"""Renders Markdown as it comes: finished lines once, the line that is being written ever again.
 
 Every line of the source is shown on lines of its own: models break lines where they mean it. Only
-a table waits for its rows. Code is shown exactly as it is, between its fences; nothing is put
-before or behind it, so that what is copied from the screen runs.
+a table waits for its rows; its columns are as wide as their cells want and the screen allows. Code
+is shown exactly as it is, between its fences; nothing is put before or behind it, so that what is
+copied from the screen runs.
 """
 
 from __future__ import annotations
