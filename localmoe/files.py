@@ -69,6 +69,15 @@ def _lock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link that leads nowhere. Raises OSError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def has_name(fd: int, path: Path) -> bool:
     """Whether `path` leads to the file that was opened as `fd`, and to no other by now."""
     try:

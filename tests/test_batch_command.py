@@ -227,6 +227,9 @@ def test_an_ordered_output_has_the_order_of_the_input(tmp_path: Path, output: Pa
         (["-i", "TEMPORARY", "-o", "OUT"], "the name of a temporary file"),
         (["-i", "IN", "-o", "LINK"], "is -o and -i"),
         (["-i", "IN", "-o", "OUT", "--errors", "LINK"], "is --errors and -i"),
+        (["-i", "LOOP", "-o", "OUT"], "loop can't be read: Too many levels"),
+        (["-i", "IN", "-o", "LOOP"], "loop can't be read: Too many levels"),
+        (["-i", "IN", "-o", "OUT", "--errors", "LOOP"], "loop can't be read: Too many levels"),
         (["-i", "IN", "-o", "/none/out"], "There is no folder /none"),
         (["-i", "IN", "--ordered"], "need a file to write"),
         (["-i", "IN", "--json"], "can't both be on stdout"),
@@ -240,7 +243,8 @@ def test_each_mistake_is_one_line(tmp_path: Path, arguments: Sequence[str], sent
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "link").hardlink_to(tmp_path / "in.jsonl")
     names = {"IN": str(tmp_path / "in.jsonl"), "LIST": str(tmp_path / "list.json")}
-    for name in ("OUT", "OUT.manifest.json", "LINK"):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("OUT", "OUT.manifest.json", "LINK", "LOOP"):
         names[name] = str(tmp_path / name.lower())
     names["TEMPORARY"] = str(tmp_path / ".out.0123abcd.new")
     result = localmoe(*(names.get(argument, argument) for argument in arguments))

@@ -527,6 +527,30 @@ def test_what_is_damaged_is_exported_with_a_warning(
     assert "(line 3 is damaged)" in out(capsys, "list")
 
 
+@pytest.mark.parametrize("command", ["list", "show one", "rm one", "rm --all --yes"])
+def test_a_folder_that_can_not_be_read_is_told_from_an_empty_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setenv("LOCALMOE_STATE", str(tmp_path))
+    sessions_folder().write_text("not a folder")
+    assert "can't be read: Not a directory" in out(capsys, *command.split(), code=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of POSIX")
+def test_a_link_that_leads_nowhere_is_listed_and_can_be_removed(
+    kept: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.path("loop").symlink_to("loop.jsonl")
+    assert "It can't be read: Too many levels" in out(capsys, "list")
+    assert "loop.jsonl can't be read" in out(capsys, "show", "loop", code=1)
+    with pytest.raises(LocalMoeError, match=r"loop\.jsonl can't be read"):
+        kept.open_or_new("loop")
+    assert out(capsys, "rm", "loop").startswith("1 session deleted")
+
+
 def test_rm_deletes_what_is_named(kept: Sessions, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no session tolk" in out(capsys, "rm", "evil", "tolk", code=2)
     assert kept.names() == ["evil", "talk"]

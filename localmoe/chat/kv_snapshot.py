@@ -59,7 +59,7 @@ def restore_state(session: Session, engine: Engine) -> int:
     0 where there is none that suits. The model has to be the one that the session goes on with
     (Session.use). A state that ended the engine is deleted: the next engine does without.
     """
-    if not session.state_path.exists():
+    if not os.path.exists(session.state_path):
         return 0
     try:
         n_tokens = engine.restore_state(str(session.state_path), session.file).n_tokens
@@ -88,7 +88,7 @@ def save_state(
     0 where it can't be kept: then what was there before stays, and where there is nothing new to
     keep. Nothing is kept of a chat that has no text.
     """
-    if session.is_state_current or not session.path.exists() or not session.file:
+    if session.is_state_current or not os.path.exists(session.path) or not session.file:
         return 0
     clear_unfinished(sessions)
     store = _Store(sessions.folder, session.state_path, quota_bytes)

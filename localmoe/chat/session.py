@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from ..config.environment import sessions_folder
 from ..errors import LocalMoeError, UsageError
-from ..files import APPENDING, append_durably, sync_folder
+from ..files import APPENDING, append_durably, is_there, sync_folder
 from ..prompt.messages import Message
 from .transcript import Transcript, changes, head, other_model, read_transcript
 
@@ -64,7 +64,7 @@ TEXT, STATE = ".jsonl", ".state"
 class SessionFacts:
     """What a list says of a session. `changed` is in seconds since 1970; `created` is ISO 8601.
 
-    `damaged` are the numbers of lines that can't be read.
+    `damaged` are the numbers of lines that can't be read; `problem` says why nothing could be.
     """
 
     name: str
@@ -76,6 +76,7 @@ class SessionFacts:
     text_bytes: int
     state_bytes: int
     damaged: tuple[int, ...] = ()
+    problem: str = ""
 
 
 class Sessions:
@@ -93,7 +94,7 @@ class Sessions:
             self.check_free(name)
             return Session(self, name, model)
         for candidate in names_for(datetime.now()):
-            if not self.path(candidate).exists():
+            if not self.has(candidate):
                 with contextlib.suppress(SessionInUse):
                     return Session(self, candidate, model)
         raise AssertionError  # the names never end
@@ -105,7 +106,7 @@ class Sessions:
 
     def open_or_new(self, name: str, model: str = "") -> Session:
         """Go on with a session of this name, or begin it; the model may be said later (use)."""
-        return self.open(name) if self.path(name).exists() else self.new(name, model)
+        return self.open(name) if self.has(name) else self.new(name, model)
 
     def latest(self) -> Session | None:
         """Go on with the one that was written last; None where there is none."""
@@ -124,7 +125,7 @@ class Sessions:
         """Every session, that which was written last first."""
         facts: list[SessionFacts] = []
         for name in self.names():
-            with contextlib.suppress(OSError):  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 facts.append(self._facts(name))
         return sorted(facts, key=lambda found: (-found.changed, found.name))
 
@@ -144,9 +145,23 @@ class Sessions:
         return n_bytes
 
     def names(self) -> list[str]:
-        """Of all sessions, in the order of their letters."""
-        found = (path.name.removesuffix(TEXT) for path in self.folder.glob(f"*{TEXT}"))
+        """Of all sessions, in the order of their letters. Raises LocalMoeError."""
+        try:
+            files = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _cannot_read(self.folder, error) from None
+        found = (file.removesuffix(TEXT) for file in files if file.endswith(TEXT))
         return sorted(name for name in found if is_name(name))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this session, whatever it is. Raises LocalMoeError."""
+        path = self.path(name)
+        try:
+            return is_there(path)
+        except OSError as error:
+            raise _cannot_read(path, error) from None
 
     def path(self, name: str) -> Path:
         """Where a session's text lies. Raises UsageError for what can't be a name."""
@@ -180,7 +195,7 @@ class Sessions:
 
     def unlock(self, name: str, lock: FileLock) -> None:
         """Let others have a session; where there is none of this name, leave nothing of it."""
-        if not self.path(name).exists():
+        if not os.path.lexists(self.path(name)):
             with contextlib.suppress(OSError):  # Windows deletes no file that is open
                 self._lock_path(name).unlink()  # while it is held: nobody else's by then
         lock.release()
@@ -190,10 +205,15 @@ class Sessions:
 
     def _facts(self, name: str) -> SessionFacts:
         path = self.path(name)
+        found, problem = Transcript(), ""
         try:
             found = read_transcript(path)
         except LocalMoeError as error:  # a later format: still to be seen, and removed
-            found = Transcript(messages=[Message("user", error.message)])
+            problem = error.message
+        except OSError as error:
+            if not self.has(name):
+                raise
+            problem = f"It can't be read: {error.strerror}."
         return SessionFacts(
             name=name,
             model=found.model,
@@ -204,11 +224,12 @@ class Sessions:
             text_bytes=n_bytes_of(path),
             state_bytes=n_bytes_of(self.state_path(name)),
             damaged=tuple(found.damaged),
+            problem=problem,
         )
 
     def check_known(self, name: str) -> None:
         """Raises UsageError where there is no session of this name."""
-        if self.path(name).exists():
+        if self.has(name):
             return
         near = difflib.get_close_matches(name, self.names(), 1, 0.5)
         hint = f"Did you mean {near[0]}?" if near else "See: localmoe sessions list"
@@ -216,7 +237,7 @@ class Sessions:
 
     def check_free(self, name: str) -> None:
         """Raises UsageError where there is a session of this name, or can't be one."""
-        if self.path(name).exists():
+        if self.has(name):
             raise UsageError(
                 f"There is a session {name} already.",
                 f"Go on with it: localmoe chat --session {name}",
@@ -277,7 +298,7 @@ class Session:
         try:
             store.check_free(name)
             self._close_file()  # Windows moves none that is open
-            if self.path.exists():
+            if is_there(self.path):
                 self.path.rename(path)
         except OSError as error:
             store.unlock(name, lock)
@@ -358,9 +379,9 @@ class Session:
     def _read(self, model: str) -> Transcript:
         try:
             found = read_transcript(self.path)
-        except FileNotFoundError:
-            return Transcript(model=model)
         except OSError as error:
+            if not self._sessions.has(self.name):
+                return Transcript(model=model)
             raise _cannot_read(self.path, error) from None
         if found.damaged:
             raise LocalMoeError(

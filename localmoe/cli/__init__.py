@@ -198,6 +198,10 @@ def report_error(error: Exception) -> int:
         # what writes files says so itself, with the file's name
         message = f"The output can't be written: {error.strerror}."
         discard_stdout()
+    elif isinstance(error, OSError) and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        message = f"{name} can't be used: {error.strerror or type(error).__name__}."
+        hint = "See where: localmoe --debug ..."
     else:
         message = f"Something unforeseen went wrong: {type(error).__name__}: {error}."
         hint = "Run it as `localmoe --debug ...` and report what it prints."

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from ..errors import LocalMoeError
 from ..files import read_regular
 from ..terminal import console
 
@@ -58,7 +59,10 @@ class SessionType(click.types.StringParamType):
         """Completes names of sessions."""
         from ..chat.session import kept_sessions  # start-up, 100 ms before each command
 
-        names = kept_sessions().names()
+        try:
+            names = kept_sessions().names()
+        except LocalMoeError:
+            return []
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 

@@ -124,10 +124,13 @@ def row(found: SessionFacts) -> Sequence[str]:
     title = found.title[:TITLE_LENGTH] + ("..." if len(found.title) > TITLE_LENGTH else "")
     if found.damaged:
         title = f"(line {found.damaged[0]} is damaged) {title}"
+    elif found.problem or not found.n_messages:
+        title = found.problem or "(empty)"
     when = datetime.fromtimestamp(found.changed).strftime("%Y-%m-%d %H:%M")
     state = console.size(found.state_bytes) if found.state_bytes else ""
     sizes = (str(found.n_messages), console.size(found.text_bytes), state)
-    return (found.name, short_model_name(found.model), when, *sizes, title)
+    model = short_model_name(found.model) if found.model else ""
+    return (found.name, model, when, *sizes, title)
 
 
 def short_model_name(model: str) -> str:
@@ -164,6 +167,7 @@ def session_document(found: SessionFacts) -> dict[str, Any]:
         "text_bytes": found.text_bytes,
         "state_bytes": found.state_bytes,
         "damaged_lines": list(found.damaged),
+        "problem": found.problem,
     }
 
 

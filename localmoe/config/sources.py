@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocalMoeError, UsageError
+from ..files import is_there
 from .yaml_source import YamlSource
 
 FILE_NAME = "config.yaml"
@@ -64,7 +65,7 @@ def read_config(
     Names of models are checked where `aliases` are given. Raises UsageError with file and line.
     """
     try:
-        if not path.exists():
+        if not is_there(path):
             return ConfigFile()
         source = YamlSource(path)
         general = dict(source.values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -537,7 +538,7 @@ def sessions(repl: Repl, argument: str) -> None:
     if not known:
         repl.tell("No session is kept yet.")
         return
-    rows = [(s.name, f"{s.n_messages} messages", s.model, s.title) for s in known[:20]]
+    rows = [(s.name, f"{s.n_messages} messages", s.model, s.problem or s.title) for s in known[:20]]
     console.table([("SESSION", "", "MODEL", "BEGINS"), *rows])
     if len(known) > len(rows):
         repl.tell(f"and {len(known) - len(rows)} more: localmoe sessions list")
@@ -545,7 +546,9 @@ def sessions(repl: Repl, argument: str) -> None:
 
 def session_names(repl: Repl) -> Iterable[tuple[str, str]]:
     """Returns the names of sessions, each with its title."""
-    return [(s.name, s.title) for s in stored(repl).all()]
+    with suppress(LocalMoeError):  # /load says so itself
+        return [(s.name, s.title) for s in stored(repl).all()]
+    return []
 
 
 def stored(repl: Repl) -> Any:

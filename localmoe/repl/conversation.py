@@ -243,7 +243,7 @@ class Conversation:
         fresh = self.sessions.new(name, self.lasting_name)
         self._let_go()
         self.session = fresh
-        is_there = before is not None and before.path.exists()
+        is_there = before is not None and self.sessions.has(before.name)
         return before.name if before is not None and is_there else ""
 
     def open(self, session: Session) -> None:
