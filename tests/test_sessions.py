@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -318,6 +319,66 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_file_as_it_was(store: Sessions
     assert out.startswith("The chat can't be kept: ")
     assert len(out.splitlines()) == 1
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_file_that_is_deleted_while_the_chat_runs_is_written_anew(
+    store: Sessions, whole_folder: bool
+) -> None:
+    written(store, TURN)
+    for is_first in (True, False):  # before the first turn that this chat adds, and after it
+        with store.open("one") as session:
+            session.use("demo", "file-a")
+            if not is_first:
+                assert not session.sync([*TURN, *NEXT])
+            shutil.rmtree(store.folder) if whole_folder else session.path.unlink()
+            assert session.sync([*TURN, *NEXT, *TURN])
+            assert not session.sync([*TURN, *NEXT, *TURN, *NEXT])
+            with pytest.raises(LocalMoeError, match="open in another chat"):
+                store.lock("one")
+        found = store.read("one")
+        assert (found.messages, found.damaged) == ([*TURN, *NEXT, *TURN, *NEXT], [])
+        assert (found.model, found.file) == ("demo", "file-a")
+
+
+@pytest.mark.parametrize("change", ["add", "replace", "begin"])
+def test_what_another_program_writes_while_the_chat_runs_stays(
+    store: Sessions, change: str
+) -> None:
+    path = store.path("one")
+    if change != "begin":
+        written(store, TURN)
+    with store.open_or_new("one", "demo") as session:
+        if change == "replace":
+            path.rename(path.with_name("old"))
+        with path.open("ab") as file:
+            file.write(b"mine\n")
+        raw = path.read_bytes()
+        with pytest.raises(LocalMoeError, match="The chat can't be kept: "):
+            session.sync([*TURN, *NEXT])
+        assert path.read_bytes() == raw
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="limits of POSIX")
+def test_a_full_disk_leaves_no_empty_session(store: Sessions) -> None:
+    program = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from localmoe.errors import LocalMoeError\n"
+        "from localmoe.prompt.messages import Message\n"
+        "from localmoe.chat.session import Sessions\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "with Sessions(Path(sys.argv[1])).new('one', 'demo') as session:\n"
+        "    for _ in range(2):\n"
+        "        try:\n"
+        "            session.sync([Message('user', 'x' * 100)])\n"
+        "        except LocalMoeError as error:\n"
+        "            print(error)\n"
+    )
+    out = subprocess.check_output([sys.executable, "-c", program, str(store.folder)], text=True)
+    assert out.count("The chat can't be kept: ") == 2
+    assert list(store.folder.iterdir()) == []
 
 
 def spoil(path: Path, number: int) -> None:

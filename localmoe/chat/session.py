@@ -261,6 +261,7 @@ class Session:
         self.path, self.state_path = sessions.path(name), sessions.state_path(name)
         self.is_state_current = False
         self._fd = -1
+        self._identity: tuple[int, int, int] | None = None
         self._other_model = b""
         self._sessions, self._lock = sessions, sessions.lock(name)
         try:
@@ -351,17 +352,24 @@ class Session:
             self._written = [replace(message, tokens=None) for message in self._written]
         self._found.model, self._found.file = model, file
 
-    def sync(self, messages: Sequence[Message], n_dropped: int = 0) -> None:
+    def sync(self, messages: Sequence[Message], n_dropped: int = 0) -> bool:
         """Have a conversation on disk when this returns: what is new, and what no longer counts.
 
-        Of a chat in which nothing was asked there is no file. What was `unanswered` stays so until
-        something else is asked. Raises LocalMoeError where it can't be written; then the file is as
-        it was.
+        True where the file had been deleted: then it is written anew, whole. Of a chat in which
+        nothing was asked there is no file. What was `unanswered` stays so until something else is
+        asked. Raises LocalMoeError where it can't be written; then the file is as it was.
         """
         if self._left and asked(messages) == asked(self.messages):
             messages = [*messages, *self._left]
         else:
             self._left = []
+        is_deleted = self._is_deleted()
+        if is_deleted:
+            self._begin_anew()
+        self._write_changes(messages, n_dropped)
+        return is_deleted
+
+    def _write_changes(self, messages: Sequence[Message], n_dropped: int) -> None:
         if not self._found.end and not any(m.role == "user" for m in messages):
             return
         block = changes(self._written, messages, (self.n_dropped, n_dropped))
@@ -379,6 +387,7 @@ class Session:
     def _read(self, model: str) -> Transcript:
         try:
             found = read_transcript(self.path)
+            self._identity = self._identity_of_file()
         except OSError as error:
             if not self._sessions.has(self.name):
                 return Transcript(model=model)
@@ -391,6 +400,38 @@ class Session:
             )
         return found
 
+    def _is_deleted(self) -> bool:
+        """Whether the file is gone. Raises LocalMoeError where another program wrote to it."""
+        if self._identity is None:
+            return False
+        try:
+            now = self._identity_of_file()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise self._not_kept(error) from None
+        if now != self._identity:
+            raise LocalMoeError(
+                f"The chat can't be kept: another program changed {self.path} meanwhile.",
+                f"Leave it; localmoe chat --session {self.name} goes on with what is there now.",
+            )
+        return False
+
+    def _identity_of_file(self) -> tuple[int, int, int]:
+        """What tells the file from one that another program puts in its place, or adds to."""
+        found = self.path.stat()
+        return found.st_dev, found.st_ino, found.st_size
+
+    def _begin_anew(self) -> None:
+        """Let nothing count as written; the lock may have gone with the folder."""
+        self._close_file()
+        self._lock.release()
+        self._lock = self._sessions.lock(self.name)
+        self._identity = None
+        self._written, self._other_model = [], b""
+        self._found.end = self._found.n_dropped = 0
+        self._found.lacks_line_end = False
+
     def _close_file(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -401,19 +442,32 @@ class Session:
             if self._fd < 0:
                 self._open()
             append_durably(self._fd, block, self._found.end)
+            self._found.end += len(block)
+            self._identity = self._identity_of_file()
         except OSError as error:
-            raise LocalMoeError(
-                f"The chat can't be kept: {self.path} can't be written: {error.strerror}."
-            ) from None
-        self._found.end += len(block)
+            self._remove_empty()
+            raise self._not_kept(error) from None
+
+    def _not_kept(self, error: OSError) -> LocalMoeError:
+        return LocalMoeError(
+            f"The chat can't be kept: {self.path} can't be written: {error.strerror}."
+        )
 
     def _open(self) -> None:
-        """Open for appending; what a crash left after the last whole line is cut off."""
-        self._fd = os.open(self.path, APPENDING, 0o600)
+        """Open for appending; the torn line that a crash left is cut off."""
+        is_new = self._identity is None  # then what has the name by now is another's
+        self._fd = os.open(self.path, APPENDING | (os.O_EXCL if is_new else 0), 0o600)
         os.ftruncate(self._fd, self._found.end)
-        if not self._found.end:
+        if is_new:
             with contextlib.suppress(OSError):
                 sync_folder(self.path.parent)
+
+    def _remove_empty(self) -> None:
+        """Leave no file of a chat of which nothing could be written."""
+        if self._identity is None and self._fd >= 0:
+            self._close_file()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
 
 def others(damaged: Sequence[int]) -> str:

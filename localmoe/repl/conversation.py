@@ -221,7 +221,8 @@ class Conversation:
                 return
             self.session = self.sessions.new(None, self.lasting_name)
         self._use_model(self.session, self.loaded)
-        self.session.sync(messages, self._chat.n_dropped)
+        if self.session.sync(messages, self._chat.n_dropped):
+            self.on_note(f"{self.session.path} was deleted meanwhile; it is written anew.")
 
     def begin_anew(self) -> None:
         """A new conversation; the one so far stays in its session."""
