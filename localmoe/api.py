@@ -211,7 +211,7 @@ def conversation(messages: Sequence[Any]) -> list[Message]:
         replace(message, tokens=given.tokens)
         if isinstance(given, Reply) and given["content"] == given.text
         else message
-        for message, given in zip(parsed, messages, strict=True)
+        for message, given in zip(parsed, messages, strict=False)
     ]
 
 

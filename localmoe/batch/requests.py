@@ -20,7 +20,7 @@ from ..chat.chat import AnswerOptions
 from ..engine.protocol import Sampling
 from ..errors import PromptError, UsageError
 from ..files import MAX_LINE_BYTES, InputLine, read_lines
-from ..prompt.messages import NOT_TEXT, Message, parse_messages
+from ..prompt.messages import NOT_TEXT, Message, is_unsaid, parse_messages
 from ..structured.check import check_sampling
 
 
@@ -60,21 +60,21 @@ NOTES = frozenset([
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention",
 ])  # fmt: skip
-# what is allowed only with the value that changes nothing, as JSON
+# what is allowed only empty or with the value that changes nothing, as JSON
 NEUTRAL = {
     "n": ("1",),
     "best_of": ("1",),
     "stream": ("false",),
-    "stream_options": ("{}",),
+    "stream_options": (),
     "logprobs": ("false",),
     "top_logprobs": ("0",),
     "logit_bias": ("{}",),
     "presence_penalty": ("0", "0.0"),
     "frequency_penalty": ("0", "0.0"),
     "echo": ("false",),
-    "suffix": ('""',),
-    "tools": ("[]",),
-    "functions": ("[]",),
+    "suffix": (),
+    "tools": (),
+    "functions": (),
     "tool_choice": ('"none"', '"auto"'),
     "function_call": ('"none"', '"auto"'),
     "parallel_tool_calls": ("true", "false"),
@@ -121,7 +121,7 @@ def _refuse_unknown(said: Mapping[str, Any]) -> None:
             raise ItemError(
                 "unknown_parameter", f"The body has {printable_name(name)}, which isn't known."
             )
-        if json.dumps(value) not in NEUTRAL[name]:
+        if not is_unsaid(value) and json.dumps(value) not in NEUTRAL[name]:
             allowed = " or ".join(NEUTRAL[name])
             raise ItemError(
                 "unsupported_parameter",

@@ -138,8 +138,10 @@ def read_schema(given: str) -> str:
 
 
 def read_messages(path: str) -> Any:
-    """What a file of messages holds, as JSON. Raises UsageError."""
+    """What a file of messages holds, as JSON: a list, or an object like a session's export that has
+    one. Raises UsageError."""
     try:
-        return json.loads(read_text(path))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{'stdin' if path == '-' else path} is not JSON: {error}.") from None
+    return value["messages"] if isinstance(value, dict) and "messages" in value else value
