@@ -22,11 +22,11 @@ from localmoe.batch.encoder import (
     tail_of_text,
     text_begins,
 )
+from localmoe.batch.parameters import ItemError
 from localmoe.batch.requests import (
     BatchRequest,
     Defaults,
     Form,
-    ItemError,
     form_of,
     request_of,
     request_of_line,

@@ -19,7 +19,8 @@ from ..prompt.formats import TextFormat
 from ..prompt.jinja_client import Renderer
 from ..prompt.messages import PromptFormat
 from ..prompt.mistral import MistralFormat
-from .requests import BatchRequest, ItemError
+from .parameters import ItemError
+from .requests import BatchRequest
 
 Side = Literal["head", "tail", "middle"]
 Answer = TypeVar("Answer")

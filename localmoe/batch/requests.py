@@ -1,229 +1,23 @@
-"""The lines of a batch's input: which form a file has, and what each line asks.
+"""The input of a batch: which form a file has, and what each of its lines asks.
 
 A file holds OpenAI batch lines (`custom_id`, `method`, `url`, `body`), plain ones
-(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them), or one prompt a line as text.
-The keys of a body are those of OpenAI's chat and text completions, and the samplers that this
-engine has besides. A key that changes nothing (`"n": 1`) is allowed. One that would change what the
-answer means, and isn't supported, is refused by its name. A line that can't be asked is an
-ItemError of its own and stops no other.
+(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them if wanted), or one prompt a
+line as text. A line that can't be asked is an ItemError of its own, whatever is wrong with it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal
 
 from ..chat.chat import AnswerOptions
-from ..engine.protocol import Sampling
 from ..errors import PromptError, UsageError
 from ..files import MAX_LINE_BYTES, InputLine, read_lines
-from ..prompt.messages import NOT_TEXT, Message, is_unsaid, parse_messages
-from ..structured.check import check_sampling
-
-
-class ItemError(Exception):
-    """A request that can't be asked or answered; `code` is for programs, the message for people."""
-
-    def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.custom_id = custom_id
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The numbers that a key may have; `field` is what it is called here."""
-
-    field: str
-    low: float
-    high: float
-    whole: bool = False
-
-
-SAMPLING = {
-    "temperature": Range("temperature", 0, 100),
-    "top_k": Range("top_k", 0, 2**31 - 1, whole=True),
-    "top_p": Range("top_p", 1e-9, 1),
-    "min_p": Range("min_p", 0, 1),
-    "repeat_penalty": Range("repeat_penalty", 1e-9, 1e9),
-    "seed": Range("seed", -(2**63), 2**64 - 1, whole=True),
-}
-LENGTHS = ("max_completion_tokens", "max_tokens")
-LENGTH = Range("max_tokens", 1, 2**31 - 1, whole=True)
-TEXTS = ("grammar", "json_schema")
-# what says nothing about the answer
-NOTES = frozenset([
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention",
-])  # fmt: skip
-# what is allowed only empty or with the value that changes nothing, as JSON
-NEUTRAL = {
-    "n": ("1",),
-    "best_of": ("1",),
-    "stream": ("false",),
-    "stream_options": (),
-    "logprobs": ("false",),
-    "top_logprobs": ("0",),
-    "logit_bias": ("{}",),
-    "presence_penalty": ("0", "0.0"),
-    "frequency_penalty": ("0", "0.0"),
-    "echo": ("false",),
-    "suffix": (),
-    "tools": (),
-    "functions": (),
-    "tool_choice": ('"none"', '"auto"'),
-    "function_call": ('"none"', '"auto"'),
-    "parallel_tool_calls": ("true", "false"),
-    "modalities": ('["text"]',),
-    "prediction": (),
-    "audio": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-KNOWN = frozenset([*SAMPLING, *LENGTHS, *TEXTS, "stop", "response_format", *NOTES])
-
-
-def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOptions:
-    """The defaults with what a body says on top. Raises ItemError.
-
-    `body` has neither messages nor a prompt any more; null stands for what isn't said.
-    """
-    said = {name: value for name, value in body.items() if value is not None}
-    _refuse_unknown(said)
-    chosen: dict[str, Any] = {
-        SAMPLING[name].field: _number(name, value, SAMPLING[name])
-        for name, value in said.items()
-        if name in SAMPLING
-    }
-    form = _form(said)
-    if form is not None:
-        chosen.update({"grammar": None, "json_schema": None, **form})
-    sampling = replace(defaults.sampling, **chosen)
-    if form:
-        _check_form(sampling)
-    return AnswerOptions(
-        sampling,
-        _length(said, defaults.max_tokens),
-        _stop(said["stop"]) if "stop" in said else defaults.stop,
-    )
-
-
-def _refuse_unknown(said: Mapping[str, Any]) -> None:
-    for name, value in said.items():
-        if name in KNOWN:
-            continue
-        if name not in NEUTRAL:
-            raise ItemError(
-                "unknown_parameter", f"The body has {printable_name(name)}, which isn't known."
-            )
-        if not is_unsaid(value) and json.dumps(value) not in NEUTRAL[name]:
-            allowed = " or ".join(NEUTRAL[name])
-            raise ItemError(
-                "unsupported_parameter",
-                f"The body has {printable_name(name)}, which isn't supported"
-                f"{f' but as {allowed}' if allowed else ''}.",
-            )
-
-
-def _number(name: str, value: object, range: Range) -> float | int:
-    kinds = (int,) if range.whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        kind = "a whole number" if range.whole else "a number"
-        raise ItemError("invalid_value", f"{printable_name(name)} must be {kind}.")
-    if not range.low <= value <= range.high:
-        raise ItemError(
-            "invalid_value",
-            f"{printable_name(name)} is {value:.10g}; "
-            f"it must be {range.low:.10g} to {range.high:.10g}.",
-        )
-    return value
-
-
-def _length(said: Mapping[str, Any], default: int | None) -> int | None:
-    given = {name: _number(name, said[name], LENGTH) for name in LENGTHS if name in said}
-    if len(set(given.values())) > 1:
-        raise ItemError(
-            "invalid_value", '"max_tokens" and "max_completion_tokens" say different things.'
-        )
-    return int(next(iter(given.values()))) if given else default
-
-
-def _stop(value: object) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ItemError("invalid_value", '"stop" must be a text or a list of texts.')
-    for text in texts:
-        if not text:
-            raise ItemError("invalid_value", 'A text of "stop" is empty.')
-        check_text('"stop"', text)
-    return tuple(texts)
-
-
-def _form(said: Mapping[str, Any]) -> dict[str, str] | None:
-    """The form that an answer has to have: a grammar or a schema, nothing, or None: not said."""
-    names = [name for name in (*TEXTS, "response_format") if name in said]
-    if len(names) > 1:
-        raise ItemError(
-            "invalid_value",
-            f"{printable_name(names[0])} and {printable_name(names[1])} exclude another.",
-        )
-    if not names:
-        return None
-    name, value = names[0], said[names[0]]
-    if name == "response_format":
-        return _response_format(value)
-    if name == "json_schema" and isinstance(value, (dict, bool)):
-        return {"json_schema": json.dumps(value)}
-    if not isinstance(value, str):
-        raise ItemError("invalid_value", f"{printable_name(name)} must be a text.")
-    check_text(printable_name(name), value)
-    return {name: value}
-
-
-def _check_form(sampling: Sampling) -> None:
-    try:
-        check_sampling(sampling)
-    except UsageError as error:
-        raise ItemError("invalid_value", str(error)) from None
-
-
-def _response_format(value: object) -> dict[str, str]:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"json_schema": '{"type": "object"}'}
-    if kind != "json_schema":
-        raise ItemError(
-            "invalid_value",
-            'The type of "response_format" must be "text", "json_object" or "json_schema".',
-        )
-    assert isinstance(value, dict)
-    inner = value.get("json_schema")
-    schema = inner.get("schema") if isinstance(inner, dict) else None
-    if not isinstance(schema, (dict, bool)):
-        raise ItemError("invalid_value", '"response_format" has no "json_schema" with a "schema".')
-    return {"json_schema": json.dumps(schema)}
-
-
-def check_text(what: str, text: str) -> None:
-    """Raises ItemError where a text can't be written in UTF-8 or holds a NUL."""
-    bad = NOT_TEXT.search(text)
-    if bad:
-        problem = "a NUL character" if bad[0] == "\0" else "half of a surrogate pair"
-        raise ItemError("invalid_value", f"{what} holds {problem} at character {bad.start() + 1}.")
-
-
-def printable_name(name: object) -> str:
-    """A name from outside, short and in ASCII."""
-    text = ascii(name)[1:-1] if isinstance(name, str) else ascii(name)
-    return f'"{text[:40]}{"..." if len(text) > 40 else ""}"'
-
+from ..prompt.messages import Message, parse_messages
+from .parameters import ItemError, answer_options, check_text, printable_name
 
 Form = Literal["json", "text"]
 BOM = b"\xef\xbb\xbf"

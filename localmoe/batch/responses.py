@@ -14,8 +14,8 @@ from ..errors import UsageError, escape_unsafe
 from ..prompt.reasoning import Answer
 from .journal import Journal, Record
 from .manifest import Manifest, differences, manifest_path, read_manifest, write_manifest
+from .parameters import ItemError
 from .pending import PendingRequest, PendingRequests
-from .requests import ItemError
 
 
 @dataclass(frozen=True, slots=True)

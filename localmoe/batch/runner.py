@@ -23,14 +23,13 @@ from ..structured.check import unheld_parts, with_held_schema
 from .dispatch import Dispatcher, Key, Outcome, StopFlag
 from .encoder import Encoder
 from .journal import Record
+from .parameters import ItemError, printable_name
 from .pending import PendingRequest, PendingRequests
 from .requests import (
     BatchRequest,
     Defaults,
     Form,
-    ItemError,
     is_blank,
-    printable_name,
     request_of,
     request_of_line,
 )
