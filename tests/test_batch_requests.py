@@ -208,6 +208,10 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "a", "stream": True}, "unsupported_parameter", '"stream"'),
         ({"prompt": "a", "logprobs": True}, "unsupported_parameter", '"logprobs"'),
         ({"prompt": "a", "presence_penalty": 0.5}, "unsupported_parameter", '"presence_penalty"'),
+        ({"prompt": "a", "reasoning_effort": "much"}, "invalid_value", "one of none, minimal"),
+        ({"prompt": "a", "chat_template_kwargs": [1]}, "invalid_value", "must be an object"),
+        ({"prompt": "a", "chat_template_kwargs": {"tools": 1}}, "invalid_value", '"tools"'),
+        ({"prompt": "a", "chat_template_kwargs": {"a b": 1}}, "invalid_value", '"a b"'),
         ({"prompt": "a", "temprature": 1}, "unknown_parameter", '"temprature"'),
         ({"prompt": "a", "temperature": -1}, "invalid_value", "is -1; it must be 0 to 100"),
         ({"prompt": "a", "temperature": "0"}, "invalid_value", "must be a number"),
@@ -270,6 +274,29 @@ KEYS = ["prompt", "messages", "body", "url", "custom_id", "stop", "seed", "n", "
 def test_any_object_is_a_request_or_a_sentence(value: dict[str, Any]) -> None:
     with suppress(ItemError):
         request_of(value, Defaults())
+
+
+# ---- what a template is told ----
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({}, "True medium"),
+        ({"reasoning_effort": "none"}, "False low"),
+        ({"reasoning_effort": "xhigh"}, "True high"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "False medium"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": 7}}, "7 high"),
+        ({"json_schema": {"type": "string"}}, "False low"),
+    ],
+)
+def test_a_line_says_how_hard_its_model_thinks(
+    said: dict[str, Any], text: str, tiny_engine: Any
+) -> None:
+    template = "{{ enable_thinking }} {{ reasoning_effort or 'medium' }} {{ messages[0].content }}"
+    format = TemplateFormat(template, variables={"enable_thinking": True})
+    tokens, _ = Encoder(format, tiny_engine, 512).encode(asked({"prompt": "Hi", **said}))
+    assert tiny_engine.detokenize(tokens).strip() == f"{text} Hi"
 
 
 # ---- prompts that are too long ----

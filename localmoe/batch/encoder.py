@@ -94,8 +94,13 @@ class Encoder:
 
     def _tokens(self, request: BatchRequest) -> tuple[int, ...]:
         if request.is_chat:
-            return self.format.encode(request.messages, self.vocabulary).tokens
+            return self._format(request).encode(request.messages, self.vocabulary).tokens
         return text_begins(self.format) + self.vocabulary.tokenize([TextPiece(request.text)])[0]
+
+    def _format(self, request: BatchRequest) -> PromptFormat:
+        if not (request.variables and isinstance(self.format, TemplateFormat)):
+            return self.format
+        return replace(self.format, variables={**self.format.variables, **request.variables})
 
     def _too_long(self, n_tokens: int) -> ItemError:
         return ItemError(

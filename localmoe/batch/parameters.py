@@ -15,6 +15,7 @@ from typing import Any
 from ..chat.chat import AnswerOptions
 from ..engine.protocol import Sampling
 from ..errors import UsageError
+from ..prompt.formats import thinking_variables
 from ..prompt.messages import NOT_TEXT, is_unsaid
 from ..structured.check import check_sampling
 
@@ -76,11 +77,17 @@ NEUTRAL = {
     "modalities": ('["text"]',),
     "prediction": (),
     "audio": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
-KNOWN = frozenset([*SAMPLING, *LENGTHS, *TEXTS, "stop", "response_format", *NOTES])
+EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+           "xhigh": "high"}  # fmt: skip
+"""OpenAI's levels of reasoning as `--think` has them."""
+OUR_VARIABLES = frozenset(["messages", "add_generation_prompt", "tools", "documents"])
+PROMPT_KEYS = ("reasoning_effort", "chat_template_kwargs")
+KNOWN = frozenset([
+    *SAMPLING, *LENGTHS, *TEXTS, *PROMPT_KEYS, "stop", "response_format", *NOTES,
+])  # fmt: skip
 
 
 def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOptions:
@@ -106,6 +113,29 @@ def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOp
         _length(said, defaults.max_tokens),
         _stop(said["stop"]) if "stop" in said else defaults.stop,
     )
+
+
+def template_variables(body: Mapping[str, Any]) -> dict[str, object]:
+    """Returns what a body has its model's prompt template told. Raises ItemError.
+
+    `chat_template_kwargs` is vLLM's and llama-server's name for variables of the template.
+    """
+    effort, given = body.get("reasoning_effort"), body.get("chat_template_kwargs")
+    found: dict[str, object] = {}
+    if effort is not None:
+        if effort not in EFFORTS:
+            known = ", ".join(EFFORTS)
+            raise ItemError("invalid_value", f'"reasoning_effort" must be one of {known}.')
+        found.update(thinking_variables(EFFORTS[effort]))
+    if given is not None:
+        if not isinstance(given, dict):
+            raise ItemError("invalid_value", '"chat_template_kwargs" must be an object.')
+        for name in given:
+            if name in OUR_VARIABLES or not str(name).isidentifier():
+                shown = printable_name(name)
+                raise ItemError("invalid_value", f'"chat_template_kwargs" can\'t have {shown}.')
+        found.update(given)
+    return found
 
 
 def _refuse_unknown(said: Mapping[str, Any]) -> None:

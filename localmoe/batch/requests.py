@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal
 
 from ..chat.chat import AnswerOptions
 from ..errors import PromptError, UsageError
 from ..files import MAX_LINE_BYTES, InputLine, read_lines
+from ..prompt.formats import thinking_variables
 from ..prompt.messages import Message, parse_messages
-from .parameters import ItemError, answer_options, check_text, printable_name
+from ..structured.check import is_structured
+from .parameters import ItemError, answer_options, check_text, printable_name, template_variables
 
 Form = Literal["json", "text"]
 BOM = b"\xef\xbb\xbf"
@@ -36,12 +38,16 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What is asked: a conversation, or with no messages, a text to be continued as it stands."""
+    """What is asked: a conversation, or with no messages, a text to be continued as it stands.
+
+    `variables` are told to the model's prompt template beside those of the batch.
+    """
 
     custom_id: str | None
     messages: tuple[Message, ...]
     text: str
     options: AnswerOptions
+    variables: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -128,9 +134,12 @@ def request_of(value: object, defaults: Defaults) -> BatchRequest:
     try:
         body, is_chat = _opened(value) if "body" in value or "url" in value else _plain(value)
         options = answer_options(body, defaults.options)
+        variables = template_variables(body)
+        if is_structured(options.sampling):  # its text begins at once, so nothing is thought before
+            variables = {**thinking_variables("off"), **variables}
         if not is_chat:
             return BatchRequest(custom_id, (), _text(body_prompt(value)), options)
-        return BatchRequest(custom_id, _messages(value, defaults.system), "", options)
+        return BatchRequest(custom_id, _messages(value, defaults.system), "", options, variables)
     except ItemError as error:
         error.custom_id = custom_id
         raise
