@@ -293,7 +293,8 @@ def read_text(path: str) -> str:
             with open(path, "rb") as file:
                 raw = file.read(MAX_READ_BYTES + 1)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        is_closed = path == "-" and isinstance(error, OSError) and error.errno == errno.EBADF
+        reason = "it is closed" if is_closed else getattr(error, "strerror", None) or error
         raise UsageError(f"{name} can't be read: {reason}.") from None
     if len(raw) > MAX_READ_BYTES:
         raise UsageError(f"{name} has more than {MAX_READ_BYTES >> 20} MiB: too much for a model.")

@@ -299,12 +299,33 @@ def test_a_group_alone_shows_its_help_as_it_is(group: str, command: str) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
-def test_a_stream_that_is_closed_from_the_start_is_no_trouble(closed: str) -> None:
+@pytest.mark.parametrize("closed", ["2>&-", "<&-"])
+def test_a_stream_that_is_closed_and_not_needed_is_no_trouble(closed: str) -> None:
     shell = f'{sys.executable} -m localmoe run demo "Hi!" -n 2 {closed}'
     result = subprocess.run(shell, shell=True, capture_output=True, text=True)
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+@pytest.mark.parametrize(
+    ("command", "sentence", "code"),
+    [
+        ("run demo Hi! -n 2 >&-", "The output can't be written: stdout is closed.", 1),
+        ("--version >&-", "The output can't be written: stdout is closed.", 1),
+        ("run demo <&-", "stdin can't be read: it is closed.", 2),
+        ("run demo --messages - <&-", "stdin can't be read: it is closed.", 2),
+        ("batch demo <&-", "stdin can't be read: it is closed.", 2),
+        ("chat demo <&-", "stdin can't be read: it is closed.", 2),
+        ("batch demo 0> /dev/null", "stdin can't be read: it is closed.", 2),
+    ],
+)
+def test_a_stream_that_is_closed_and_needed_is_one_line(
+    command: str, sentence: str, code: int
+) -> None:
+    shell = f"{sys.executable} -m localmoe {command}"
+    result = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert sentence in one_line_error(result, code)
 
 
 # ---- show and prompt ----

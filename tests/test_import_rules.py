@@ -31,7 +31,7 @@ FILE_READERS = {
     "engine/worker/model.py": 1,
     "engine/worker/server.py": 1,
     "engine/native/pinning.py": 1,
-    "cli/__init__.py": 2,
+    "cli/__init__.py": 1,
     "cli/batch.py": 1,
     "cli/sessions.py": 1,
 }

@@ -20,7 +20,8 @@ from ..errors import LocalMoeError
 from ..terminal import console
 
 EXIT_INTERRUPTED = 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""Why stdout can't be written: there is no room, or it is closed."""
 
 
 class PipeClosed(Exception):
@@ -153,14 +154,24 @@ def main(takes_interrupts: bool = True) -> int:
 
     With `takes_interrupts`, Ctrl-C is a KeyboardInterrupt from here on.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this; what is written goes nowhere
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     return run_command(sys.argv[1:], takes_interrupts)
+
+
+def replace_closed_streams() -> None:
+    """Put something in place of streams that were closed by who started this program.
+
+    What is read from stdin, or written to stdout, fails as it would with a closed one; their
+    numbers are taken, so that no file of ours gets them. Errors that nobody can see go nowhere.
+    """
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_WRONLY), "r", encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int:
@@ -194,9 +205,10 @@ def report_error(error: Exception) -> int:
         hint = f"See: {usage_of(error)} --help"
     elif isinstance(error, LocalMoeError):
         code, message, hint = error.exit_code, error.message, error.hint
-    elif isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+    elif isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
         # what writes files says so itself, with the file's name
-        message = f"The output can't be written: {error.strerror}."
+        reason = "stdout is closed" if error.errno == errno.EBADF else error.strerror
+        message = f"The output can't be written: {reason}."
         discard_stdout()
     elif isinstance(error, OSError) and error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename

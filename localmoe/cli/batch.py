@@ -35,6 +35,7 @@ from .options import (
     verbosity_options,
     warn_of_unheld,
 )
+from .prompt_input import check_stdin
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -85,8 +86,10 @@ def is_same_file(one: Path, other: Path) -> bool:
 @contextlib.contextmanager
 def opened_input(name: str) -> Iterator[BinaryIO]:
     """The input as a file that can be read twice; a pipe is first written to a temporary one."""
-    if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("There is no input.", "Give a file with -i, or pipe requests in.")
+    if name == "-":
+        check_stdin()
+        if sys.stdin.isatty():
+            raise UsageError("There is no input.", "Give a file with -i, or pipe requests in.")
     with ExitStack() as stack:
         try:
             stream = cast(BinaryIO, sys.stdin.buffer) if name == "-" else open(name, "rb")  # noqa: SIM115

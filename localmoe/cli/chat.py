@@ -28,6 +28,7 @@ from .options import (
     verbosity_options,
     warn_of_unheld,
 )
+from .prompt_input import check_stdin
 
 if TYPE_CHECKING:
     from ..chat.session import Session
@@ -125,6 +126,7 @@ def chat(
     printed as one JSON document at the end.
     """
     settings = settings_of(options, model)
+    check_stdin()
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     is_named = continues or session_name is not None
     sessions = stored(settings) if at_terminal or is_named else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import queue
 import sys
@@ -75,6 +77,17 @@ def whole_prompt(
 def file_text(path: str) -> str:
     """Reads a text file without its last line end. Raises UsageError."""
     return read_text(path).rstrip("\r\n")
+
+
+def check_stdin() -> None:
+    """Raises UsageError where stdin was closed by who started this program, or can't be read."""
+    try:
+        os.read(sys.stdin.fileno(), 0)
+    except io.UnsupportedOperation:  # not a stream of the system
+        return
+    except OSError as error:
+        reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise UsageError(f"stdin can't be read: {reason}.", "Pipe something in.") from None
 
 
 def piped_text(max_silence_s: float, quiet: bool = False) -> str:
