@@ -65,6 +65,13 @@ def test_messages_in_and_out_have_one_form(moe: LocalMoE) -> None:
     assert with_reply.text == with_plain.text
 
 
+def test_an_answer_that_was_begun_is_gone_on_with(moe: LocalMoE) -> None:
+    whole = moe.chat(HI, temperature=0.0).text
+    at = whole.index(" ")
+    begun = {"role": "assistant", "content": whole[:at]}
+    assert moe.chat([*HI, begun], temperature=0.0).text == whole[at:]
+
+
 def test_an_edited_reply_counts_by_its_text(moe: LocalMoE) -> None:
     reply = moe.chat(HI, temperature=0.0)
     reply["content"] = "I am a teapot."

@@ -425,6 +425,27 @@ def test_an_answer_is_an_openai_response_with_counts_and_timings(run: Run) -> No
     assert "GBNF" in records["g"]["error"]["message"]
 
 
+def test_an_answer_that_was_begun_is_gone_on_with(run: Run) -> None:
+    """It goes on with the very tokens that the whole answer has there, spaces kept."""
+    asked = [{"role": "user", "content": "Hi!"}]
+    run.source = jsonl({"custom_id": "whole", "messages": asked, "temperature": 0})
+    run()
+    whole = run.records()["whole"]["response"]["body"]["choices"][0]["message"]["content"]
+    begun, rest = whole[: whole.index(" ")], whole[whole.index(" ") :]
+    said = [*asked, {"role": "assistant", "content": begun}]
+    empty = [*asked, {"role": "assistant", "content": ""}]
+    run.source = jsonl(
+        {"custom_id": "begun", "messages": said, "temperature": 0},
+        {"custom_id": "empty", "messages": empty, "temperature": 0},
+    )
+    run(resume_anyway=True)
+    answers = {
+        name: record["response"]["body"]["choices"][0]["message"]["content"]
+        for name, record in run.records().items()
+    }
+    assert (answers["begun"], answers["empty"]) == (rest, whole)
+
+
 MANY = jsonl(*({"id": n, "prompt": f"Do you like number {n}?"} for n in range(40)))
 
 

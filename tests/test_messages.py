@@ -128,7 +128,7 @@ def test_a_developer_is_the_system() -> None:
         ([{"role": "user", "content": "a\ud800b"}], "Message 1 holds half of a surrogate pair at"),
         ([{"role": "user", "content": "a\0"}], "Message 1 holds a NUL character at character 2."),
         ([{"role": "system", "content": "Hi"}], "There is no message of the user to answer."),
-        ([USER, {"role": "assistant", "content": "x"}], "Message 2, the last one, has the role"),
+        ([USER, {"role": "system", "content": "x"}], "Message 2, the last one, has the role"),
         ([{"role": "user", "content": ["x"]}], "Part 1 of message 1 is a string, not an object."),
         ([{"role": "user", "content": [{"type": "image"}]}], 'is of the type "image"; only text'),
         ([{"role": "user", "content": [{"text": "x"}]}], "Part 1 of message 1 is without a type"),
@@ -150,6 +150,8 @@ def test_what_is_wrong_is_named(value: object, says: str) -> None:
 def test_a_conversation_may_end_with_an_answer_that_goes_on() -> None:
     messages = [Message("user", "Hi"), Message("assistant", "Hel")]
     assert check_conversation(messages) == messages
+    begun = {"role": "assistant", "content": "Hel", "prefix": True}
+    assert parse_messages([USER, begun]) == messages
 
 
 # ---- what we said ourselves ----

@@ -24,7 +24,7 @@ CREATE TABLE names (name BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID;
 CREATE TABLE done (key BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE keys (key BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID;
 CREATE TABLE asks (line INTEGER PRIMARY KEY, name TEXT, key BLOB, chat INTEGER, tokens BLOB,
-    options BLOB, n_cut INTEGER);
+    options BLOB, n_cut INTEGER, is_begun INTEGER);
 CREATE TABLE places (line INTEGER, offset INTEGER, n_bytes INTEGER, PRIMARY KEY (line, offset));
 """
 _options: TypeAdapter[AnswerOptions] = TypeAdapter(AnswerOptions)
@@ -34,7 +34,8 @@ _options: TypeAdapter[AnswerOptions] = TypeAdapter(AnswerOptions)
 class PendingRequest:
     """A request that was checked and encoded. `key` stands for its name and its line's content.
 
-    `n_cut` tokens were cut from the prompt to make it fit.
+    `n_cut` tokens were cut from the prompt to make it fit. Where `is_begun`, the prompt ends with
+    the beginning of the answer.
     """
 
     line: int
@@ -44,6 +45,7 @@ class PendingRequest:
     tokens: tuple[int, ...]
     options: AnswerOptions
     n_cut: int = 0
+    is_begun: bool = False
 
 
 class PendingRequests:
@@ -111,7 +113,7 @@ class PendingRequests:
     def add(self, ask: PendingRequest) -> None:
         """Keeps a request that was checked and encoded."""
         self._write(
-            "INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO asks VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             ask.line,
             ask.name,
             ask.key,
@@ -119,6 +121,7 @@ class PendingRequests:
             array("i", ask.tokens).tobytes(),
             _options.dump_json(ask.options),
             ask.n_cut,
+            ask.is_begun,
         )
 
     @property
@@ -131,11 +134,13 @@ class PendingRequests:
         line = 0
         query = "SELECT * FROM asks WHERE line > ? ORDER BY line LIMIT ?"
         while rows := self._rows.execute(query, (line, PAGE)).fetchall():
-            for line, name, key, chat, tokens, options, n_cut in rows:
+            for line, name, key, chat, tokens, options, n_cut, is_begun in rows:
                 ids = array("i")
                 ids.frombytes(tokens)
                 answer = _options.validate_json(options)
-                yield PendingRequest(line, name, key, bool(chat), tuple(ids), answer, n_cut)
+                yield PendingRequest(
+                    line, name, key, bool(chat), tuple(ids), answer, n_cut, bool(is_begun)
+                )
 
     # ---- the order of an output ----
 

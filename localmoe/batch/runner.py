@@ -18,6 +18,7 @@ from typing import BinaryIO
 from ..engine.interfaces import Engine
 from ..engine.protocol import FinishReason, Request, Timings, Usage
 from ..files import InputLine, digest, read_lines
+from ..prompt.messages import is_begun_answer
 from ..prompt.reasoning import ReasoningMarkers
 from ..structured.check import unheld_parts, with_held_schema
 from .dispatch import Dispatcher, Key, Outcome, StopFlag
@@ -181,13 +182,20 @@ def _check_line(
             return None
         checked.n_bad += 1
         return error_reply(key, name, line.number, error)
-    backlog.add(
-        PendingRequest(line.number, name, key, request.is_chat, tokens, request.options, n_cut)
-    )
+    backlog.add(pending_request(request, line.number, name, key, tokens, n_cut))
     checked.n_to_ask += 1
     checked.n_truncated += n_cut > 0
     checked.n_partly_held += bool(unheld_parts(request.options.sampling))
     return None
+
+
+def pending_request(
+    request: BatchRequest, line: int, name: str, key: bytes, tokens: tuple[int, ...], n_cut: int
+) -> PendingRequest:
+    """Returns a request with what it became in tokens."""
+    is_begun = is_begun_answer(request.messages)
+    options = request.options
+    return PendingRequest(line, name, key, request.is_chat, tokens, options, n_cut, is_begun)
 
 
 def _take_name(name: str, custom_id: str | None, line: InputLine, backlog: PendingRequests) -> None:
@@ -264,7 +272,7 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
         sampling=with_held_schema(ask.options.sampling),
         max_tokens=ask.options.max_tokens,
         stop=ask.options.stop,
-        strip_leading_space=ask.chat and options.answers_start_text,
+        strip_leading_space=ask.chat and options.answers_start_text and not ask.is_begun,
         stream=False,
         reuse_prefix=options.reuse_prefix,
         reasoning_tokens=options.reasoning_markers.ids
@@ -353,7 +361,7 @@ def answers(
 def ask_of(index: int, request: BatchRequest, encoder: Encoder) -> PendingRequest:
     """Encodes a program's request."""
     tokens, n_cut = encoder.encode(request)
-    return PendingRequest(index, "", b"", request.is_chat, tokens, request.options, n_cut)
+    return pending_request(request, index, "", b"", tokens, n_cut)
 
 
 def as_line(value: object) -> object:

@@ -78,7 +78,7 @@ class ChatModel:
             sampling=with_held_schema(options.sampling),
             max_tokens=options.max_tokens,
             stop=options.stop,
-            strip_leading_space=self.format.answers_start_text,
+            strip_leading_space=self.format.answers_start_text and not prompt.is_begun,
             reasoning_tokens=reasoning_markers.ids if reasoning_markers else (),
         )
         with closing(self.engine.generate(request)) as deltas:

@@ -65,10 +65,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`text` is what a person is shown, control tokens spelled; `tokens` is what the model gets."""
+    """`text` is what a person is shown, control tokens spelled; `tokens` is what the model gets.
+
+    Where `is_begun`, it ends with the beginning of the answer.
+    """
 
     text: str
     tokens: tuple[int, ...]
+    is_begun: bool = False
 
 
 class PromptFormat(Protocol):
@@ -91,16 +95,16 @@ class PromptFormat(Protocol):
 def parse_messages(value: object) -> list[Message]:
     """Messages out of decoded JSON or a caller's own lists. Raises PromptError.
 
-    The last one has to be the user's: what else would be answered?
+    The last one is the user's, to be answered, or the assistant's, to be continued.
     """
     if not isinstance(value, (list, tuple)):
         raise PromptError(f"Messages must be a list, not {_kind(value)}.", FORM)
     messages = check_conversation([_message(n, item) for n, item in enumerate(value, 1)])
     if messages[-1].role == "assistant" and not messages[-1].content:
         messages.pop()  # an answer of which nothing is there yet
-    if messages[-1].role != "user":
+    if messages[-1].role == "system":
         raise PromptError(
-            f'Message {len(messages)}, the last one, has the role "{messages[-1].role}"; '
+            f'Message {len(messages)}, the last one, has the role "system"; '
             "only a user's message can be answered.",
             'End the conversation with a message of the role "user".',
         )
@@ -125,6 +129,11 @@ def check_conversation(messages: Sequence[Message]) -> list[Message]:
     if not any(message.role == "user" for message in messages):
         raise PromptError("There is no message of the user to answer.", FORM)
     return list(messages)
+
+
+def is_begun_answer(messages: Sequence[Message]) -> bool:
+    """Whether a conversation ends with an answer that is to be continued."""
+    return bool(messages) and messages[-1].role == "assistant"
 
 
 def without_empty_system(messages: Sequence[Message]) -> list[Message]:

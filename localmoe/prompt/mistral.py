@@ -18,7 +18,7 @@ from typing import Literal
 from ..engine.interfaces import Tokenizer
 from ..engine.protocol import TextPiece
 from ..errors import PromptError
-from .messages import Message, Prompt, check_conversation, without_empty_system
+from .messages import Message, Prompt, check_conversation, is_begun_answer, without_empty_system
 
 JOIN = "\n\n"
 BEGIN, END = "[INST]", "[/INST]"
@@ -59,7 +59,7 @@ class MistralFormat:
                 is_open = n == len(turns) - 1
                 parts += self._assistant(turn, is_open)
                 text += f" {self._answer(turn)}" + ("" if is_open else self.eos_text)
-        return Prompt(text, tuple(_ids(parts, tokenizer)))
+        return Prompt(text, tuple(_ids(parts, tokenizer)), is_begun_answer(turns))
 
     def _user(self, content: str) -> list[Part]:
         if self.version == "v1":
