@@ -141,6 +141,37 @@ def test_a_text_line_is_a_prompt() -> None:
     assert asked(b'{"prompt"', form="text").messages == (Message("user", '{"prompt"'),)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["/chat/completions", "/v1/chat/completions", "https://api.openai.com/v1/chat/completions",
+     "/openai/deployments/gpt/chat/completions?api-version=2024-10-21", None],
+)  # fmt: skip
+def test_chats_are_asked_as_other_shops_write_them(url: str | None) -> None:
+    line = {"custom_id": "a", "method": "post", "url": url, "body": {"messages": HI}}
+    assert asked(line).messages == (Message("user", "Hi!"),)
+    assert asked({"custom_id": "a", "body": {"messages": HI}}).is_chat
+
+
+@pytest.mark.parametrize("url", ["/completions", "https://x/v1/completions", None])
+def test_texts_are_asked_as_other_shops_write_them(url: str | None) -> None:
+    request = asked({"custom_id": "a", "url": url, "body": {"prompt": "Once"}})
+    assert (request.text, request.is_chat) == ("Once", False)
+
+
+def test_a_plain_line_may_have_a_system_message() -> None:
+    defaults = Defaults(system="Be long.")
+    own = asked({"prompt": "Hi!", "system": "Be brief."}, defaults)
+    assert own.messages == (Message("system", "Be brief."), Message("user", "Hi!"))
+    assert asked({"prompt": "Hi!", "system": ""}, defaults).messages[0].content == "Be long."
+
+
+def test_further_columns_are_left_alone() -> None:
+    columns = {"category": "greeting", "answer": 42, "tags": ["a"], "source_url": "x", "topic": 1}
+    plain = asked({"id": "x1", "prompt": "Hi!", "max_tokens": 8, **columns})
+    assert plain == asked({"id": "x1", "prompt": "Hi!", "max_tokens": 8})
+    assert asked({**opened({"messages": HI}), **columns}) == asked(opened({"messages": HI}))
+
+
 def test_defaults_hold_where_a_line_says_nothing() -> None:
     schema = AnswerOptions(Sampling(top_k=3, json_schema="{}"), 50, ("end",))
     defaults = Defaults(schema, "Be brief.")
@@ -223,7 +254,13 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "a", "grammar": "g", "json_schema": {}}, "invalid_value", "exclude"),
         ({"prompt": "a", "response_format": {"type": "xml"}}, "invalid_value", "response_format"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "invalid_value", "schema"),
-        ({**opened({"messages": HI}), "priority": 1}, "unknown_parameter", '"priority"'),
+        ({"prompt": "a", "Max-Tokens": 1}, "unknown_parameter", 'Did you mean "max_tokens"?'),
+        ({"prompt": "a", "mesages": HI}, "unknown_parameter", 'Did you mean "messages"?'),
+        ({"prompt": "a", "temp": 0}, "unknown_parameter", 'Did you mean "temperature"?'),
+        ({"prompt": "a", "system": 3}, "invalid_request", '"system" is not a text'),
+        (opened({"messages": HI, "category": 1}), "unknown_parameter", '"category"'),
+        ({**opened({"messages": HI}), "seed": 1}, "unknown_parameter", 'beside its "body"'),
+        ({**opened({"messages": HI}), "methd": 1}, "unknown_parameter", '"method"'),
         ({**opened({"messages": HI}), "method": "GET"}, "invalid_request", "POST"),
         (opened({"messages": HI}, "/v1/embeddings"), "invalid_url", "/v1/chat/completions"),
         (opened({"prompt": "x"}), "invalid_request", 'no "messages"'),

@@ -7,8 +7,9 @@ what the answer means and isn't supported is refused by its name: nothing is sil
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +49,7 @@ SAMPLING = {
     "repeat_penalty": Range("repeat_penalty", 1e-9, 1e9),
     "seed": Range("seed", -(2**63), 2**64 - 1, whole=True),
 }
+MAX_NAME = 40
 LENGTHS = ("max_completion_tokens", "max_tokens")
 LENGTH = Range("max_tokens", 1, 2**31 - 1, whole=True)
 TEXTS = ("grammar", "json_schema")
@@ -88,6 +90,37 @@ PROMPT_KEYS = ("reasoning_effort", "chat_template_kwargs")
 KNOWN = frozenset([
     *SAMPLING, *LENGTHS, *TEXTS, *PROMPT_KEYS, "stop", "response_format", *NOTES,
 ])  # fmt: skip
+
+
+OTHER_NAMES = {
+    "temp": "temperature",
+    "n_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "stop_sequences": "stop",
+    "guided_json": "json_schema",
+    "guided_grammar": "grammar",
+}
+"""What other programs call parameters of ours."""
+SIMILAR = 0.85
+"""How much of a name must be that of a parameter to be taken for a slip (difflib)."""
+
+
+def is_parameter(name: object) -> bool:
+    """Whether a key says something of the answer, or is known to say nothing."""
+    return name in KNOWN or name in NEUTRAL
+
+
+def near_parameter(name: object, others: Sequence[str] = ()) -> str:
+    """The parameter, or one of some other keys, that a name was likely meant to be; else ""."""
+    if not isinstance(name, str) or is_parameter(name) or len(name) > MAX_NAME:
+        return ""
+    known = [*others, *KNOWN, *NEUTRAL]
+    low = name.lower().replace("-", "_")
+    if low in OTHER_NAMES:
+        return OTHER_NAMES[low]
+    near = difflib.get_close_matches(low, [k for k in known if len(k) > 3], 1, SIMILAR)
+    return near[0] if near else ""
 
 
 def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOptions:

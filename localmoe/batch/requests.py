@@ -1,14 +1,17 @@
 """The input of a batch: which form a file has, and what each of its lines asks.
 
-A file holds OpenAI batch lines (`custom_id`, `method`, `url`, `body`), plain ones
-(`{"prompt": ...}` or `{"messages": ...}`, with sampling beside them if wanted), or one prompt a
-line as text. A line that can't be asked is an ItemError of its own, whatever is wrong with it.
+A file holds OpenAI batch lines (`custom_id`, `method`, `url`, `body`), those of Azure (shorter
+URLs) and Mistral (a body alone), plain ones (`{"prompt": ...}` or `{"messages": ...}`, with
+sampling beside them if wanted), or one prompt a line as text. Further columns are the person's own
+and are left alone, unless they look like a parameter that was misspelt or misplaced. A line that
+can't be asked is an ItemError of its own, whatever is wrong with it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal
@@ -17,15 +20,26 @@ from ..chat.chat import AnswerOptions
 from ..errors import PromptError, UsageError
 from ..files import MAX_LINE_BYTES, InputLine, read_lines
 from ..prompt.formats import thinking_variables
-from ..prompt.messages import Message, parse_messages
+from ..prompt.messages import Message, is_unsaid, parse_messages
 from ..structured.check import is_structured
-from .parameters import ItemError, answer_options, check_text, printable_name, template_variables
+from .parameters import (
+    ItemError,
+    answer_options,
+    check_text,
+    is_parameter,
+    near_parameter,
+    printable_name,
+    template_variables,
+)
 
 Form = Literal["json", "text"]
 BOM = b"\xef\xbb\xbf"
 MAX_ID_CHARS = 512
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+ENDPOINT = re.compile(r"(?:https?://[^/]+)?(?:/[^?]*?)??/(chat/)?completions/?(?:\?.*)?")
+"""The two endpoints as OpenAI, Azure, Mistral and people with a whole URL write them."""
 ENVELOPE = ("custom_id", "method", "url", "body")
+PLAIN = ("custom_id", "id", "prompt", "messages", "system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +182,46 @@ def id_of(value: Mapping[str, Any]) -> str | None:
 
 def _opened(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The body of an OpenAI batch line without its prompt, and whether it is for a chat."""
-    for name in value:
-        if name not in ENVELOPE:
-            raise ItemError(
-                "unknown_parameter", f"The line has {printable_name(name)}, which isn't known."
-            )
-    if value.get("method", "POST") != "POST":
+    _check_columns(value, ENVELOPE)
+    method, body = value.get("method"), value.get("body")
+    if method is not None and not (isinstance(method, str) and method.upper() == "POST"):
         raise ItemError("invalid_request", 'The "method" must be "POST".')
-    url, body = value.get("url"), value.get("body")
-    if url not in (CHAT, COMPLETION):
-        raise ItemError("invalid_url", f'The "url" must be "{CHAT}" or "{COMPLETION}".')
     if not isinstance(body, dict):
         raise ItemError("invalid_request", 'The "body" is not an object.')
-    name = "messages" if url == CHAT else "prompt"
+    is_chat = _is_chat(value.get("url"), body)
+    name = "messages" if is_chat else "prompt"
     if name not in body:
+        url = CHAT if is_chat else COMPLETION
         raise ItemError("invalid_request", f'The body has no "{name}", which {url} wants.')
-    return {key: given for key, given in body.items() if key != name}, url == CHAT
+    return {key: given for key, given in body.items() if key != name}, is_chat
+
+
+def _is_chat(url: object, body: Mapping[str, Any]) -> bool:
+    """Whether an endpoint is that of chats; where none is named, the body tells."""
+    if url is None:
+        return "messages" in body or "prompt" not in body
+    found = ENDPOINT.fullmatch(url) if isinstance(url, str) else None
+    if found is None:
+        raise ItemError("invalid_url", f'The "url" must be "{CHAT}" or "{COMPLETION}".')
+    return found[1] is not None
+
+
+def _check_columns(value: Mapping[str, Any], own: Sequence[str]) -> None:
+    """Raises ItemError where a further column of a line looks like a parameter gone astray."""
+    for name, given in value.items():
+        if name in own or is_unsaid(given):
+            continue
+        if own is ENVELOPE and is_parameter(name):
+            raise ItemError(
+                "unknown_parameter",
+                f'The line has {printable_name(name)} beside its "body"; it belongs into it.',
+            )
+        near = near_parameter(name, own)
+        if near:
+            raise ItemError(
+                "unknown_parameter",
+                f'The line has {printable_name(name)}, which isn\'t known. Did you mean "{near}"?',
+            )
 
 
 def _plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -192,8 +230,8 @@ def _plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     if len(names) != 1:
         problem = "both a prompt and messages" if names else "neither a prompt nor messages"
         raise ItemError("invalid_request", f"The line has {problem}.")
-    taken = ("custom_id", "id", "prompt", "messages")
-    return {key: given for key, given in value.items() if key not in taken}, True
+    _check_columns(value, PLAIN)
+    return {key: given for key, given in value.items() if is_parameter(key)}, True
 
 
 def body_prompt(value: Mapping[str, Any]) -> object:
@@ -212,6 +250,7 @@ def _text(prompt: object) -> str:
 def _messages(value: Mapping[str, Any], system: str | None) -> tuple[Message, ...]:
     """The conversation of a line, behind the system message that holds for all if it has none."""
     body = value.get("body", value)
+    system = _own_system(value) or system
     given = body["messages"] if "messages" in body else _as_messages(body["prompt"])
     try:
         messages = parse_messages(given)
@@ -220,6 +259,14 @@ def _messages(value: Mapping[str, Any], system: str | None) -> tuple[Message, ..
     if system is not None and not any(message.role == "system" for message in messages):
         messages = [Message("system", system), *messages]
     return tuple(messages)
+
+
+def _own_system(value: Mapping[str, Any]) -> str | None:
+    """The system message that stands beside the prompt of a plain line."""
+    system = None if "body" in value else value.get("system")
+    if not is_unsaid(system) and not isinstance(system, str):
+        raise ItemError("invalid_request", 'The "system" is not a text.')
+    return system or None
 
 
 def _as_messages(prompt: object) -> list[dict[str, object]]:
