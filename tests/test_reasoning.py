@@ -497,7 +497,8 @@ SWITCHES = (
 def test_on_off_and_unsaid_are_three_things(words: EngineProcess) -> None:
     def rendered(template: str, think: str | None) -> str:
         variables = thinking_variables(think)
-        return encoded(template, [Message("user", "Hi")], words, variables).text
+        written = template + "{{ messages[0].content }}"
+        return encoded(written, [Message("user", "Hi")], words, variables).text.removesuffix("Hi")
 
     assert [rendered(SWITCHES[0], think) for think in (None, "on", "off")] == ["-", "+", "-"]
     assert [rendered(SWITCHES[1], think) for think in (None, "hide", "off")] == ["", "+", ""]
