@@ -211,6 +211,11 @@ def load_once(
             engine.close()
             check_nothing_was_taken(planner)
             engine = EngineProcess(environment_of(plan.placement), callbacks.log)
+        if callbacks.warning and 0 < meta.context_length < plan.placement.n_ctx:
+            callbacks.warning(
+                f"The model was trained for {meta.context_length:,} tokens and loses the thread "
+                f"beyond; the context has {plan.placement.n_ctx:,}."
+            )
         loaded = start(engine, planner, meta, plan, callbacks)
     except BaseException:
         engine.kill()

@@ -32,7 +32,8 @@ def clean_environment(
 ) -> None:
     """No test depends on what is set or was measured where it runs."""
     for name in list(os.environ):
-        if name.startswith(("LOCALMOE_", "HF_", "HUGGING_FACE_")):
+        # pytest-xdist says how wide a screen is, which no test has
+        if name.startswith(("LOCALMOE_", "HF_", "HUGGING_FACE_")) or name in ("COLUMNS", "LINES"):
             monkeypatch.delenv(name)
     folder = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("LOCALMOE_STATE", str(folder / "state"))

@@ -198,9 +198,9 @@ def test_a_variable_sets_an_option() -> None:
     ("arguments", "code", "sentence"),
     [
         (["run", "demo", "Hi!", "--vram", "much"], 2, "--vram: 'much' is not a size."),
-        (["run", "demo", "Hi!", "-c", "10"], 2, "--ctx-size must be at least 16, not 10."),
-        (["config", "show", "-c", "10"], 2, "--ctx-size must be at least 16, not 10."),
-        (["run", "demo", "Hi!", "-c", "twelve"], 2, "not a valid integer"),
+        (["run", "demo", "Hi!", "-c", "10"], 2, "--ctx-size: it must be at least 16, or 0"),
+        (["config", "show", "-c", "10"], 2, "--ctx-size: it must be at least 16, or 0"),
+        (["run", "demo", "Hi!", "-c", "twelve"], 2, "is not a number of tokens"),
         (["run", "demo", "Hi!", "--temp", "-1"], 2, "--temp must be at least 0, not -1.0."),
         (["run", "demo", "Hi!", "--json-schema", "{"], 2, "not JSON"),
         (["run", "demo", "Hi!", "--json-schema", "/none"], 2, "can't be read"),

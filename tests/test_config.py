@@ -103,12 +103,32 @@ def test_a_list_of_the_wrong_things_names_the_first() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ({"ctx_size": "8k"}, 8192),
+        ({"ctx_size": "32K"}, 32768),
+        ({"ctx_size": 0}, 0),
+        ({"ctx_size": "0"}, 0),
+        ({"max_tokens": -1}, None),
+        ({"top_k": -1}, 0),
+        ({"top_p": 0}, 0),
+    ],
+)
+def test_values_mean_what_others_mean_by_them(given: dict[str, Any], value: int | None) -> None:
+    (name,) = given
+    assert getattr(load_settings(given, {}), name) == value
+
+
+@pytest.mark.parametrize(
     "given",
     [
-        {"ctx_size": 0},
+        {"ctx_size": 15},
+        {"ctx_size": "8q"},
+        {"max_tokens": -2},
+        {"top_k": -2},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"top_p": 0.0},
+        {"top_p": -0.1},
         {"top_p": 1.5},
         {"n_gpu_layers": "most"},
         {"n_gpu_layers": -1},
@@ -329,7 +349,7 @@ def test_a_program_uses_the_file_too(config: Path) -> None:
     ("name", "value", "counts"),
     [
         ("temperature", 0.3, True), ("temperature", -1.0, False), ("temperature", 1e9, False),
-        ("top_k", 20, True), ("top_k", -5, False), ("top_p", 0.0, False), ("top_p", "x", False),
+        ("top_k", 20, True), ("top_k", -5, False), ("top_p", -0.1, False), ("top_p", "x", False),
         ("min_p", float("nan"), False), ("repeat_penalty", 0.0, False), ("top_k", True, False),
         ("repeat_last_n", 64, True), ("repeat_last_n", -1, False),
         ("repeat_last_n", 2**40, False),

@@ -396,7 +396,7 @@ def test_that_it_cannot_be_kept_is_said_once_and_tried_again(state: Path) -> Non
     for chat in a_chat(*GREEDY):
         chat.enter("Hi!")
         chat.enter("And you?")
-        assert chat.text.count("can't be written") == 1
+        assert chat.text.count("can't be read") == 1
         (state / "sessions").unlink()
         chat.enter("So?")
         (name,) = Sessions(state / "sessions").names()
@@ -407,7 +407,7 @@ def test_save_does_not_say_kept_where_it_is_not(state: Path) -> None:
     (state / "sessions").touch()
     for chat in a_chat(*GREEDY, "--no-save"):
         chat.enter("Hi!")
-        assert "can't be written" in " ".join(chat.enter("/save").split())
+        assert "can't be read" in " ".join(chat.enter("/save").split())
         chat.send(CTRL_D)
         assert chat.ends() == 0
         assert "Kept" not in chat.text

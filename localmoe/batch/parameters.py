@@ -44,7 +44,7 @@ class Range:
 SAMPLING = {
     "temperature": Range("temperature", 0, 100),
     "top_k": Range("top_k", 0, 2**31 - 1, whole=True),
-    "top_p": Range("top_p", 1e-9, 1),
+    "top_p": Range("top_p", 0, 1),
     "min_p": Range("min_p", 0, 1),
     "repeat_penalty": Range("repeat_penalty", 1e-9, 1e9),
     "seed": Range("seed", -(2**63), 2**64 - 1, whole=True),
@@ -129,6 +129,9 @@ def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOp
     `body` has neither messages nor a prompt any more; null stands for what isn't said.
     """
     said = {name: value for name, value in body.items() if value is not None}
+    if said.get("top_k") == -1:
+        said["top_k"] = 0  # where others write -1, all tokens are meant
+    said = {name: value for name, value in said.items() if name not in LENGTHS or value != -1}
     _refuse_unknown(said)
     chosen: dict[str, Any] = {
         SAMPLING[name].field: _number(name, value, SAMPLING[name])

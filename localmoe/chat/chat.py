@@ -66,7 +66,7 @@ class ChatModel:
             raise PromptError(
                 f"The conversation has {n_prompt} tokens; the context holds {self.n_ctx}, "
                 "the answer included.",
-                f"Begin anew (/clear in a chat), or ask for more room: -c {2 * n_prompt}.",
+                f"Shorten it, or ask for more room: -c {2 * n_prompt}.",
             )
         return prompt
 

@@ -36,7 +36,9 @@ def group_of(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 offline_option = click.option("--offline", is_flag=True, default=None, help="Use no network.")
 
 load_options = group_of(
-    click.option("-c", "--ctx-size", type=int, metavar="N", help="Context in tokens."),
+    click.option(
+        "-c", "--ctx-size", metavar="N", help="Context in tokens, like 8k; 0 is the model's own."
+    ),
     click.option("--vram", metavar="SIZE", help="Use at most this of each GPU, like 8GiB,12GiB."),
     click.option("--ram", metavar="SIZE", help="Use at most this much RAM."),
     click.option(
@@ -65,9 +67,11 @@ form_options = group_of(
     click.option("--grammar", metavar="FILE", help="Answer as this GBNF grammar allows."),
 )
 sampling_options = group_of(
-    click.option("-n", "--max-tokens", type=int, metavar="N", help="End an answer after N tokens."),
+    click.option(
+        "-n", "--max-tokens", type=int, metavar="N", help="End an answer after N tokens; -1: never."
+    ),
     click.option("--temp", "temperature", type=float, help="0 always takes the likeliest token."),
-    click.option("--top-k", type=int),
+    click.option("--top-k", type=int, help="Draw from the K likeliest tokens; 0 or -1: all."),
     click.option("--top-p", type=float),
     click.option("--min-p", type=float),
     click.option("--repeat-penalty", type=float),

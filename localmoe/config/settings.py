@@ -27,6 +27,7 @@ from .sources import (
     setting_name,
 )
 
+SMALLEST_CONTEXT = 16
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -47,6 +48,29 @@ def parse_size(text: str) -> int:
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Sizes with commas between them, one for each card."""
     return tuple(parse_size(part) for part in text.split(","))
+
+
+_TOKENS = re.compile(r"(\d{1,12})\s*(k?)", re.IGNORECASE)
+
+
+def parse_tokens(text: str) -> int:
+    """Returns a number of tokens as people write it: 8192, 8k. Raises UsageError."""
+    match = _TOKENS.fullmatch(text.strip())
+    if not match:
+        shown = ascii(text if len(text) <= 40 else f"{text[:40]}...")
+        raise UsageError(f"{shown} is not a number of tokens.", "Write it like 8192 or 8k.")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def _check_context(n_tokens: int) -> int:
+    if 0 < n_tokens < SMALLEST_CONTEXT:
+        raise ValueError(f"it must be at least {SMALLEST_CONTEXT}, or 0 for the model's own")
+    return n_tokens
+
+
+def _if_minus_one(meaning: int | None) -> BeforeValidator:
+    """llama.cpp and others write -1 where there is no limit."""
+    return BeforeValidator(lambda value: meaning if value in (-1, "-1") else value)
 
 
 def _if_text(parse: Any) -> BeforeValidator:
@@ -78,6 +102,9 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Size = Annotated[int, _if_text(parse_size), Field(ge=0, le=2**62)]
 Sizes = Annotated[tuple[Size, ...], _if_text(parse_sizes)]
 Lines = Annotated[tuple[Text, ...], _if_text(lambda text: (text,))]
+Tokens = Annotated[
+    int, _if_text(parse_tokens), AfterValidator(_check_context), Field(ge=0, le=2**31 - 1)
+]
 Layers = Literal["auto", "all"] | Count
 
 
@@ -87,8 +114,9 @@ Think = Literal["on", "off", "hide", "low", "medium", "high"]
 class Settings(BaseModel):
     """What a person can set; None leaves the choice to the model or to the plan.
 
-    Sizes are bytes. `parallel` is how many requests a loaded model answers at once (`batch` finds
-    that by itself). `n_gpu_layers` counts the output matrix as one layer more, as llama.cpp does.
+    Sizes are bytes. A `ctx_size` of 0 is all that the model was trained for. `parallel` is how many
+    requests a loaded model answers at once (`batch` finds that by itself). `n_gpu_layers` counts
+    the output matrix as one layer more, as llama.cpp does.
     `think` says whether or how hard a reasoning model thinks and whether that is shown (None leaves
     it to its template), `on_full` what a chat does when its context is full, `save` whether it is
     kept, `plain` that Markdown stays text.
@@ -97,7 +125,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ctx_size: Annotated[int, Field(ge=16, le=2**31 - 1)] | None = None
+    ctx_size: Tokens | None = None
     vram: Sizes | None = None
     ram: Size | None = None
     n_gpu_layers: Layers = "auto"
@@ -107,10 +135,12 @@ class Settings(BaseModel):
     ubatch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
     load_mode: Literal["auto", "mmap", "pinned"] = "auto"
     parallel: Annotated[int, Field(ge=1, le=256)] = 1
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: Annotated[Annotated[int, Field(ge=1, le=2**31 - 1)] | None, _if_minus_one(None)] = (
+        None
+    )
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_k: Count | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Count | None, _if_minus_one(0)] = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None

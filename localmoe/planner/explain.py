@@ -20,6 +20,9 @@ def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
     if request.n_ctx is None:
         n_ctx = min(trained or DEFAULT_N_CTX, DEFAULT_N_CTX)
         return n_ctx, f"context of {n_ctx} tokens: the default; the model was trained for {trained}"
+    if request.n_ctx == 0:
+        n_ctx = trained or DEFAULT_N_CTX
+        return n_ctx, f"context of {n_ctx} tokens: all that the model was trained for, as asked"
     if trained and request.n_ctx > trained:
         why = f"as asked, but the model was trained for {trained} and loses the thread beyond"
         return request.n_ctx, f"context of {request.n_ctx} tokens: {why}"
