@@ -122,6 +122,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_private_folder(folder: Path) -> None:
+    """Makes a folder and those missing above it, for their owner alone. Raises OSError."""
+    missing = [folder, *folder.parents]
+    while missing and missing[-1].exists():
+        missing.pop()
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_file(
     path: Path, *, durable: bool, mode: int = 0o666, replace: bool = True

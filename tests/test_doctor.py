@@ -194,3 +194,13 @@ def test_a_config_file_that_makes_no_sense_is_told(
     found = json.loads(ran.stdout)["findings"]
     told = [one for one in found if one["what"].startswith(f"{tmp_path / 'config.yaml'}:{line}: ")]
     assert [one["severity"] for one in told] == [severity]
+
+
+def test_a_folder_that_can_not_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folders = {name: tmp_path / name / "deep" for name in ("models", "settings", "state")}
+    assert list(doctor.folder_findings(folders)) == []
+    (finding,) = doctor.folder_findings({**folders, "state": tmp_path / "file" / "deep"})
+    assert finding.severity == "warning"
+    assert finding.what.endswith("file is not a folder.")
+    assert "LOCALMOE_STATE" in finding.how_to_mend

@@ -24,6 +24,7 @@ from localmoe.chat.transcript import read_transcript
 from localmoe.cli import run_command
 from localmoe.config.environment import sessions_folder
 from localmoe.errors import LocalMoeError, UsageError
+from localmoe.files import make_private_folder
 from localmoe.prompt.messages import Message
 
 SYSTEM = Message("system", "Be brief.")
@@ -497,6 +498,17 @@ def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in store.folder.iterdir()} == {0o600}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_all_that_is_made_on_the_way_to_the_state_is_private(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        make_private_folder(tmp_path / "state" / "localmoe" / "measured")
+    finally:
+        os.umask(old)
+    for name in ("state", "state/localmoe", "state/localmoe/measured"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
 def test_the_last_one_goes_on(store: Sessions) -> None:
     assert store.latest() is None
     for n, name in enumerate(("b", "a", "c")):
@@ -628,6 +640,8 @@ def test_rm_leaves_what_is_in_use(kept: Sessions, capsys: pytest.CaptureFixture[
     with Session(kept, "evil"):
         assert run_command(["sessions", "rm", "--all", "--yes"]) == 1
         assert "evil is open in another chat" in capsys.readouterr().err
+        assert run_command(["sessions", "rm", "evil"]) == 1
+        assert capsys.readouterr().out == ""  # nothing was deleted, and no line says so
     assert kept.names() == ["evil"]
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from ..config.environment import sessions_folder
 from ..errors import LocalMoeError, UsageError
-from ..files import APPENDING, append_durably, is_there, sync_folder
+from ..files import APPENDING, append_durably, is_there, make_private_folder, sync_folder
 from ..prompt.messages import Message
 from .transcript import Transcript, changes, head, other_model, read_transcript
 
@@ -181,7 +181,7 @@ class Sessions:
         """Keep every other process off a session, until `unlock`. Raises SessionInUse."""
         lock = FileLock(self._lock_path(name), mode=0o600)
         try:
-            make_private_folder(self.folder)
+            prepare_folder(self.folder)
             lock.acquire(blocking=False)
         except Timeout:
             raise SessionInUse(
@@ -483,9 +483,9 @@ def asked(messages: Sequence[Message]) -> list[str]:
     return [message.content for message in messages if message.role == "user"]
 
 
-def make_private_folder(folder: Path) -> None:
-    """A folder that only its owner can look into."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def prepare_folder(folder: Path) -> None:
+    """Have a folder that only its owner can look into. Raises OSError."""
+    make_private_folder(folder)
     if folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
 

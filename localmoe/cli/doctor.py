@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import textwrap
@@ -45,6 +46,14 @@ ENGINE_TIMEOUT_S = 60.0
 
 MIN_FREE_BYTES = 10 << 30
 """Less than this on the disk of the models has no room for a small Mixture-of-Experts model."""
+
+
+FOLDER_USES = {
+    "models": (os.W_OK, "No model can be fetched", "HF_HUB_CACHE"),
+    "settings": (os.R_OK, "No settings can be read", "LOCALMOE_CONFIG"),
+    "state": (os.W_OK, "Neither chats nor measurements are kept", "LOCALMOE_STATE"),
+}
+"""For each folder: the access that it needs, what is lost without, the variable that moves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def examine() -> Checkup:
     devices, broken = ask_llama(env)
     folders = folders_of()
     room = InstalledModels(hub_access()).free_bytes()
-    settings = tuple(settings_findings())
+    settings = (*settings_findings(), *folder_findings(folders))
     return Checkup(host, machine_of(host, devices, broken), devices, folders, room, settings)
 
 
@@ -140,6 +149,18 @@ def settings_findings() -> Iterator[Finding]:
 def is_no_error(finding: Finding) -> bool:
     """Whether a finding keeps nothing from running."""
     return finding.severity != "error"
+
+
+def folder_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """Folders that can't be used. Raises nothing, and writes nothing to find out."""
+    for name, (access, loss, variable) in FOLDER_USES.items():
+        place = folders[name]
+        while not os.path.lexists(place):  # what is missing is made when it is needed
+            place = place.parent
+        why = "is not a folder" if not place.is_dir() else "may not be used by this account"
+        if not place.is_dir() or not os.access(place, access | os.X_OK):
+            what = f"{loss}: {place} {why}."
+            yield Finding("warning", what, f"Mend that, or choose another folder: set {variable}.")
 
 
 def disk_findings(folders: Mapping[str, Path], free: int) -> Iterator[Finding]:

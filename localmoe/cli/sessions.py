@@ -100,7 +100,9 @@ def remove(names: tuple[str, ...], everything: bool, yes: bool) -> None:
         except LocalMoeError as error:
             failed.append(error)
     n_gone = len(names) - len(failed)
-    console.lines([f"{counted(n_gone, 'session')} deleted, {console.size(n_bytes)} free again."])
+    if n_gone or not failed:
+        freed = console.size(n_bytes)
+        console.lines([f"{counted(n_gone, 'session')} deleted, {freed} free again."])
     if failed:
         raise failed[0]
 

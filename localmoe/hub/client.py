@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from ..errors import DownloadError, LocalMoeError, UsageError, printable
-from ..files import atomic_file, open_regular, read_regular, write_atomically
+from ..files import atomic_file, make_private_folder, open_regular, read_regular, write_atomically
 from .cache_layout import COMMIT, SHA256, commit_here, commits_here
 from .types import (
     OFFLINE_HINT,
@@ -101,7 +101,7 @@ def keep_listing(headers: Path, listed: RemoteRepo, revision: str | None) -> Non
     for called in {revision or "main", listed.commit}:
         path = listing_path(headers, listed.repo, called)
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             write_atomically(path, text.encode(), durable=False)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DownloadError
-from ..files import atomic_file
+from ..files import atomic_file, make_private_folder
 from ..gguf.reader import HeaderIncomplete, read_header
 from .client import Hub, check_name, check_repo
 from .types import RemoteFile
@@ -88,7 +88,7 @@ class _Beginning:
 
 def _write(path: Path, header: bytes, n_bytes: int) -> None:
     """Keeps a header as a sparse file of the model's full length."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     with atomic_file(path, durable=True, mode=0o600) as file:
         file.write(header)
         file.truncate(n_bytes)

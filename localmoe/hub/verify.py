@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import gib
-from ..files import open_regular_unbuffered, read_regular, write_atomically
+from ..files import (
+    make_private_folder,
+    open_regular_unbuffered,
+    read_regular,
+    write_atomically,
+)
 from .cache_layout import SHA256
 
 PIECE_BYTES = 1 << 20
@@ -98,7 +103,7 @@ def write_pieces(stamps: Path, hashes: FileHashes) -> None:
     packed = struct.pack(f"<{len(hashes.pieces)}I", *hashes.pieces)
     head = {"n_bytes": hashes.n_bytes, "piece_bytes": PIECE_BYTES, "crc32": zlib.crc32(packed)}
     path = pieces_path(stamps, hashes.sha256)
-    stamps.mkdir(parents=True, exist_ok=True)
+    make_private_folder(stamps)
     write_atomically(path, json.dumps(head).encode() + b"\n" + packed, durable=False)
 
 
@@ -214,7 +219,7 @@ class Stamps:
         with contextlib.suppress(OSError):
             place, stamp = self._place(path), Stamp(sha256, seen or fingerprint(path))
             beside = place.with_name(f"{place.name}.{os.getpid()}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.folder)
             try:
                 beside.write_text(json.dumps({"path": str(path), **asdict(stamp)}), "utf-8")
                 beside.replace(place)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from ..engine.rates import CPU, Bandwidths, StepTime
-from ..files import read_regular, write_atomically
+from ..files import make_private_folder, read_regular, write_atomically
 from ..gguf.model_meta import ModelMeta
 from ..hardware.machine import Machine
 from .cpu_tuning import TuningRecord
@@ -170,7 +170,7 @@ class MeasurementStore:
         """Keeps other processes out; goes on without a lock where the folder can't hold one."""
         lock = FileLock(self._folder / LOCK_NAME, timeout=LOCK_S)
         with contextlib.suppress(OSError, Timeout):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self._folder)
             lock.acquire()
         try:
             yield
