@@ -289,6 +289,28 @@ def test_the_first_signal_finishes_what_is_computed(
 
 
 @posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_which_all_is_answered_is_no_stop(
+    tmp_path: Path, source: Path, output: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "long.gbnf").write_text("root ::= [a-z]{300}")
+    asked = [{"prompt": text, "max_tokens": n} for text, n in (("Hi!", 1), ("A", 400), ("B", 400))]
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    arguments = ["-i", str(source), "-o", str(output), "--grammar", str(tmp_path / "long.gbnf")]
+    command = [*COMMAND, *arguments, "--parallel", "3", "--ordered"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not output.exists() or not output.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)  # all are being computed
+    _, said = process.communicate(timeout=60)
+    assert "finishing what is being computed" in said
+    assert "Stopped" not in said
+    assert process.returncode == 5  # one token is too short for that form
+    assert [bool(r["response"]) for r in records(output)] == [False, True, True]
+
+
+@posix
 def test_the_second_ctrl_c_drops_it(source: Path, output: Path) -> None:
     process = begin(source, output)
     children = psutil.Process(process.pid).children()

@@ -122,6 +122,11 @@ class JobResult:
     progress: BatchProgress
     n_errors: int
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that was asked has an answer or an error, wish to stop or not."""
+        return self.progress.n_ended == self.progress.n_total
+
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
@@ -152,12 +157,13 @@ def run_job(job: BatchJob, source: BinaryIO, stop: StopFlag, tell: JobCallbacks)
         progress = BatchProgress(0)
         if checked.requests.n_to_ask:
             progress = _ask(job, checked, resolver, found, pending, output, stop, tell)
-        if job.files.ordered and isinstance(output, FileOutput) and not stop.wanted:
+        n_errors = checked.requests.n_bad + progress.n_failed
+        result = JobResult(
+            checked.requests, progress, n_errors + (recovered.n_failed if recovered else 0)
+        )
+        if job.files.ordered and isinstance(output, FileOutput) and result.is_complete:
             output.put_in_order(pending)
-    n_errors = checked.requests.n_bad + progress.n_failed
-    return JobResult(
-        checked.requests, progress, n_errors + (recovered.n_failed if recovered else 0)
-    )
+    return result
 
 
 def open_output(

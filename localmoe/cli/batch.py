@@ -229,16 +229,17 @@ def run_shown(job: BatchJob, *, as_json: bool, quiet: bool) -> int:
                 result = run_job(job, source, stop, tell)
             finally:
                 shown.line.done()
+            is_stopped = not result.is_complete
             if as_json:
                 console.document(
-                    summary_document(result.checked, result.progress, result.n_errors, stop.wanted)
+                    summary_document(result.checked, result.progress, result.n_errors, is_stopped)
                 )
             for line in summary_lines(result.progress, result.n_errors):
                 note(line)
     except KeyboardInterrupt:
         note(stopped)
         return EXIT_INTERRUPTED
-    if stop.wanted:
+    if is_stopped:
         note(stopped)
         return EXIT_INTERRUPTED
     return EXIT_ITEM_ERRORS if result.n_errors else 0
