@@ -48,6 +48,13 @@ def test_the_document_is_printed_where_a_later_line_is_refused() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_line_that_never_ends_is_refused() -> None:
+    done = chat("Hi!\n" + "x" * ((16 << 20) + 1))
+    assert done.returncode == 2
+    assert done.stderr == "localmoe: A line of stdin has more than 16,777,216 characters.\n"
+    assert done.stdout.count("\n") == 1
+
+
 def test_a_named_session_is_kept_and_goes_on() -> None:
     chat("My name is Tom.\n", "--session", "piped")
     done = chat("What is my name?\n", "--session", "piped", "--json")

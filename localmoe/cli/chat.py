@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from ..config.settings import Settings
 
 
+MAX_LINE_CHARS = 16 << 20
+"""More than any context holds."""
+
+
 def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
     """Answer every line. Raises LocalMoeError where one can't be answered; what was said is
     printed (with `as_json`) and kept (with a session) all the same."""
@@ -44,7 +48,7 @@ def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
     if session := conversation.session:
         _say_unanswered(session.name, session.unanswered)
     try:
-        for line in sys.stdin:
+        for line in lines_of_stdin():
             text = line.rstrip("\r\n")
             if text.strip():
                 answers += _turn(conversation, text, as_json)
@@ -54,6 +58,17 @@ def chat_in_lines(conversation: Conversation, *, as_json: bool) -> None:
         raise
     if as_json:
         _document(conversation, answers)
+
+
+def lines_of_stdin() -> Iterator[str]:
+    """Lines with their ends. Raises UsageError where one is too long, or no text."""
+    try:
+        while line := sys.stdin.readline(MAX_LINE_CHARS + 1):
+            if len(line) > MAX_LINE_CHARS:
+                raise UsageError(f"A line of stdin has more than {MAX_LINE_CHARS:,} characters.")
+            yield line
+    except UnicodeDecodeError:
+        raise UsageError("stdin is not UTF-8 text.") from None
 
 
 def _say_unanswered(name: str, question: str) -> None:
