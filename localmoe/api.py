@@ -21,9 +21,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .batch.encoder import Encoder, RestartingVocabulary
+from .batch.parameters import ItemError, biases_of
 from .batch.requests import Defaults
 from .batch.runner import BatchResult, answers
 from .catalog.catalog import model_aliases
+from .chat.chat import AnswerOptions
 from .config.settings import load_settings
 from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
@@ -47,6 +49,9 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
     seed: int
     stop: str | Sequence[str]
     json_schema: str | dict[str, Any] | bool
@@ -113,7 +118,7 @@ class LocalMoE:
         the engine died, and the answer begins once more. Raises LocalMoeError behind the last
         piece where the answer isn't what its JSON schema or grammar demands.
         """
-        chosen = self._loaded.options(self._with(dict(options)))
+        chosen = self._answer_options(dict(options))
         asked = conversation(messages)
 
         def ask() -> Generator[Delta, None, None]:
@@ -132,7 +137,7 @@ class LocalMoE:
         pay for their beginning once. An engine that dies is started again.
         """
         loaded = self._loaded
-        chosen = loaded.options(self._with(dict(options)))
+        chosen = self._answer_options(dict(options))
         vocabulary = RestartingVocabulary(lambda: open_vocabulary(loaded.meta.paths[0]))
         encoder = Encoder(loaded.model.format, vocabulary, loaded.model.n_ctx)
         defaults = Defaults(chosen, self._settings.system)
@@ -168,6 +173,18 @@ class LocalMoE:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _answer_options(self, options: dict[str, Any]) -> AnswerOptions:
+        """What was said for one answer, on top of the model's own. Raises UsageError."""
+        bias = options.pop("logit_bias", None)
+        chosen = self._loaded.options(self._with(options))
+        if bias is None:
+            return chosen
+        try:
+            biases = biases_of(bias)
+        except ItemError as error:
+            raise UsageError(error.message) from None
+        return replace(chosen, sampling=replace(chosen.sampling, logit_bias=biases))
 
     def _with(self, options: dict[str, Any]) -> Any:
         known = Options.__annotations__

@@ -363,7 +363,15 @@ def answer_options(
     """How to answer: what the person set, else what the model's header says, else the catalog,
     else our defaults. A value of a header that no person could set is a slip of who made the file,
     and says nothing."""
-    fields = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+    fields = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repeat_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    )
     said = {name: getattr(settings, name) for name in fields}
     chosen: dict[str, Any] = spec.sampling.model_dump(exclude_none=True) if spec else {}
     chosen |= {

@@ -86,6 +86,16 @@ def test_stop_is_a_string_or_several(moe: LocalMoE, stop: object) -> None:
     assert "e" not in moe.chat(HI, stop=stop).text  # type: ignore[arg-type]
 
 
+def test_a_bias_is_by_token_id(moe: LocalMoE) -> None:
+    first = moe.chat(HI, temperature=0.0).tokens[0]
+    banned = moe.chat(HI, temperature=0.0, logit_bias={first: -100}, presence_penalty=1.5)
+    assert banned.tokens[0] != first
+    with pytest.raises(UsageError, match="logit_bias"):
+        moe.chat(HI, logit_bias={first: 1000})
+    with pytest.raises(LocalMoeError, match="token 999999"):
+        moe.chat(HI, logit_bias={999999: 1})
+
+
 def test_unknown_options_are_refused_with_the_near_name(moe: LocalMoE) -> None:
     with pytest.raises(UsageError, match="Did you mean temperature"):
         moe.chat(HI, temprature=0.7)  # type: ignore[call-arg]

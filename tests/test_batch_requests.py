@@ -165,6 +165,18 @@ def test_a_plain_line_may_have_a_system_message() -> None:
     assert asked({"prompt": "Hi!", "system": ""}, defaults).messages[0].content == "Be long."
 
 
+def test_penalties_and_biases_are_those_of_openai() -> None:
+    said = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"9": -100, "5": 2}}
+    sampling = asked({"prompt": "Hi!", "repetition_penalty": 1.1, **said}).options.sampling
+    assert sampling == Sampling(
+        repeat_penalty=1.1,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias=((5, 2.0), (9, -100.0)),
+    )
+    assert asked({"prompt": "Hi!", "logit_bias": {}}).options == asked({"prompt": "Hi!"}).options
+
+
 def test_further_columns_are_left_alone() -> None:
     columns = {"category": "greeting", "answer": 42, "tags": ["a"], "source_url": "x", "topic": 1}
     plain = asked({"id": "x1", "prompt": "Hi!", "max_tokens": 8, **columns})
@@ -238,11 +250,15 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "a", "n": True}, "unsupported_parameter", '"n"'),
         ({"prompt": "a", "stream": True}, "unsupported_parameter", '"stream"'),
         ({"prompt": "a", "logprobs": True}, "unsupported_parameter", '"logprobs"'),
-        ({"prompt": "a", "presence_penalty": 0.5}, "unsupported_parameter", '"presence_penalty"'),
         ({"prompt": "a", "reasoning_effort": "much"}, "invalid_value", "one of none, minimal"),
         ({"prompt": "a", "chat_template_kwargs": [1]}, "invalid_value", "must be an object"),
         ({"prompt": "a", "chat_template_kwargs": {"tools": 1}}, "invalid_value", '"tools"'),
         ({"prompt": "a", "chat_template_kwargs": {"a b": 1}}, "invalid_value", '"a b"'),
+        ({"prompt": "a", "presence_penalty": 2.5}, "invalid_value", "must be -2 to 2"),
+        ({"prompt": "a", "logit_bias": [1]}, "invalid_value", "object of token ids"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "invalid_value", '"-1", which is no token id'),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "invalid_value", "must be -100 to 100"),
+        ({"prompt": "a", "logit_bias": {"5": None}}, "invalid_value", "must be a number"),
         ({"prompt": "a", "temprature": 1}, "unknown_parameter", '"temprature"'),
         ({"prompt": "a", "temperature": -1}, "invalid_value", "is -1; it must be 0 to 100"),
         ({"prompt": "a", "temperature": "0"}, "invalid_value", "must be a number"),

@@ -114,6 +114,27 @@ def test_a_repeat_penalty_avoids_what_was_said(tiny_engine: EngineProcess) -> No
     assert not set(tokens) & set(PROMPT)
 
 
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_other_penalties_are_for_what_the_answer_said(
+    tiny_engine: EngineProcess, name: str
+) -> None:
+    """A token of the prompt is free to come once, and none comes twice."""
+    favourite = PROMPT[-1]
+    sampling = replace(GREEDY, **{name: 1000.0}, logit_bias=((favourite, 100.0),))
+    tokens = tokens_of(answer(tiny_engine, Request(PROMPT, sampling, max_tokens=40)))
+    assert tokens[0] == favourite
+    assert len(set(tokens)) == 40
+
+
+def test_a_biased_token_comes_always_or_never(tiny_engine: EngineProcess) -> None:
+    usual = tokens_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=5)))
+    never = replace(GREEDY, logit_bias=tuple((token, -100.0) for token in sorted(set(usual))))
+    other = tokens_of(answer(tiny_engine, Request(PROMPT, never, max_tokens=5)))
+    assert not set(other) & set(usual)
+    always = replace(GREEDY, temperature=1.0, seed=1, logit_bias=((usual[0], 100.0),))
+    assert tokens_of(answer(tiny_engine, Request(PROMPT, always, max_tokens=5))) == usual[:1] * 5
+
+
 def test_a_stop_string_ends_an_answer_and_is_not_in_it(tiny_engine: EngineProcess) -> None:
     whole = text_of(answer(tiny_engine, Request(PROMPT, GREEDY, max_tokens=30)))
     stop = whole[10:14]

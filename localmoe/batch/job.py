@@ -54,7 +54,8 @@ from .runner import (
 # what decides over answers; the rest is where and how fast
 ANSWER_SETTINGS = (
     "system", "ctx_size", "kv_type", "max_tokens", "temperature", "top_k", "top_p", "min_p",
-    "repeat_penalty", "seed", "stop", "json_schema", "grammar",
+    "repeat_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "json_schema",
+    "grammar",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,9 +48,14 @@ SAMPLING = {
     "top_p": Range("top_p", 0, 1),
     "min_p": Range("min_p", 0, 1),
     "repeat_penalty": Range("repeat_penalty", 1e-9, 1e9),
+    "repetition_penalty": Range("repeat_penalty", 1e-9, 1e9),
+    "presence_penalty": Range("presence_penalty", -2, 2),
+    "frequency_penalty": Range("frequency_penalty", -2, 2),
     "seed": Range("seed", -(2**63), 2**64 - 1, whole=True),
 }
 MAX_NAME = 40
+BIAS = Range("logit_bias", -100, 100)
+TOKEN = re.compile(r"\d{1,9}", re.ASCII)
 LENGTHS = ("max_completion_tokens", "max_tokens")
 LENGTH = Range("max_tokens", 1, 2**31 - 1, whole=True)
 TEXTS = ("grammar", "json_schema")
@@ -66,9 +72,6 @@ NEUTRAL = {
     "stream_options": (),
     "logprobs": ("false",),
     "top_logprobs": ("0",),
-    "logit_bias": ("{}",),
-    "presence_penalty": ("0", "0.0"),
-    "frequency_penalty": ("0", "0.0"),
     "echo": ("false",),
     "suffix": (),
     "tools": (),
@@ -88,7 +91,7 @@ EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "h
 OUR_VARIABLES = frozenset(["messages", "add_generation_prompt", "tools", "documents"])
 PROMPT_KEYS = ("reasoning_effort", "chat_template_kwargs")
 KNOWN = frozenset([
-    *SAMPLING, *LENGTHS, *TEXTS, *PROMPT_KEYS, "stop", "response_format", *NOTES,
+    *SAMPLING, *LENGTHS, *TEXTS, *PROMPT_KEYS, "stop", "logit_bias", "response_format", *NOTES,
 ])  # fmt: skip
 
 
@@ -138,6 +141,8 @@ def answer_options(body: Mapping[str, Any], defaults: AnswerOptions) -> AnswerOp
         for name, value in said.items()
         if name in SAMPLING
     }
+    if not is_unsaid(said.get("logit_bias")):
+        chosen["logit_bias"] = biases_of(said["logit_bias"])
     form = _form(said)
     if form is not None:
         chosen.update({"grammar": None, "json_schema": None, **form})
@@ -203,6 +208,21 @@ def _number(name: str, value: object, range: Range) -> float | int:
             f"it must be {range.low:.10g} to {range.high:.10g}.",
         )
     return value
+
+
+def biases_of(value: object) -> tuple[tuple[int, float], ...]:
+    """What a map of token ids adds to logits. Raises ItemError."""
+    if not isinstance(value, Mapping):
+        raise ItemError("invalid_value", '"logit_bias" must be an object of token ids.')
+    biases: dict[int, float] = {}
+    for token, bias in value.items():
+        text = str(token)
+        if isinstance(token, bool) or not TOKEN.fullmatch(text):
+            raise ItemError(
+                "invalid_value", f'"logit_bias" has {printable_name(text)}, which is no token id.'
+            )
+        biases[int(text)] = float(_number("logit_bias", bias, BIAS))
+    return tuple(sorted(biases.items()))
 
 
 def _length(said: Mapping[str, Any], default: int | None) -> int | None:

@@ -75,6 +75,8 @@ sampling_options = group_of(
     click.option("--top-p", type=float),
     click.option("--min-p", type=float),
     click.option("--repeat-penalty", type=float),
+    click.option("--presence-penalty", type=float, help="Against what was said already; -2 to 2."),
+    click.option("--frequency-penalty", type=float, help="Against what was said often; -2 to 2."),
     click.option("--seed", type=int, help="The same seed gives the same answer."),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated."

@@ -137,6 +137,9 @@ class Placement:
 class Sampling:
     """How the next token is drawn. A temperature of 0 takes the likeliest one (greedy).
 
+    `repeat_penalty` divides the logits of the last `repeat_last_n` tokens, the prompt's too. The
+    other two penalties are OpenAI's: subtracted for what the answer has said so far, once and for
+    each time. `logit_bias` adds to the logits of some tokens.
     `seed` None draws a fresh one for each request. `grammar` is GBNF with the root rule `root`;
     `json_schema` is a schema as JSON text; at most one of the two. `held_schema` is what the engine
     holds answers to for it (structured/llguidance_schema.py); whoever asks the engine adds it.
@@ -148,10 +151,19 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     grammar: str | None = None
     json_schema: str | None = None
     held_schema: str | None = None
+
+    @property
+    def reshapes_logits(self) -> bool:
+        """Whether the likeliest token may be another one than the model says."""
+        is_penalized = self.repeat_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return bool(is_penalized or self.logit_bias)
 
     @property
     def is_repeatable(self) -> bool:

@@ -307,8 +307,8 @@ CONVERSATION_COMMANDS = (
 
 
 AT_ONCE = (
-    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop",
-    "think", "on_full", "plain",
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "max_tokens", "stop", "think", "on_full", "plain",
 )  # fmt: skip
 
 

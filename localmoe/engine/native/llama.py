@@ -350,14 +350,36 @@ def _c_library() -> ctypes.CDLL:
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def sampler_chain(vocab: Vocab, sampling: Sampling, seed: int) -> Any:
-    """A chain in the order of llama.cpp's own programs (common/sampling.cpp)."""
+MAX_COUNTED_TOKENS = 1 << 16
+"""How far back an answer's tokens count for presence and frequency; a ring of this size is kept."""
+
+
+def sampler_chain(vocab: Vocab, sampling: Sampling, seed: int, prompt: Sequence[int] = ()) -> Any:
+    """A chain in the order of llama.cpp's own programs (common/sampling.cpp).
+
+    The end of the `prompt` counts for the repeat penalty alone: presence and frequency are those of
+    the answer, as in OpenAI's API, or the words of a chat template would be penalized.
+    """
     chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-    if sampling.repeat_penalty != 1.0:
-        penalties = C.llama_sampler_init_penalties(
-            vocab.n_tokens, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
+    if sampling.logit_bias:
+        C.llama_sampler_chain_add(chain, _bias_sampler(vocab, sampling.logit_bias))
+    n_last = sampling.repeat_last_n
+    if sampling.repeat_penalty != 1.0 and n_last > 0:
+        repeats = C.llama_sampler_init_penalties(
+            vocab.n_tokens, n_last, sampling.repeat_penalty, 0.0, 0.0
         )
-        C.llama_sampler_chain_add(chain, penalties)
+        for token in prompt[-n_last:]:
+            accept(repeats, token)
+        C.llama_sampler_chain_add(chain, repeats)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = C.llama_sampler_init_penalties(
+            vocab.n_tokens,
+            MAX_COUNTED_TOKENS,
+            1.0,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
+        C.llama_sampler_chain_add(chain, counts)
     if sampling.temperature <= 0:
         C.llama_sampler_chain_add(chain, C.llama_sampler_init_greedy())
         return chain
@@ -370,6 +392,12 @@ def sampler_chain(vocab: Vocab, sampling: Sampling, seed: int) -> Any:
     C.llama_sampler_chain_add(chain, C.llama_sampler_init_temp(sampling.temperature))
     C.llama_sampler_chain_add(chain, C.llama_sampler_init_dist(seed))
     return chain
+
+
+def _bias_sampler(vocab: Vocab, biases: Sequence[tuple[int, float]]) -> Any:
+    """A sampler that adds to the logits of some tokens; llama.cpp copies the list."""
+    listed = (C.llama_logit_bias * len(biases))(*(C.llama_logit_bias(*bias) for bias in biases))
+    return C.llama_sampler_init_logit_bias(vocab.n_tokens, len(biases), listed)
 
 
 def grammar_sampler(vocab: Vocab, grammar: str) -> Any:

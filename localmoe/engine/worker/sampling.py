@@ -89,15 +89,11 @@ class Sampler:
 
     def __init__(self, vocab: llama.Vocab, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._constraint = constraint_of(vocab, sampling)
-        penalized = sampling.repeat_penalty != 1.0
-        self._is_greedy = sampling.temperature <= 0 and not penalized
+        self._is_greedy = sampling.temperature <= 0 and not sampling.reshapes_logits
         seed = (
             secrets.randbelow(RANDOM_SEED) if sampling.seed is None else sampling.seed % RANDOM_SEED
         )
-        self._chain = llama.sampler_chain(vocab, sampling, seed)
-        if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n > 0:
-            for token in prompt[-sampling.repeat_last_n :]:
-                llama.accept(self._chain, token)
+        self._chain = llama.sampler_chain(vocab, sampling, seed, prompt)
 
     @property
     def is_complete(self) -> bool:

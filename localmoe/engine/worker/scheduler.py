@@ -129,6 +129,11 @@ class Scheduler:
             raise RequestRefused(f"The prompt has a token outside the vocabulary of {n_vocab}.")
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestRefused(f"max_tokens is {request.max_tokens}; it must be 1 or more.")
+        foreign = [id for id, _ in request.sampling.logit_bias if not 0 <= id < n_vocab]
+        if foreign:
+            raise RequestRefused(
+                f"logit_bias names the token {foreign[0]}; the vocabulary has {n_vocab}."
+            )
         if request.sampling.grammar is not None and request.sampling.json_schema is not None:
             raise RequestRefused("A grammar and a JSON schema can't both be asked for.")
         if request.sampling.json_schema is not None and request.sampling.held_schema is None:
