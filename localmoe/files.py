@@ -6,6 +6,7 @@ and has a digest, so that every line after it has its right number.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import glob
@@ -310,9 +311,16 @@ def read_text(path: str) -> str:
     return decoded(raw, name)
 
 
+def utf16_codec(head: bytes) -> str | None:
+    """The codec of a text that begins like one in UTF-16, as PowerShell's `>` writes; else None."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return {b"{\0": "utf-16-le", b"[\0": "utf-16-le", b"\0{": "utf-16-be"}.get(head[:2])
+
+
 def decoded(raw: bytes, name: str) -> str:
-    """Bytes from outside as text. Raises UsageError."""
+    """Bytes from outside as text, in UTF-8 or UTF-16. Raises UsageError."""
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode(utf16_codec(raw) or "utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text.") from None

@@ -146,6 +146,20 @@ def test_the_python_door_parts_thinking_too(thinker: Path) -> None:
     assert result.tokens[0] == 268
 
 
+def test_tables_and_utf16_are_answered(tmp_path: Path, output: Path) -> None:
+    table, powershell = tmp_path / "table.csv", tmp_path / "in.jsonl"
+    table.write_text('id,question\n1,"What is a ""router""?"\n2,"one\ntwo"\n', "utf-8")
+    told = ["-n", "2", "--ordered", "-q"]
+    asked = localmoe("-i", str(table), "-o", str(output), "--template", "{question}", *told)
+    assert asked.returncode == 0, asked.stderr
+    assert [(r["custom_id"], r["line"]) for r in records(output)] == [("1", 1), ("2", 2)]
+    refused = localmoe("-i", str(table))
+    assert refused.returncode == 2
+    assert "--template, like '{id}'" in refused.stderr
+    powershell.write_bytes("\ufeff{}\r\n".format('{"prompt": "Hi"}').encode("utf-16-le"))
+    assert localmoe("-i", str(powershell), *told[:2]).returncode == 0
+
+
 def test_pipes_in_and_out() -> None:
     result = localmoe("-q", "-n", "2", stdin="Hi!\n\nDo you like tea?\n")
     assert (result.returncode, result.stderr) == (0, "")

@@ -21,6 +21,7 @@ from ..batch.encoder import Side
 from ..batch.job import BatchFiles, BatchJob, JobCallbacks, Parallelism, run_job
 from ..batch.manifest import manifest_path
 from ..batch.runner import BatchProgress
+from ..batch.transcode import is_table, write_rows, write_utf8
 from ..errors import LocalMoeError, UsageError
 from ..files import is_temporary
 from ..terminal import console
@@ -84,8 +85,12 @@ def is_same_file(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened_input(name: str) -> Iterator[BinaryIO]:
-    """The input as a file that can be read twice; a pipe is first written to a temporary one."""
+def opened_input(name: str, template: str | None = None) -> Iterator[BinaryIO]:
+    """The input as lines in a file that can be read twice.
+
+    A pipe is first written to a temporary one, and what is UTF-16 or a table is rewritten.
+    Raises UsageError.
+    """
     if name == "-":
         check_stdin()
         if sys.stdin.isatty():
@@ -96,7 +101,15 @@ def opened_input(name: str) -> Iterator[BinaryIO]:
         except OSError as error:
             raise UsageError(f"{name} can't be read: {error.strerror}.") from None
         stack.callback(stream.close)
-        yield stream if stream.seekable() else stack.enter_context(copied(stream))
+        whole = stream if stream.seekable() else stack.enter_context(copied(stream))
+        text = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
+        if write_utf8(whole, text):
+            whole = text
+        if is_table(name, template):
+            rows = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
+            write_rows(whole, rows, "stdin" if name == "-" else name, template)
+            whole = rows
+        yield whole
 
 
 @contextlib.contextmanager
@@ -166,6 +179,9 @@ GO_ON = "Run the same command again to go on."
 @click.option("--ordered", is_flag=True, help="At the end, sort the answers as the input is.")
 @click.option("--truncate", type=click.Choice(["head", "tail", "middle"]),
               help="Where to cut prompts that are too long; else they are refused.")  # fmt: skip
+@click.option(
+    "--template", metavar="TEXT", help="Make prompts of a CSV table's columns, like '{question}'."
+)
 @click.option("--retry-errors", is_flag=True, help="Ask again what failed in an earlier run.")
 @click.option("--resume-anyway", is_flag=True, help="Go on although input or settings changed.")
 @click.option("--parallel", default="auto", metavar="auto|N", help="Requests computed at once.")
@@ -182,6 +198,7 @@ def batch(
     errors: Path | None,
     ordered: bool,
     truncate: Side | None,
+    template: str | None,
     retry_errors: bool,
     resume_anyway: bool,
     parallel: str,
@@ -193,7 +210,8 @@ def batch(
 ) -> int:
     """Answer a file of requests, one a line. The same command goes on where a run stopped.
 
-    A line is an OpenAI batch line, {"prompt": ...}, {"messages": [...]}, or plain text.
+    A line is an OpenAI batch line, {"prompt": ...}, {"messages": [...]}, or plain text. Of a table
+    (.csv, .tsv) each row is one, by its column prompt or by --template.
     """
     files = BatchFiles(input_, output, errors, truncate, ordered, resume_anyway, retry_errors)
     check_files(files, as_json)
@@ -203,10 +221,10 @@ def batch(
     parallelism = Parallelism(n_wanted(parallel), reuse_prefix=not no_share)
     with load_callbacks(model, quiet, verbose) as callbacks:
         job = BatchJob(model, files, settings, parallelism, callbacks)
-        return run_shown(job, as_json=as_json, quiet=quiet)
+        return run_shown(job, template, as_json=as_json, quiet=quiet)
 
 
-def run_shown(job: BatchJob, *, as_json: bool, quiet: bool) -> int:
+def run_shown(job: BatchJob, template: str | None, *, as_json: bool, quiet: bool) -> int:
     """Runs a job with its progress on stderr; returns the exit code. Raises LocalMoeError."""
 
     def note(text: str) -> None:
@@ -224,7 +242,7 @@ def run_shown(job: BatchJob, *, as_json: bool, quiet: bool) -> int:
     )
     stopped = f"Stopped. {GO_ON}" if job.files.is_file else "Stopped."
     try:
-        with interrupts, opened_input(job.files.input) as source:
+        with interrupts, opened_input(job.files.input, template) as source:
             try:
                 result = run_job(job, source, stop, tell)
             finally:
