@@ -128,7 +128,7 @@ def test_a_stream_left_early_leaves_the_model_usable(moe: LocalMoE) -> None:
 
 
 def test_a_batch_gives_each_answer_as_it_finishes() -> None:
-    requests = ["Hi!", [{"role": "user", "content": "Bye!"}], {"prompt": "x", "colour": "red"}]
+    requests = ["Hi!", [{"role": "user", "content": "Bye!"}], {"prompt": "x", "temprature": 1}]
     with LocalMoE("demo", parallel=2, ctx_size=256) as moe:
         results = list(moe.batch(requests, max_tokens=8, temperature=0))
         alone = moe.chat([{"role": "user", "content": "Hi!"}], max_tokens=8, temperature=0)
@@ -136,7 +136,7 @@ def test_a_batch_gives_each_answer_as_it_finishes() -> None:
     assert sorted(by_index) == [0, 1, 2]
     assert by_index[0].text == alone["content"]
     assert by_index[1].text
-    assert "colour" in by_index[2].error
+    assert "temperature" in by_index[2].error
 
 
 def test_a_batch_outlives_its_engine() -> None:
