@@ -480,6 +480,12 @@ def test_an_answer_that_was_whole_when_it_was_cut_is_one() -> None:
 # ---- grammars ------------------------------------------------------------------------------------
 
 
+def doubled(rule: str, last: str = '"a"') -> str:
+    """A grammar of 30 rules that each name the next, mostly twice."""
+    rules = "".join(rule.format(n, n + 1) for n in range(30))
+    return f"root ::= r0\n{rules}r30 ::= {last}\n"
+
+
 @pytest.mark.parametrize(
     ("grammar", "sentence"),
     [
@@ -489,6 +495,15 @@ def test_an_answer_that_was_whole_when_it_was_cut_is_one() -> None:
         ('root ::= ("a"', '"\\("'),
         ('root ::= "a', "half"),
         ("root ::= [a-z", "half"),
+        ('root ::= root "a" | "b"', 'rule "root" begins with itself'),
+        ('root ::= a\na ::= b? c\nb ::= "x"\nc ::= "y"* a "z" | "w"', "begins with itself"),
+        ('root ::= ("a"?)* (root | "b")', 'rule "root" begins with itself'),
+        ('root ::= a\na ::= "a" ("" | b)*\nb ::= "b" | ""', 'rule "a" begins with itself'),
+        (doubled("r{0} ::= r{1} r{1}\n", '"" | "a"'), "more than 100,000 ways"),
+        (doubled("r{0} ::= r{1}{{0,9}}\n", '"" | "a"'), "more than 100,000 ways"),
+        (doubled("r{0} ::= r{1} | r{1}\n"), "more than 100,000 ways"),
+        (doubled("r{0} ::= r{1}? r{1}?\n"), "more than 100,000 ways"),
+        (doubled("r{0} ::= (r{1} | \"b\" | r{1})\n"), "more than 100,000 ways"),
         ('root ::= "a" # fine\nb ::= x', "line 2"),
         ('root ::= "\ud800"', "character 11"),
     ],
@@ -502,6 +517,10 @@ def test_a_bad_grammar_is_refused_before_a_model_is_there(grammar: str, sentence
     "grammar",
     [
         'root ::= "yes" | "no"',
+        'root ::= "a" root | "b"',
+        doubled("r{0} ::= r{1} r{1}\n"),
+        'root ::= [a-z]+ ("," root)?',
+        'root ::= ("a" | "b"?) [0-9]{2,} {0} "c"'.replace(" {0}", ""),
         'root ::= item{2,3} # "a comment\nitem ::= [a-z\\]"]+ "\\"" | ("x" "(")?\n',
         'root::=a-b\na-b ::= "a" |\n "b"',
         "root ::= [^\\n]* .",

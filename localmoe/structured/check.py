@@ -16,6 +16,7 @@ from typing import Any
 
 from ..engine.protocol import Sampling
 from ..errors import LocalMoeError, UsageError
+from .gbnf import MAX_BEGINNINGS, GrammarTooLarge, LeftRecursion, check_expansion
 from .llguidance_schema import hold_schema
 
 MAX_GRAMMAR_CHARS = 4 << 20
@@ -60,6 +61,18 @@ def check_grammar(text: str) -> None:
         if found[0] not in rules:
             line = bare[: found.start()].count("\n") + 1
             raise UsageError(f'The grammar\'s line {line} names "{found[0]}", which has no rule.')
+    try:
+        check_expansion(text)
+    except LeftRecursion as error:
+        raise UsageError(
+            f'The grammar\'s rule "{error}" begins with itself (left recursion).',
+            "Write repetition instead: item item*.",
+        ) from None
+    except GrammarTooLarge:
+        raise UsageError(
+            f"The grammar begins in more than {MAX_BEGINNINGS:,} ways, too many to follow.",
+            "Make it simpler.",
+        ) from None
 
 
 def check_sampling(sampling: Sampling) -> None:

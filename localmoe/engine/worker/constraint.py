@@ -67,6 +67,24 @@ def constraint_of(vocab: llama.Vocab, sampling: Sampling) -> Constraint | None:
     return GbnfConstraint(vocab, sampling.grammar) if sampling.grammar else None
 
 
+class BusyClock:
+    """Counts the seconds that one answer's form takes, and ends what takes too many."""
+
+    def __init__(self, what: str) -> None:
+        self.n_accepted = 0
+        self._what = what
+        self._busy_s = 0.0
+
+    def timed(self, work: Callable[[], T]) -> T:
+        """Returns what `work` returns. Raises GrammarDeadEnd once all took too long."""
+        started = time.perf_counter()
+        found = work()
+        self._busy_s += time.perf_counter() - started
+        if self._busy_s > MAX_BUSY_S + MAX_BUSY_S_PER_TOKEN * self.n_accepted:
+            raise GrammarDeadEnd(f"{self._what} takes too long to hold. Make it simpler.")
+        return found
+
+
 class SchemaConstraint:
     """A JSON schema, held by llguidance."""
 
@@ -74,8 +92,7 @@ class SchemaConstraint:
         self._vocab = vocab
         self._ends = _ends(vocab)
         self._matcher = _first_state(vocab, schema).deep_copy()
-        self._busy_s = 0.0
-        self._n_accepted = 0
+        self._clock = BusyClock("The JSON schema")
         self._digits = DigitRun()
 
     @property
@@ -103,19 +120,15 @@ class SchemaConstraint:
     def accept(self, token: int) -> None:
         """Takes the token that comes next. Raises GrammarDeadEnd where that takes too long."""
         if not self._ends[token]:
-            self._n_accepted += 1
+            self._clock.n_accepted += 1
             self._digits.feed(self._vocab.piece(token))
             self._timed(lambda: self._matcher.consume_token(token))
 
     def _timed(self, work: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        found = work()
-        self._busy_s += time.perf_counter() - started
+        found = self._clock.timed(work)
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())[:120]
             raise GrammarDeadEnd(f"The JSON schema can't be held any further: {reason}.")
-        if self._busy_s > MAX_BUSY_S + MAX_BUSY_S_PER_TOKEN * self._n_accepted:
-            raise GrammarDeadEnd("The JSON schema takes too long to hold. Make it simpler.")
         return found
 
     def free(self) -> None:
@@ -200,23 +213,25 @@ class GbnfConstraint:
     is_complete = False  # it can't be asked; then the end is all that it allows
 
     def __init__(self, vocab: llama.Vocab, grammar: str) -> None:
+        self._clock = BusyClock("The grammar")
         self._sampler = llama.grammar_sampler(vocab, grammar)
 
     def allows(self, token: int, logits: Logits) -> bool:
         """Returns whether a token may come next."""
         single = llama.Candidates(logits[[token]], np.array([token], np.int32))
-        llama.apply(self._sampler, single.native)
+        self._clock.timed(lambda: llama.apply(self._sampler, single.native))
         return bool(np.isfinite(single.logits).all())
 
     def masked(self, logits: Logits) -> Logits:
         """Returns the logits with minus infinity for every token that may not come next."""
         candidates = llama.Candidates(logits, np.arange(len(logits), dtype=np.int32))
-        llama.apply(self._sampler, candidates.native)
+        self._clock.timed(lambda: llama.apply(self._sampler, candidates.native))
         return candidates.logits
 
     def accept(self, token: int) -> None:
-        """Takes the token that comes next."""
-        llama.accept(self._sampler, token)
+        """Takes the token that comes next. Raises GrammarDeadEnd where that takes too long."""
+        self._clock.n_accepted += 1
+        self._clock.timed(lambda: llama.accept(self._sampler, token))
 
     def free(self) -> None:
         """Frees the sampler."""
