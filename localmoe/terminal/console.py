@@ -135,11 +135,31 @@ def lines(texts: Iterable[str]) -> None:
 
 def table(rows: Sequence[Sequence[str]]) -> None:
     """Rows in columns, the first row their heads; on a terminal no line is longer than it."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [[safe(cell) for cell in row] for row in rows]
+    widths = [max(map(n_cells, column)) for column in zip(*shown, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for row in rows:
-        cells = (f"{safe(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells)[:room].rstrip())
+    for row in shown:
+        cells = (
+            cell + " " * (width - n_cells(cell)) for cell, width in zip(row, widths, strict=True)
+        )
+        line = "  ".join(cells)
+        print((line if room is None else cropped(line, room)).rstrip())
+
+
+def n_cells(text: str) -> int:
+    """Returns how many cells of a terminal a text takes: a Chinese character takes two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # start-up, 27 ms
+
+    return cell_len(text)
+
+
+def cropped(text: str, room: int) -> str:
+    """Returns the beginning of a text that has room in so many cells."""
+    if n_cells(text) <= room:
+        return text
+    return text[: next(n for n in range(len(text), -1, -1) if n_cells(text[:n]) <= room)]
 
 
 class StatusLine:
@@ -162,7 +182,7 @@ class StatusLine:
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
             self._shown = True
-            print(f"\r\x1b[K{dim(safe(text)[:width])}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{dim(cropped(safe(text), width))}", end="", file=sys.stderr, flush=True)
         elif takes_minutes and now - self._last_plain > PLAIN_EVERY_SECONDS:
             self._last_plain = now
             print(safe(text), file=sys.stderr, flush=True)

@@ -108,12 +108,16 @@ def download_line(progress: DownloadProgress) -> str:
         parts.append(f"{duration(progress.seconds_left)} left")
     parts.append(of_whole(progress.n_bytes_done, progress.n_bytes_total))
     shown = ", ".join(parts)
-    return f"{shown}: {name_ending(progress.file_name, max(MIN_NAME, COLUMNS - len(shown) - 2))}"
+    room = max(MIN_NAME, COLUMNS - console.n_cells(shown) - 2)
+    return f"{shown}: {name_ending(progress.file_name, room)}"
 
 
-def name_ending(name: str, n_chars: int) -> str:
+def name_ending(name: str, room: int) -> str:
     """The end of a name, which tells more of it: quant and shard."""
-    return name if len(name) <= n_chars else f"…{name[1 - n_chars :]}"
+    if console.n_cells(name) <= room:
+        return name
+    start = next(n for n in range(len(name)) if console.n_cells(name[n:]) < room)
+    return f"…{name[start:]}"
 
 
 def duration(seconds: float) -> str:
