@@ -12,6 +12,8 @@ from synthetic import gguf_writer, mixtral
 from synthetic.gguf_writer import Blueprint, Tensor, Typed, Value
 
 from localmoe.errors import ModelFileError
+from localmoe.gguf.architectures import ARCHITECTURES
+from localmoe.gguf.file_kinds import NO_GENERATION
 from localmoe.gguf.model_meta import ModelMeta, TypeTotal, meta_of, read_meta
 from localmoe.gguf.reader import read_header
 
@@ -284,6 +286,69 @@ REFUSED: dict[str, tuple[dict[str, Value | None], str]] = {
     "few scores": ({"tokenizer.ggml.scores": [0.5]}, "scores doesn't fit 260 tokens"),
     "wrong types": ({"tokenizer.ggml.token_type": ["1"]}, "token_type doesn't fit 260 tokens"),
 }  # fmt: skip
+
+
+# general.type, general.architecture, the name of a tensor -> what the file is
+OTHER_KINDS = {
+    "imatrix": ("imatrix", "llama", "blk.0.attn_q.weight.in_sum2", "an importance matrix"),
+    "imatrix by tensor": (None, "llama", "blk.0.attn_q.weight.in_sum2", "an importance matrix"),
+    "adapter": ("adapter", "llama", "blk.0.attn_q.weight.lora_a", "an adapter (LoRA)"),
+    "adapter by tensor": (None, "llama", "blk.0.attn_q.weight.lora_a", "an adapter (LoRA)"),
+    "projector": ("mmproj", "clip", "v.blk.0.attn_q.weight", "a projector"),
+    "projector by tensor": (None, "llama", "v.blk.0.attn_q.weight", "a projector"),
+    "diffusion": (None, "flux", "double_blocks.0.img_attn.qkv.weight", "a diffusion model for"),
+    "diffusion by tensor": (None, "x", "model.diffusion_model.out.weight", "a diffusion model for"),
+    "control vector": (None, "controlvector", "direction.1", "a control vector"),
+    "speech": (None, "whisper", "encoder.conv1.weight", "a model for speech"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_KINDS)
+def test_files_beside_models_are_said_what_they_are(case: str) -> None:
+    general_type, architecture, tensor, sentence = OTHER_KINDS[case]
+    kv = {"general.type": general_type, "general.architecture": architecture}
+    blueprint = Blueprint({k: v for k, v in kv.items() if v}, (Tensor(tensor, (32,), "F32"),))
+    head = gguf_writer.header(blueprint)
+    header = read_header(io.BytesIO(head), len(head) + 128, "x.gguf")
+    with pytest.raises(ModelFileError) as caught:
+        meta_of([header])
+    assert caught.value.message.startswith(f"x.gguf: {sentence}")
+
+
+def test_a_vocabulary_alone_is_said_to_be_one() -> None:
+    with pytest.raises(ModelFileError, match="a vocabulary alone, without weights"):
+        meta_with({}, ())
+
+
+@pytest.mark.parametrize(
+    ("kv", "sentence"),
+    [
+        ({"llama.attention.causal": False}, "without causal attention"),
+        ({"llama.pooling_type": 3}, "an embedding model"),
+        ({"llama.pooling_type": 4}, "a reranking model"),
+    ],
+)
+def test_models_that_write_no_text_are_refused(kv: dict[str, Value | None], sentence: str) -> None:
+    refusal = meta_with(kv).refusal
+    assert refusal is not None
+    assert sentence in refusal.message
+
+
+def test_models_that_write_text_are_not_refused() -> None:
+    assert meta_with({"llama.attention.causal": True, "llama.pooling_type": 0}).refusal is None
+
+
+@pytest.mark.parametrize("architecture", sorted(NO_GENERATION))
+def test_encoders_are_refused_by_their_architecture(architecture: str) -> None:
+    plan = mixtral.blueprint(TINY, "Q4_K")
+    kv = {k.replace("llama.", f"{architecture}."): v for k, v in plan.kv.items()}
+    blueprint = Blueprint({**kv, "general.architecture": architecture}, plan.tensors)
+    head = gguf_writer.header(blueprint)
+    n_bytes = sum(gguf_writer.padded(t.n_bytes) for t in blueprint.tensors)
+    meta = meta_of([read_header(io.BytesIO(head), len(head) + n_bytes, "x.gguf")])
+    assert architecture in ARCHITECTURES
+    assert NO_GENERATION[architecture] in str(meta.refusal)
+    assert len(str(meta.refusal)) <= 200
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_model import SHAPES
+from synthetic import gguf_writer, mixtral
+from synthetic.gguf_writer import Blueprint
 from test_cli import COMMAND, localmoe, one_line_error
 
 from localmoe.cli.options import read_schema
@@ -48,6 +51,15 @@ def test_files_come_between_argument_and_stdin(tmp_path: Path) -> None:
     same = localmoe("run", "demo", "One\n\nfile a\n\nfile b\n\npiped", *told)
     counts = [json.loads(result.stdout)["usage"]["prompt_tokens"] for result in (whole, same)]
     assert counts[0] == counts[1] > 10
+
+
+def test_an_embedding_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    plan = mixtral.blueprint(SHAPES["tiny"], "Q4_K")
+    blueprint = Blueprint({**plan.kv, "llama.pooling_type": 3}, plan.tensors)
+    (path,) = gguf_writer.write(tmp_path / "embed.gguf", blueprint, None)
+    for command in (["run", str(path), "Hi!"], ["plan", str(path)], ["prompt", str(path), "Hi!"]):
+        error = one_line_error(localmoe(*command), 1)
+        assert error.startswith("localmoe: embed.gguf: an embedding model")
 
 
 @pytest.mark.parametrize("arguments", [["-f", "-"], ["-"], []])

@@ -418,6 +418,8 @@ def why_not(meta: ModelMeta, is_here: bool = True) -> ModelFileError | None:
     early = meta.refusal
     if early is None:
         return refuse_unknown(meta.architecture, file)
+    if meta.no_generation:
+        return early
     newer = better(meta, read_catalog(config_folder()))
     command = newer.command if newer else "localmoe list"
     if not is_here:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import MESSAGE_CHARS, NAME_CHARS, ModelFileError, model_file_error
 from ..files import open_regular
+from .file_kinds import MODEL_HINT, refuse_other_kinds, why_no_generation
 from .hparams import (
     Mla,
     Recurrent,
@@ -64,7 +65,8 @@ class ModelMeta:
 
     `n_layers` counts the layers that generate; `n_nextn_layers` more may follow them for drafting,
     which llama.cpp leaves unloaded. `n_heads` and `n_kv_heads` have an entry for each layer;
-    `n_kv_heads` is 0 in layers without a KV cache. `n_ff` is the largest layer's.
+    `n_kv_heads` is 0 in layers without a KV cache. `n_ff` is the largest layer's. `no_generation`
+    says what a model is that can't write text, "" for one that can.
     """
 
     paths: tuple[Path, ...]
@@ -96,6 +98,7 @@ class ModelMeta:
     chat_template: str
     sampling: Mapping[str, float | int | str]
     legacy_split_experts: bool
+    no_generation: str = ""
 
     @property
     def is_moe(self) -> bool:
@@ -157,9 +160,11 @@ class ModelMeta:
     @property
     def refusal(self) -> ModelFileError | None:
         """Why llama.cpp can't run this model although its header is sound, or None."""
+        file = self.paths[0].name if self.paths else self.name
+        if self.no_generation:
+            return model_file_error(file, self.no_generation, MODEL_HINT)
         if not self.legacy_split_experts:
             return None
-        file = self.paths[0].name if self.paths else self.name
         path = shlex.quote(str(self.paths[0])) if self.paths else "FILE"
         hint = "Make it run: localmoe convert "
         room = MESSAGE_CHARS - min(len(file), NAME_CHARS) - len(f": {EARLY}. {hint}")
@@ -180,6 +185,9 @@ def meta_of(headers: Sequence[Header], paths: Sequence[Path] = ()) -> ModelMeta:
     _check_shards(headers)
     first = headers[0]
     keys = Metadata(first)
+    names = [tensor.name for header in headers for tensor in header.tensors]
+    if error := refuse_other_kinds(keys, names):
+        raise error
     architecture = _architecture(first, keys)
     tensors = list_tensors(headers)
     n_all, n_nextn = _layer_counts(keys)
@@ -208,6 +216,7 @@ def meta_of(headers: Sequence[Header], paths: Sequence[Path] = ()) -> ModelMeta:
         chat_template=keys.text("tokenizer.chat_template"),
         sampling=keys.below("general.sampling."),
         legacy_split_experts=has_split_experts(tensors),
+        no_generation=why_no_generation(keys, names),
     )  # fmt: skip
 
 
@@ -275,10 +284,6 @@ def _check_shards(headers: Sequence[Header]) -> None:
 def _architecture(header: Header, keys: Metadata) -> str:
     if not keys.architecture:
         raise model_file_error(header.name, "damaged: no general.architecture in its header")
-    if keys.architecture == "clip" or keys.text("general.type") == "mmproj":
-        raise model_file_error(header.name, "a projector for images (mmproj), not a language model")
-    if keys.text("general.type") == "adapter":
-        raise model_file_error(header.name, "an adapter (LoRA), not a whole model")
     return keys.architecture
 
 
