@@ -125,6 +125,9 @@ def test_advice_on_nothing_is_a_sentence() -> None:
 
 def test_folders_follow_the_hubs_variables() -> None:
     assert hub_cache({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == Path("/a")
+    assert hub_cache({"HF_HUB_CACHE": "$SCRATCH/x", "SCRATCH": "/s"}) == Path("/s/x")
+    assert hub_cache({"HF_HOME": "${SCRATCH}/x", "SCRATCH": "/s"}) == Path("/s/x/hub")
+    assert hub_cache({"HF_HUB_CACHE": "$NONE/x"}) == Path("$NONE/x")
     assert hub_cache({"HF_HOME": "/b", "XDG_CACHE_HOME": "/c"}) == Path("/b/hub")
     assert hub_cache({"XDG_CACHE_HOME": "/c"}) == Path("/c/huggingface/hub")
     assert hub_cache({}) == Path.home() / ".cache/huggingface/hub"

@@ -125,6 +125,8 @@ AIR = "Q4_K_M/GLM-4.5-Air-Q4_K_M-00001-of-00002.gguf"
         ("https://www.huggingface.co/user/repo/?a=b#c", ("user/repo", None, None, None)),
         (f"https://huggingface.co/user/repo/tree/{COMMIT}", ("user/repo", COMMIT, None, None)),
         ("https://huggingface.co/user/repo/blob/main", ("user/repo", "main", None, None)),
+        ("https://huggingface.co/user/repo?show_file_info=a%2Fb-Q4_K_M.gguf&x=1",
+         ("user/repo", None, None, "a/b-Q4_K_M.gguf")),
         ("https://huggingface.co/user/repo/tree/main/Q4_K_M",
          ("user/repo", "main", "Q4_K_M", None)),
         ("https://huggingface.co/user/repo/blob/main/file.gguf",

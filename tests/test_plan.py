@@ -31,6 +31,7 @@ from localmoe.gguf.model_meta import ModelMeta, read_meta
 from localmoe.gguf.tensors import TensorInfo
 from localmoe.hardware.machine import Gpu, Machine
 from localmoe.perf.figures import NOTHING_MEASURED, ComputePoint, Measured
+from localmoe.planner.buffers import can_hold_cache
 from localmoe.planner.model_bytes import GRAPHS_BYTES, OVERHEAD_BYTES, RAM, HostResidue
 from localmoe.planner.plan import Plan, best_plan, make_plan
 from localmoe.planner.request import PlanRequest
@@ -147,6 +148,15 @@ def expert_counts(plan: Plan, meta: ModelMeta) -> tuple[int, int]:
 
 def mib(n_bytes: int) -> int:
     return round(n_bytes / MIB)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_type", "can"),
+    [(128, "q8_0", True), (80, "q8_0", False), (80, "f16", True), (96, "q4_0", True)],
+)
+def test_a_cache_has_whole_blocks_of_each_head(head_dim: int, kv_type: KvType, can: bool) -> None:
+    meta = replace(meta_named("demo"), head_dim_k=head_dim)
+    assert can_hold_cache(meta, kv_type) is can
 
 
 def test_invented_machines() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..errors import UsageError, printable
 from ..hub.quants import base_label, label_of, near_labels, parse_label
@@ -201,6 +201,9 @@ def _linked(text: str) -> ModelName:
             "Download the file, then: localmoe run ./FILE.gguf",
         )
     parts = [unquote(part) for part in link.path.split("/") if part]
+    shown = parse_qs(link.query).get("show_file_info")
+    if shown and len(parts) >= 2:
+        return ModelName(text, repo=_repo("/".join(parts[:2])), file=_file(shown[0]))
     if parts and parts[0].lower() in NO_MODELS:
         raise UsageError(f"{printable(text)[:80]} is not a link to a model.")
     if len(parts) < 4 or parts[2] not in PAGES:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from string import Template
 
 import platformdirs
 
@@ -105,23 +106,30 @@ def optional_path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
+def expanded(env: Mapping[str, str], path: str) -> Path:
+    """Returns a path with `~` and `$NAME` resolved, as huggingface_hub resolves its variables."""
+    return Path(Template(path).safe_substitute(env)).expanduser()
+
+
 def hub_home(env: Mapping[str, str]) -> Path:
     """Returns Hugging Face's own folder."""
-    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser()
+    caches = expanded(env, env.get("XDG_CACHE_HOME") or "~/.cache")
+    said = env.get("HF_HOME")
+    return expanded(env, said) if said else caches / "huggingface"
 
 
 def hub_cache(env: Mapping[str, str]) -> Path:
     """The folder of downloaded models, which other tools share."""
     said = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
-    return Path(said).expanduser() if said else hub_home(env) / "hub"
+    return expanded(env, said) if said else hub_home(env) / "hub"
 
 
 def hub_token(env: Mapping[str, str]) -> str | None:
     """The token of this person, from a variable or from where `hf auth login` keeps it."""
     said = env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")
     if not said and env.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").lower() not in YES:
-        file = Path(env.get("HF_TOKEN_PATH") or hub_home(env) / "token").expanduser()
+        path = env.get("HF_TOKEN_PATH")
+        file = expanded(env, path) if path else hub_home(env) / "token"
         with contextlib.suppress(OSError, UnicodeDecodeError):
             said = read_regular(file).decode("utf-8")
     # a line break that was pasted along would end up in a header

@@ -54,6 +54,16 @@ def cell_bytes(meta: ModelMeta, layer: int, kv_type: KvType) -> int:
     return sum(row // n_values * n_bytes for row in rows)
 
 
+def can_hold_cache(meta: ModelMeta, kv_type: KvType) -> bool:
+    """Returns whether every head is a whole number of a type's blocks.
+
+    llama.cpp refuses others as it makes the context (src/llama-context.cpp).
+    """
+    n_values, _ = KV_BLOCKS[kv_type]
+    layers = (layer for layer, n in enumerate(meta.n_kv_heads[: meta.n_layers]) if n)
+    return all(dim % n_values == 0 for layer in layers for dim in head_dims(meta, layer))
+
+
 def shares_cache(meta: ModelMeta, layer: int) -> bool:
     """Whether a layer looks into an earlier layer's cache instead of having one."""
     window = meta.sliding_window

@@ -19,6 +19,7 @@ from ..gguf.model_meta import ModelMeta
 from ..hardware.machine import Gpu, Machine
 from ..perf.cost_model import Forecast, device_of, layer_devices
 from ..perf.figures import Figure, Measured
+from .buffers import can_hold_cache
 from .expert_packing import (
     GpuCapacity,
     Layer,
@@ -199,7 +200,7 @@ class Situation:
 
 
 def make_plan(machine: Machine, meta: ModelMeta, measured: Measured, request: PlanRequest) -> Plan:
-    """Plan a model on a machine. Raises DoesNotFit with the numbers and the nearest that fits."""
+    """Plans a model on a machine. Raises DoesNotFit with the numbers and the nearest that fits."""
     plan = best_plan(machine, meta, measured, request)
     if plan.fits:
         return replace(plan, alternatives=tuple(alternatives(machine, meta, measured, request)))
@@ -454,7 +455,7 @@ def nearest_fits(
         yield "-ub 512"
     smaller = replace(request, kv_type="q8_0")
     wide = request.kv_type in ("f16", "bf16", "f32")
-    if wide and best_plan(machine, meta, measured, smaller).fits:
+    if wide and can_hold_cache(meta, "q8_0") and best_plan(machine, meta, measured, smaller).fits:
         yield "-ctk q8_0"
     n_ctx = context_size(meta, request)[0] // 2
     while n_ctx >= SMALLEST_N_CTX:

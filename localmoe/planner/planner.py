@@ -13,7 +13,7 @@ from ..config.settings import Settings
 from ..engine.client import EngineProcess
 from ..engine.protocol import Request, Sampling
 from ..engine.rates import Tuning
-from ..errors import DoesNotFit, EngineError
+from ..errors import DoesNotFit, EngineError, UsageError
 from ..gguf.demo import DEMO
 from ..gguf.model_meta import ModelMeta, read_meta
 from ..hardware.detect import detect
@@ -31,6 +31,7 @@ from ..perf.cpu_tuning import (
 )
 from ..perf.figures import NOTHING_MEASURED, Measured
 from ..perf.store import MeasurementKey, MeasurementStore, key_of
+from .buffers import can_hold_cache
 from .fit import fit, overhead_bytes
 from .measuring import MeasuringEngine
 from .plan import Plan, make_plan
@@ -234,7 +235,14 @@ class Planner:
         )
         request = replace(request, batch_invariant=request.n_seq > 1 and not has_gpu)
         refusals: list[DoesNotFit] = []
-        for wish, why in fallbacks(request, self._open):
+        if not can_hold_cache(meta, request.kv_type):
+            heads = f"heads of {meta.head_dim_k} values"
+            raise UsageError(
+                f"A KV cache of {request.kv_type} can't hold this model's {heads}.",
+                "Leave -ctk out, or take f16.",
+            )
+        is_open = replace(self._open, kv_type=self._open.kv_type and can_hold_cache(meta, "q8_0"))
+        for wish, why in fallbacks(request, is_open):
             wanted = self._batch_shape.requests(wish, has_gpu) if self._batch_shape else [wish]
             requests: Iterable[PlanRequest] = (
                 r for w in wanted for r in requests_of(w, has_gpu, self._open, self._job.name)
