@@ -391,6 +391,46 @@ def test_a_closed_engine_leaves_no_process(tiny_model: Path) -> None:
     gc.collect()
 
 
+def test_the_working_directory_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    for name in ("numpy", "localmoe", "llama_cpp", "json", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "."]))
+    with EngineProcess(engine_environment()) as engine:
+        assert engine.devices().devices
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"Hello, I print to stdout.", "a frame of 1214606444 bytes"),
+        (b"\0\0\0\2{}", "not a message"),
+        (b"\0\0\0\x09{", "cut short"),
+    ],
+)
+def test_what_is_no_message_is_told_as_that(tmp_path: Path, sent: bytes, told: str) -> None:
+    """An engine that closes its output, or writes what is no frame, and lives on."""
+    server = tmp_path / "localmoe/engine/worker/server.py"
+    server.parent.mkdir(parents=True)
+    (tmp_path / "localmoe/__init__.py").touch()
+    server.write_text(
+        "import os\n"
+        "def main():\n"
+        f"    os.write(1, {sent!r})\n"
+        "    os.close(1)\n"
+        "    os.read(os.pipe()[0], 1)\n"  # for ever: it is killed
+    )
+    env = {**engine_environment(), "PYTHONPATH": str(tmp_path)}
+    with EngineProcess(env) as engine, pytest.raises(EngineError, match=told) as raised:
+        engine.devices()
+    assert "memory" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_nothing_secret_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")

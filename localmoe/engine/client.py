@@ -18,11 +18,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, BinaryIO, TypeVar, cast
 
 from pydantic import Field, TypeAdapter
 
-from ..errors import EngineError, ModelFileError, RequestError
+from ..errors import EngineError, ModelFileError, RequestError, printable
 from . import client
 from .protocol import (
     BandwidthsMeasured,
@@ -156,6 +157,15 @@ def engine_died(returncode: int | None, log: Sequence[str]) -> EngineError:
     return EngineError(f"{message}{f': {cause}' if cause else ''}.", hint)
 
 
+def engine_unreadable(reason: str) -> EngineError:
+    """Returns the error for an engine that ran on but could not be understood any more."""
+    why = f"sent what can't be read: {printable(reason)[:160]}" if reason else "fell silent"
+    return EngineError(
+        f"The engine {why}.",
+        "Run it again; if it happens again, reinstall localmoe (pip install --force-reinstall).",
+    )
+
+
 def signal_name(returncode: int | None) -> str:
     """The signal that ended a process, as its POSIX name; empty where none did."""
     if returncode is None:
@@ -188,6 +198,28 @@ Answer = TypeVar("Answer", bound=FromEngine)
 Inbox = queue.SimpleQueue["FromEngine | EngineError"]
 
 
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+"""Where this package lies, which the child must find there too."""
+# PYTHONSAFEPATH and -P would keep the working directory out, but only from Python 3.11 on; -I would
+# leave out packages that a person installed for themselves
+CHILD_PROGRAM = """\
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]
+sys.path.append(sys.argv.pop())
+from localmoe.engine.worker.server import main
+main()
+"""
+"""Starts the child without the working directory (the empty entry) on its module path."""
+
+
+def with_absolute_path(env: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment whose PYTHONPATH names no folder by way of the working directory."""
+    folders = env.get("PYTHONPATH", "").split(os.pathsep)
+    absolute = os.pathsep.join(folder for folder in folders if os.path.isabs(folder))
+    others = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    return {**others, "PYTHONPATH": absolute} if absolute else others
+
+
 class EngineProcess:
     """An engine process. `env` is its whole environment; `on_log` is given its native log lines."""
 
@@ -200,11 +232,11 @@ class EngineProcess:
         self._log: deque[str] = deque(maxlen=N_LOG_LINES)
         self._death: EngineError | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "localmoe.engine.worker.server"],
+            [sys.executable, "-c", CHILD_PROGRAM, str(PACKAGE_PARENT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**env, "GGML_NO_BACKTRACE": "1", "PYTHONSAFEPATH": "1"},
+            env={**with_absolute_path(env), "GGML_NO_BACKTRACE": "1"},
             start_new_session=True,  # a Ctrl-C at the terminal is for this process to interpret
         )
         self._threads = [
@@ -404,11 +436,20 @@ class EngineProcess:
     def _listen(self) -> None:
         """Give each message to who asked for it, until there is an end of it."""
         stdout = cast(BinaryIO, self._process.stdout)
-        with contextlib.suppress(client.ProtocolError, OSError):
+        broken = ""
+        try:
             while (message := client.read(stdout)) is not None:
                 self._deliver(cast(FromEngine, message))
+        except client.ProtocolError as error:
+            broken = str(error)
+        except OSError:  # its end was closed; how the process ended says why
+            pass
+        returncode, ended_itself = self._wait()
         self._threads[1].join(STOP_SECONDS)  # the last words
-        self._death = engine_died(self._wait(), self.log)
+        if ended_itself and (returncode or not broken):
+            self._death = engine_died(returncode, self.log)
+        else:
+            self._death = engine_unreadable(broken)
         inboxes = [*self._inboxes.values(), *self._shared.values()]
         for inbox in {id(inbox): inbox for inbox in inboxes}.values():
             inbox.put(self._death)
@@ -421,12 +462,13 @@ class EngineProcess:
             self._shared.pop(message.id, None)
         inbox.put(message)
 
-    def _wait(self) -> int | None:
+    def _wait(self) -> tuple[int, bool]:
+        """Returns the exit code of the process, and whether it ended without being killed here."""
         try:
-            return self._process.wait(STOP_SECONDS)
+            return self._process.wait(STOP_SECONDS), True
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            return self._process.wait(), False
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None

@@ -1,6 +1,6 @@
 """The child side of the process boundary: takes messages from stdin, answers on stdout.
 
-Started as `python -m localmoe.engine.worker.server`. One thread reads, so that a cancel reaches a
+Started by client.CHILD_PROGRAM. One thread reads, so that a cancel reaches a
 decode that is under way and the end of the parent ends this process; the main thread computes.
 """
 
