@@ -157,6 +157,28 @@ def test_the_engine_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["HTTPS_PROXY", "http_proxy", "ALL_PROXY", "DATABASE_URL", "PGPASS", "SSH_AUTH_SOCK", "MY_OWN"],
+)
+def test_what_an_engine_does_not_read_stays_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "http://me:secret@proxy:3128")
+    assert name not in engine_environment()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "GGML_VK_VISIBLE_DEVICES"]
+    + ["LLAMA_LOG_COLORS", "OMP_NUM_THREADS", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"]
+    + ["VK_ICD_FILENAMES", "XDG_DATA_DIRS", "CUDA_CACHE_PATH", "ROCR_VISIBLE_DEVICES"],
+)
+def test_what_llama_cpp_reads_reaches_the_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "some value")
+    assert engine_environment()[name] == "some value"
+
+
 def test_threads_do_not_spin_unless_the_person_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     assert engine_environment()["GOMP_SPINCOUNT"] == "3000"

@@ -26,6 +26,26 @@ HUB = "https://huggingface.co"
 YES = ("1", "true", "yes", "on")  # what huggingface_hub takes for it (constants.py)
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+ENGINE_NAMES = frozenset([
+    "PATH", "HOME", "USER", "LOGNAME", "USERPROFILE", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP",
+    "TMP", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "APPDATA", "LOCALAPPDATA",
+    "PROGRAMDATA", "PROGRAMFILES", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS",
+    "XDG_DATA_HOME", "XDG_DATA_DIRS", "XDG_RUNTIME_DIR", "PYTHONPATH", "PYTHONHOME",
+    "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE",
+    "PYTHONPYCACHEPREFIX", "__PYVENV_LAUNCHER__", "DRI_PRIME", "DISPLAY", "WAYLAND_DISPLAY",
+    "CONDA_PREFIX", "VIRTUAL_ENV", "WSL_DISTRO_NAME", "WSL_INTEROP",
+])  # fmt: skip
+"""What an engine needs of the system: folders, the language, how Python and drivers are found."""
+ENGINE_PREFIXES = (
+    "GGML_", "LLAMA_", PREFIX,
+    "LC_", "LD_", "DYLD_", "MALLOC_", "GLIBC_",
+    "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_",
+    "HIP_", "HSA_", "ROCR_", "ROCM_", "ROCBLAS_", "HIPBLASLT_", "TENSILE_", "AMD_", "GPU_",
+    "VK_", "MESA_", "RADV_", "ANV_", "AMDVLK_",
+    "SYCL_", "UR_", "ONEAPI_", "ZE_", "ZES_", "OCL_", "MTL_", "METAL_", "MUSA_",
+    "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "BLIS_",
+)  # fmt: skip
+"""llama.cpp and what it is built on: linking, CUDA, ROCm, Vulkan, SYCL, Metal, OpenMP, BLAS."""
 ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "3000", "GGML_CUDA_REGISTER_HOST": "1"}
 """Compute threads that spin for long while they wait for each other lose most of their speed to
 any other busy program (docs/notes/busy-machine.md)."""
@@ -42,10 +62,19 @@ def process_environment() -> Mapping[str, str]:
 
 
 def engine_environment(**wanted: str) -> dict[str, str]:
-    """The environment of an engine process: this one's without anything secret, and what suits
-    llama.cpp, and is `wanted` for a plan, where nothing else was said."""
-    env = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
+    """Returns the environment of an engine process, which needs little of this one's.
+
+    Whatever nothing in an engine reads stays out, and what is called a secret, too. What suits
+    llama.cpp, and what is `wanted` for a plan, count where nothing else was said.
+    """
+    env = {name: value for name, value in os.environ.items() if is_for_engine(name)}
     return {**ENGINE_DEFAULTS, **wanted, **env}
+
+
+def is_for_engine(name: str) -> bool:
+    """Whether an engine process is given this variable."""
+    is_known = name.upper() in ENGINE_NAMES or name.startswith(ENGINE_PREFIXES)
+    return is_known and not SECRET_NAMES.search(name)
 
 
 def state_folder() -> Path:
