@@ -34,7 +34,11 @@ def probe(path: str, placement: Placement) -> BufferSizes:
 
 
 def sizes_in(lines: list[str]) -> BufferSizes:
-    """The sizes that a log of making a context tells; caches of several kinds are summed."""
+    """The sizes that a log of making a context tells; caches of several kinds are summed.
+
+    Raises NativeError where the log tells of no compute buffer: every context has one, so this
+    llama.cpp words it otherwise, and 0 would count as measured.
+    """
     by_device: dict[str, dict[str, int]] = {"compute": defaultdict(int), "output": defaultdict(int)}
     cache_bytes = 0
     for line in lines:
@@ -43,4 +47,6 @@ def sizes_in(lines: list[str]) -> BufferSizes:
                 by_device[kind][match[1]] += round(float(match[2]) * MIB)
         if match := CACHE.search(line):
             cache_bytes += round(float(match[2]) * MIB)
+    if not any(by_device["compute"].values()):
+        raise llama.NativeError("llama.cpp's log does not tell how large its buffers are")
     return BufferSizes(dict(by_device["compute"]), dict(by_device["output"]), cache_bytes)
