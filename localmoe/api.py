@@ -153,20 +153,23 @@ class LocalMoE:
 
     def _living_engine(self) -> EngineProcess:
         """The engine, started again where it died."""
-        if not self._loaded.engine.is_alive:
-            self._revive(EngineError("The engine stopped."))
-        return self._loaded.engine
+        with self._revive.lock:
+            if not self._loaded.engine.is_alive:
+                self._revive(EngineError("The engine stopped."))
+            return self._loaded.engine
 
     def _come_back(self, error: EngineError, has_begun: bool) -> None:
-        if self._open is None:  # closed while the answer came
-            raise error
-        self._revive(error)
+        with self._revive.lock:
+            if self._open is None:  # closed while the answer came
+                raise error
+            self._revive(error)
 
     def close(self) -> None:
         """End the engine. Closing twice is no mistake."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        with self._revive.lock:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
 
     def __enter__(self) -> LocalMoE:
         return self

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,14 @@ def open_engine(
     `n_prompt` is about how many tokens a single prompt has.
     """
     callbacks = callbacks or LoadCallbacks()
-    with ModelResolver(settings, callbacks) as finder:
-        found = finder.fetch(finder.find(name))
-        measuring = finder.release_engine()
-    return load_found(found, settings, callbacks, workload, n_prompt=n_prompt, measuring=measuring)
+    with ExitStack() as owned:
+        with ModelResolver(settings, callbacks) as finder:
+            found = finder.fetch(finder.find(name))
+            measuring = finder.release_engine()
+            owned.enter_context(closed_on_error(measuring))
+        return load_found(
+            found, settings, callbacks, workload, n_prompt=n_prompt, measuring=measuring
+        )
 
 
 def load_local(
@@ -197,29 +202,51 @@ def load_once(
     measuring: MeasuringEngine | None = None,
 ) -> OpenModel:
     """Plans and loads. Raises OutOfMemory where a GPU had too little; the next plan knows it."""
-    meta = found.meta
-    path = meta.paths[0]  # llama.cpp wants the first shard, whichever was named
-    format = format_of(meta, think_of(settings))
-    if measuring is None or not measuring.process.is_alive:
-        measuring = MeasuringEngine(callbacks.warning, callbacks.log)
-    engine = measuring.process
-    try:
+    format = format_of(found.meta, think_of(settings))
+    with ExitStack() as owned:
+        if measuring is None or not measuring.process.is_alive:
+            measuring = MeasuringEngine(callbacks.warning, callbacks.log)
+        owned.callback(measuring.process.kill)
         planner = Planner(settings, workload, measuring, batch_shape, n_prompt)
-        note = callbacks.note if meta.file_bytes > QUICK_BYTES else None
-        plan = planner.plan_to_load(path, meta, on_note=note)
-        if plan.placement.n_gpu_layers:
-            engine.close()
-            check_nothing_was_taken(planner)
-            engine = EngineProcess(environment_of(plan.placement), callbacks.log)
-        if callbacks.warning and 0 < meta.context_length < plan.placement.n_ctx:
-            callbacks.warning(
-                f"The model was trained for {meta.context_length:,} tokens and loses the thread "
-                f"beyond; the context has {plan.placement.n_ctx:,}."
-            )
-        loaded = start(engine, planner, meta, plan, callbacks)
-    except BaseException:
-        engine.kill()
-        raise
+        engine, plan = engine_for(found.meta, planner, measuring, callbacks)
+        owned.callback(engine.kill)
+        loaded = start(engine, planner, found.meta, plan, callbacks)
+        opened = opened_model(found, settings, callbacks, planner, plan, engine, loaded, format)
+        owned.pop_all()
+    return opened
+
+
+def engine_for(
+    meta: ModelMeta, planner: Planner, measuring: MeasuringEngine, callbacks: LoadCallbacks
+) -> tuple[EngineProcess, Plan]:
+    """Plans, and returns the engine to load in: a new one where a GPU has a part."""
+    note = callbacks.note if meta.file_bytes > QUICK_BYTES else None
+    # llama.cpp wants the first shard, whichever was named
+    plan = planner.plan_to_load(meta.paths[0], meta, on_note=note)
+    if callbacks.warning and 0 < meta.context_length < plan.placement.n_ctx:
+        callbacks.warning(
+            f"The model was trained for {meta.context_length:,} tokens and loses the thread "
+            f"beyond; the context has {plan.placement.n_ctx:,}."
+        )
+    if not plan.placement.n_gpu_layers:
+        return measuring.process, plan
+    measuring.close()
+    check_nothing_was_taken(planner)
+    return EngineProcess(environment_of(plan.placement), callbacks.log), plan
+
+
+def opened_model(
+    found: ResolvedModel,
+    settings: Settings,
+    callbacks: LoadCallbacks,
+    planner: Planner,
+    plan: Plan,
+    engine: EngineProcess,
+    loaded: Loaded,
+    format: PromptFormat,
+) -> OpenModel:
+    """Returns a loaded model as its users see it, and notes what they can't have of it."""
+    meta = found.meta
     log = planner.speed_log(meta, plan)
     reasoning_markers = find_reasoning_markers(special_tokens(meta), engine, meta.chat_template)
     remark = thinking_remark(settings.think, meta.chat_template, reasoning_markers)
@@ -404,19 +431,30 @@ class EngineReloader:
 
     Called with the error, it gives the model to go on with. Raises LocalMoeError where it can't be
     loaded any more. The file is the one that was loaded: nothing is looked up or fetched.
+    Threads whose common engine died take turns (`lock`): the first loads it again for all.
     """
 
     loaded: OpenModel
     settings: Settings
     callbacks: LoadCallbacks = field(default_factory=LoadCallbacks)
     workload: Workload = "chat"
+    lock: threading.RLock = field(default_factory=threading.RLock, init=False)
     _n_oom_kills: int | None = field(default=None, init=False)
     _was_killed: bool = field(default=False, init=False)
+    _told: EngineError | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._n_oom_kills = oom_kills(sources())
 
     def __call__(self, error: EngineError) -> ChatModel:
+        with self.lock:
+            if self.loaded.engine.is_alive and self._told is error:
+                return self.loaded.model  # another thread was told of the same death
+            model = self._load_again(error)
+            self._told = error
+            return model
+
+    def _load_again(self, error: EngineError) -> ChatModel:
         loaded = self.loaded
         loaded.engine.kill()
         loaded.engine.close()
@@ -448,7 +486,8 @@ class EngineReloader:
         on_gpu = self.loaded.plan.placement.n_gpu_layers > 0
         if on_gpu and KILLED not in error.message:
             measuring = MeasuringEngine(self.callbacks.warning, self.callbacks.log)
-            Planner(self.settings, self.workload, measuring).reserve_more(self.loaded.meta)
+            with closed_on_error(measuring):
+                Planner(self.settings, self.workload, measuring).reserve_more(self.loaded.meta)
             return measuring
         self.settings = safer(self.settings, self.loaded.plan)
         return None

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmoe.api import LocalMoE
+from localmoe.callbacks import LoadCallbacks
 from localmoe.chat.chat import Chat
 from localmoe.config.settings import Settings, load_settings
 from localmoe.engine.protocol import Placement
@@ -163,6 +165,40 @@ def test_the_python_door_comes_back_too() -> None:
             use()
     with pytest.raises(LocalMoeError, match="closed"):
         next(moe.batch(["Hi"]))
+
+
+def test_no_engine_stays_where_a_callback_raises_behind_the_load() -> None:
+    def give_up(_: str) -> None:
+        raise KeyboardInterrupt
+
+    before = psutil.Process().children()
+    settings = SETTINGS.model_copy(update={"think": "low"})  # which is noted as unknown
+    with pytest.raises(KeyboardInterrupt):
+        open_engine("demo", settings, LoadCallbacks(note=give_up))
+    assert psutil.Process().children() == before
+
+
+def test_threads_whose_engine_died_share_its_next_one() -> None:
+    with LocalMoE("demo", ctx_size=256, tune=False, parallel=4) as moe:
+        messages = [{"role": "user", "content": HI}]
+        streams = [moe.stream(messages, temperature=0, grammar=LONG) for _ in range(4)]
+        firsts = [next(stream) for stream in streams]
+        kill(moe._loaded)
+        answers = [Answer() for _ in streams]
+
+        def listen(number: int) -> None:
+            for delta in (firsts[number], *streams[number]):
+                answers[number].add(delta)
+
+        pids = set[int]()
+        threads = [threading.Thread(target=listen, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+            pids.add(moe._loaded.engine.pid)
+        assert len(pids) == 1
+        assert all(WHOLE.fullmatch(answer.text) for answer in answers)
 
 
 # ---- the safer plan ----
