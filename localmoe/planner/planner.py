@@ -148,7 +148,9 @@ class Planner:
     def lost_bytes(self) -> int:
         """What other programs took of the GPUs since this planner looked at them."""
         now = {gpu.name: gpu.free_bytes for gpu in self._measuring.look_again().gpus}
-        return max((gpu.free_bytes - now[gpu.name] for gpu in self.here.gpus), default=0)
+        # of one that went away, all is lost
+        lost = (gpu.free_bytes - now.get(gpu.name, 0) for gpu in self.here.gpus)
+        return max(lost, default=0)
 
     def reserve_more(self, meta: ModelMeta) -> None:
         """Remembers that a plan of this model ran out of memory: the next ones leave more."""
