@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -30,7 +31,7 @@ from .config.settings import load_settings
 from .engine.client import EngineProcess
 from .engine.protocol import Delta, FinishReason, Sampling, Timings, Usage
 from .engine.retry import stream_with_retry
-from .errors import EngineError, LocalMoeError, UsageError
+from .errors import EngineError, LocalMoeError, PromptError, UsageError
 from .loading import EngineReloader, OpenModel, open_engine, open_vocabulary
 from .prompt.messages import Message, parse_messages
 from .prompt.reasoning import Answer
@@ -88,7 +89,10 @@ class LocalMoE:
     again, and what it was to answer begins anew.
     """
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, str):
+            raise UsageError(f"A model is a name or a path, not {type(model).__name__}.")
         self._model = model
         self._settings = load_settings(settings, model=model, aliases=model_aliases)
         self._open: OpenModel | None = open_engine(model, self._settings)
@@ -196,10 +200,18 @@ class LocalMoE:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
                 raise UsageError(f"There is no option {name}.", hint)
-        if not isinstance(options.get("stop", ""), str):
-            options["stop"] = tuple(options["stop"])
+        stop = options.get("stop")
+        if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes, dict)):
+            options["stop"] = tuple(stop)
         if isinstance(options.get("json_schema"), (dict, bool)):
-            options["json_schema"] = json.dumps(options["json_schema"])
+            try:
+                options["json_schema"] = json.dumps(options["json_schema"])
+            except (TypeError, ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema can't be written as JSON: {error}.") from None
+        for name in ("json_schema", "grammar"):
+            if not isinstance(options.get(name), (str, type(None))):
+                kind = type(options[name]).__name__
+                raise UsageError(f"{name} is {kind}, and should be a text.")
         form = {name: options.get(name) for name in ("json_schema", "grammar")}
         if any(form.values()):
             asked = Sampling(grammar=form["grammar"], json_schema=form["json_schema"])
@@ -226,7 +238,10 @@ def with_form(
 
 def conversation(messages: Sequence[Any]) -> list[Message]:
     """Checked messages; replies keep the tokens that were sampled for them."""
-    parsed = parse_messages(list(messages))
+    if not isinstance(messages, Iterable) or isinstance(messages, (str, bytes, Mapping)):
+        raise PromptError(f"The messages are {type(messages).__name__}, and should be a list.")
+    messages = list(messages)
+    parsed = parse_messages(messages)
     return [
         replace(message, tokens=given.tokens)
         if isinstance(given, Reply) and given["content"] == given.text

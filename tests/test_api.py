@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import localmoe
 from localmoe import LocalMoE, LocalMoeError, Reply
+from localmoe.api import Options
 from localmoe.errors import PromptError, UsageError
 
+NUMBERS = (
+    "temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 HI = [{"role": "user", "content": "Hi!"}]
 
 
@@ -162,3 +167,31 @@ def test_what_no_answer_could_be_held_to_is_refused_at_once(moe: LocalMoE) -> No
         moe.chat(HI, json_schema={"not": {"type": "string"}})
     with pytest.raises(UsageError, match="Leave one"):
         moe.chat(HI, json_schema="{}", grammar='root ::= "a"')
+
+
+@pytest.mark.parametrize("value", [object(), b"x", 3.5, {1}, {"x": object()}, [object()]])
+@pytest.mark.parametrize("name", sorted(set(Options.__annotations__) - {"logit_bias"}))
+def test_a_wrong_type_of_an_option_is_a_localmoe_error(
+    moe: LocalMoE, name: str, value: object
+) -> None:
+    if value == 3.5 and name in NUMBERS:
+        value = "a text"
+    with pytest.raises(LocalMoeError):
+        moe.chat(HI, **{name: value})  # type: ignore[arg-type]
+
+
+def test_none_is_what_was_not_said(moe: LocalMoE) -> None:
+    nothing = dict.fromkeys(Options.__annotations__)
+    assert moe.chat(HI, **{**nothing, "max_tokens": 1}).text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("messages", [None, 3, "Hi", b"Hi", {"role": "user"}, [None], [3]])
+def test_a_wrong_type_of_messages_is_a_localmoe_error(moe: LocalMoE, messages: object) -> None:
+    with pytest.raises(LocalMoeError):
+        moe.chat(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [None, 3, b"demo", ["demo"], Path("no-such-file.gguf")])
+def test_a_wrong_type_of_model_is_a_localmoe_error(model: object) -> None:
+    with pytest.raises(LocalMoeError):
+        LocalMoE(model)  # type: ignore[arg-type]
