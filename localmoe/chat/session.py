@@ -195,10 +195,12 @@ class Sessions:
 
     def unlock(self, name: str, lock: FileLock) -> None:
         """Let others have a session; where there is none of this name, leave nothing of it."""
-        if not os.path.lexists(self.path(name)):
-            with contextlib.suppress(OSError):  # Windows deletes no file that is open
-                self._lock_path(name).unlink()  # while it is held: nobody else's by then
-        lock.release()
+        try:
+            if not os.path.lexists(self.path(name)):
+                with contextlib.suppress(OSError):  # Windows deletes no file that is open
+                    self._lock_path(name).unlink()  # while it is held: nobody else's by then
+        finally:
+            lock.release()
 
     def _lock_path(self, name: str) -> Path:
         return self.path(name).with_name(f".{name}.lock")
