@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 import pytest
 
-from localmoe.cli import COMMANDS, cli
+from localmoe.cli import COMMANDS, cli, run_command
+from localmoe.errors import LocalMoeError
 
 COMMAND = [sys.executable, "-m", "localmoe"]
 
@@ -368,3 +369,10 @@ def test_chat_as_json_is_the_whole_conversation() -> None:
     document = json.loads(result.stdout)
     assert [m["role"] for m in document["messages"]] == ["user", "assistant"] * 2
     assert document["answers"][1]["usage"]["cached_tokens"] > 0
+
+
+def test_debug_behind_a_command_may_be_the_value_of_an_option() -> None:
+    assert run_command(["show", "no-such-file.gguf", "--debug"]) == 2
+    assert run_command(["run", "no-such-file.gguf", "hi", "--stop", "--debug"]) != 0
+    with pytest.raises(LocalMoeError):
+        run_command(["--debug", "run", "no-such-file.gguf", "hi"])

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 import click
@@ -189,7 +190,10 @@ def run_command(arguments: Sequence[str], takes_interrupts: bool = False) -> int
         discard_stdout()
         return 0
     except Exception as error:
-        if "--debug" in arguments and not isinstance(error, click.ClickException):
+        # behind the command, it may be the value of an option
+        if "--debug" in takewhile(lambda word: word.startswith("-"), arguments) and not isinstance(
+            error, click.ClickException
+        ):
             raise
         return report_error(error)
 
