@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,20 @@ def test_k_quants_answer(tmp_path: Path, engine: EngineProcess) -> None:
     make_model(path, replace(SHAPES["tiny"], n_embd=256, n_ff=256, n_vocab=32000), "Q4_K")
     engine.load(str(path), Placement(n_threads=2, n_ctx=512))
     assert len(tokens_of(answer(engine, Request(LONG_PROMPT, GREEDY, max_tokens=3)))) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps of a process as Linux shows them")
+def test_another_model_takes_the_place_of_the_first(
+    tiny_model: Path, tmp_path: Path, engine: EngineProcess
+) -> None:
+    second = tmp_path / "second.gguf"
+    shutil.copy(tiny_model, second)
+    for path in (tiny_model, second):
+        engine.load(str(path), Placement(n_threads=1, n_ctx=256))
+        assert answer(engine, Request(PROMPT, GREEDY, max_tokens=2))
+    maps = {found.path for found in psutil.Process(engine.pid).memory_maps()}
+    assert str(second) in maps
+    assert str(tiny_model) not in maps
 
 
 def test_the_vocabulary_alone_tokenizes(tiny_model: Path, engine: EngineProcess) -> None:

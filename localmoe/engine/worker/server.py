@@ -179,6 +179,10 @@ class Worker:
     def _load(self, load: Load) -> Loaded:
         started = time.perf_counter()
         self._reasons.clear()
+        if self._model is not None:
+            self._scheduler = self._vocab = None
+            self._model.free()
+            self._model = None
         if load.vocab_only:
             vocab = self._vocab = llama.LlamaModel(load.path, vocab_only=True).vocab
             return Loaded(load.id, vocab.facts, 0, time.perf_counter() - started)
