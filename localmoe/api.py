@@ -70,7 +70,7 @@ class Reply(dict[str, Any]):
     def __init__(self, answer: Answer) -> None:
         last = answer.last
         if last is None or not (last.finish_reason and last.usage and last.timings):
-            raise LocalMoeError("The answer has no end.", "It was left before it was whole.")
+            raise LocalMoeError("The answer is incomplete.", "Its stream was closed early.")
         super().__init__(role="assistant", content=answer.text)
         self.text = answer.text
         self.thinking = answer.thinking

@@ -225,7 +225,7 @@ def engine_for(
     plan = planner.plan_to_load(meta.paths[0], meta, on_note=note)
     if callbacks.warning and 0 < meta.context_length < plan.placement.n_ctx:
         callbacks.warning(
-            f"The model was trained for {meta.context_length:,} tokens and loses the thread "
+            f"The model was trained for {meta.context_length:,} tokens and is unreliable "
             f"beyond; the context has {plan.placement.n_ctx:,}."
         )
     if not plan.placement.n_gpu_layers:

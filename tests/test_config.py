@@ -66,7 +66,7 @@ def test_flags_come_before_variables_and_those_before_defaults() -> None:
         ("LOCALMOE_temp", "1", "Did you mean LOCALMOE_TEMP?"),
         ("LOCALMOE_STATES", "1", "Did you mean LOCALMOE_STATE?"),
         ("LOCALMOE_FLUX", "1", "LOCALMOE_FLUX: no setting is called that. Unset it."),
-        ("LOCALMOE_GRAMMAR", "a.gbnf", "belongs on the command line. Say --grammar there."),
+        ("LOCALMOE_GRAMMAR", "a.gbnf", "can be set on the command line only. Say --grammar there."),
         ("LOCALMOE_JSON_SCHEMA", "{}", "Say --json-schema there."),
     ],
 )

@@ -180,7 +180,7 @@ def test_a_server_without_ranges_that_always_drops_is_given_up(
     server: StandInHub, hub: Hub, file: RemoteFile
 ) -> None:
     server.fault = every(Fault(ignore_range=True, drop_after=5_000_000))
-    with pytest.raises(DownloadError, match=r"4 times in a row; 4\.0 MiB of 20\.0 MiB"):
+    with pytest.raises(DownloadError, match=r"Gave up after 4 tries; 4\.0 MiB of 20\.0 MiB"):
         pull(hub, file)
 
 
@@ -194,7 +194,7 @@ def test_patience_ends_in_a_sentence_and_the_next_call_goes_on(
     with pytest.raises(DownloadError) as refused:
         download(hub, [file], on_progress=seen.append, patience=slower)
     assert seen[-1].trouble == "The Hub is busy (HTTP 503)."
-    assert "4 times in a row; 12.0 MiB of 20.0 MiB" in refused.value.message
+    assert "Gave up after 4 tries; 12.0 MiB of 20.0 MiB" in refused.value.message
     assert "same command goes on" in refused.value.hint
     server.fault = None
     before = server.bytes_sent()

@@ -536,7 +536,7 @@ def test_rm_says_what_goes_and_asks(
     assert run_command(["pull", REPO, "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out)["files"][0])
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
-    refused(["rm", REPO], 2, "nobody to ask", "--yes", capsys=capsys)
+    refused(["rm", REPO], 2, "no terminal to ask on", "--yes", capsys=capsys)
     assert path.is_file()
     assert run_command(["rm", REPO, "--yes"]) == 0
     shown = capsys.readouterr().out

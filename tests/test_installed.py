@@ -367,7 +367,7 @@ def test_a_file_anywhere_is_held_against_the_hash_that_is_given(
     sha256 = hashlib.sha256(b"mine").hexdigest()
     (verdict,) = store.verify([path])
     assert (verdict.outcome, verdict.sha256) == ("unknown hash", sha256)
-    assert verdict.why == f"There is nothing to hold it against; its sha256 is {sha256}."
+    assert verdict.why == f"No known sha256 to compare it with; its sha256 is {sha256}."
     assert not store.is_verified(path)
     assert store.verify([path], {path: ExpectedHash(sha256)})[0].is_ok
     assert store.is_verified(path)

@@ -157,7 +157,7 @@ def test_a_name_that_the_catalog_has_twice_tells_nothing(house: House, tmp_path:
     house.catalog(entry("1" * 40, CONTENT) + again)
     (tmp_path / NAME).write_bytes(CONTENT)
     out, _ = house.type("verify", f"./{NAME}")
-    assert "There is nothing to hold it against" in out
+    assert "No known sha256 to compare it with" in out
 
 
 def test_a_path_into_the_cache_is_the_file_of_its_repository(house: House) -> None:
@@ -390,7 +390,7 @@ def test_rm_of_what_is_no_part_of_the_cache(house: House, tmp_path: Path) -> Non
     _, err = house.type("rm", "./mine.gguf", "-y", code=2)
     assert "it is a file of yours" in err
     _, err = house.type("rm", "demo", "-y", code=2)
-    assert err == "localmoe: demo ships with localmoe, and goes with it alone.\n"
+    assert err == "localmoe: demo ships with localmoe and can't be removed by itself.\n"
     assert DEMO.is_file()
     house.catalog(f"own:\n  path: {tmp_path / 'mine.gguf'}\n")
     _, err = house.type("rm", "own", "-y", code=2)

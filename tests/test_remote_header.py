@@ -250,7 +250,7 @@ def test_a_name_that_leads_out_is_refused(tmp_path: Path) -> None:
 
 def test_offline_without_a_header(tmp_path: Path) -> None:
     hub = hub_at("http://127.0.0.1:9", tmp_path, offline=True)
-    with pytest.raises(DownloadError, match="offline was asked for"):
+    with pytest.raises(DownloadError, match="Hub is not asked offline"):
         header_files(hub, [RemoteFile(REPO, "0" * 40, "m.gguf", 100, None)])
 
 

@@ -85,7 +85,7 @@ def test_every_text_comes_out_as_it_was(texts: list[str]) -> None:
         ("id,question\n1,Hi\n", "text", "names no column"),
         ("prompt\nHi, you\n", None, "Row 1 of table.csv has 2 fields"),
         ("prompt,prompt\na,b\n", None, "names a column twice"),
-        ('prompt\n"Hi\n', None, "no table in CSV"),
+        ('prompt\n"Hi\n', None, "not a valid CSV"),
         (b"prompt\nGr\xfc\xdfe\n", None, "not UTF-8"),
     ],
 )

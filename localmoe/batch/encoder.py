@@ -60,7 +60,7 @@ class RestartingVocabulary:
         except EngineError as error:
             self._crashes.add(error)
             self.close()
-            raise PromptError(f"The engine died of the prompt: {error.message}") from None
+            raise PromptError(f"The prompt crashed the engine: {error.message}") from None
         self._crashes.reset()
         return answer
 

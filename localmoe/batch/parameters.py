@@ -251,7 +251,7 @@ def _form(said: Mapping[str, Any]) -> dict[str, str] | None:
     if len(names) > 1:
         raise ItemError(
             "invalid_value",
-            f"{printable_name(names[0])} and {printable_name(names[1])} exclude another.",
+            f"{printable_name(names[0])} and {printable_name(names[1])} can't be used together.",
         )
     if not names:
         return None

@@ -214,7 +214,7 @@ def _check_columns(value: Mapping[str, Any], own: Sequence[str]) -> None:
         if own is ENVELOPE and is_parameter(name):
             raise ItemError(
                 "unknown_parameter",
-                f'The line has {printable_name(name)} beside its "body"; it belongs into it.',
+                f'The line has {printable_name(name)} beside its "body"; move it into it.',
             )
         near = near_parameter(name, own)
         if near:

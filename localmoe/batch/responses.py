@@ -212,7 +212,7 @@ class FileOutput:
         changes = [] if before is None or is_empty else differences(before, manifest)
         if changes and not resume_anyway:
             raise UsageError(
-                f"{path.name} was begun with something else: {', '.join(changes)}.",
+                f"{path.name} was started with other settings: {', '.join(changes)}.",
                 "Choose another -o, or go on all the same with --resume-anyway.",
             )
         if before != manifest:

@@ -63,7 +63,7 @@ def write_rows(source: BinaryIO, target: BinaryIO, name: str, template: str | No
     except UnicodeDecodeError:
         raise UsageError(f"{name} is not UTF-8 text.", 'Save it as "CSV UTF-8".') from None
     except csv.Error as error:
-        raise UsageError(f"{name} is no table in CSV: {error}.") from None
+        raise UsageError(f"{name} is not a valid CSV file: {error}.") from None
     finally:
         text.detach()
     source.seek(0)

@@ -254,7 +254,7 @@ def not_here(name: ModelName) -> UsageError:
     """The error for a name of which the cache has nothing."""
     text = printable(name.text)
     if name.key and name.path and name.path.is_relative_to(PACKAGE):
-        return UsageError(f"{text} ships with localmoe, and goes with it alone.")
+        return UsageError(f"{text} ships with localmoe and can't be removed by itself.")
     if name.path:
         what = f"{text} is not in the cache: it is a file of yours."
         return UsageError(what, "Delete it yourself.")
@@ -264,4 +264,4 @@ def not_here(name: ModelName) -> UsageError:
 def only_elsewhere(name: ModelName, copy: InstalledModel) -> UsageError:
     """The error for a name of which the cache has a copy of another repository."""
     what = f"Of {printable(name.text)} the cache has only the copy of another repository."
-    return UsageError(what, printable(f"If that shall go: localmoe rm {copy.repo}:{copy.label}"))
+    return UsageError(what, printable(f"To remove that one: localmoe rm {copy.repo}:{copy.label}"))

@@ -313,7 +313,7 @@ def unfinished_document(broken_off: PartialDownload) -> dict[str, Any]:
 def confirm() -> None:
     """Ask at a terminal; without one nobody can say yes. Raises click.Abort for a no."""
     if not sys.stdin.isatty():
-        raise UsageError("Nothing was deleted: there is nobody to ask.", "Say --yes.")
+        raise UsageError("Nothing was deleted: there is no terminal to ask on.", "Say --yes.")
     try:
         if click.confirm("Delete?", err=True):
             return

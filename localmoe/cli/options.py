@@ -89,7 +89,7 @@ think_option = click.option(
     "--think",
     type=click.Choice(["on", "off", "hide", "low", "medium", "high"]),
     help="Whether a reasoning model thinks before it answers: shown, not at all, or unseen; or how "
-    "hard. Unsaid, it does as it is used to.",
+    "hard. By default the model decides.",
 )
 chat_options = group_of(
     click.option(

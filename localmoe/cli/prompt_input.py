@@ -66,7 +66,10 @@ def whole_prompt(
     if not given or given == ["-"]:
         if sys.stdin.isatty() and not given:
             raise UsageError("There is no prompt.", 'Try: localmoe run demo "Hi!"')
-        return file_text("-")
+        text = file_text("-")
+        if not text.strip():
+            raise UsageError("There is no prompt: stdin is empty.", 'Try: localmoe run demo "Hi!"')
+        return text
     parts = [file_text("-") if prompt == "-" else prompt] if prompt else []
     parts += [file_text(file) for file in files]
     if "-" not in given:

@@ -204,9 +204,7 @@ def variables_said(env: Mapping[str, str]) -> dict[str, Said]:
             raise _unknown_variable(variable)
         if name in ONE_COMMAND:
             hint = f"Say --{name.replace('_', '-')} there."
-            raise UsageError(
-                f"{variable}: what one answer must be belongs on the command line.", hint
-            )
+            raise UsageError(f"{variable} can be set on the command line only.", hint)
         if name in said and said[name].value != text:
             raise UsageError(
                 f"{said[name].where} and {variable} say different things.", "Unset one."

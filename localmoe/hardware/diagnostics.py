@@ -191,7 +191,7 @@ def driver_findings(host: Host) -> Iterator[Finding]:
     """Driver tools that are there and don't work."""
     for trouble in host.cards.troubles:
         how = "Run nvidia-smi yourself; reinstall NVIDIA's driver or restart the machine."
-        yield Finding("warning", f"NVIDIA's driver is in trouble: {trouble}.", how, "nvidia-smi")
+        yield Finding("warning", f"NVIDIA's driver is not working: {trouble}.", how, "nvidia-smi")
 
 
 def busy_gpus(gpus: Iterable[Gpu]) -> Iterator[Finding]:

@@ -292,7 +292,7 @@ class Hub:
 
     def _need_network(self, repo: str) -> None:
         if self.access.offline:
-            what = f"{repo} is not in the cache, at least not all of it, and offline was asked for."
+            what = f"{repo} is not in the cache, or not whole, and the Hub is not asked offline."
             raise DownloadError(what, OFFLINE_HINT)
         if self.access.token and not TOKEN.fullmatch(self.access.token):
             # before an error of a library shows it

@@ -136,7 +136,7 @@ class HttpClient:
         found = extent(response.status, response.headers)
         if not found or (response.status == 206 and not _is_asked(found, start, end)):
             response.close()
-            raise DownloadError(f"{route} sends other bytes than it was asked for.")
+            raise DownloadError(f"{route} returned other bytes than were asked for.")
         return RemoteBytes(response, route, *found)
 
     def get(self, url: str, stall_s: float) -> bytes:

@@ -243,7 +243,7 @@ class Transfer:
         here, whole = gib(self.n_bytes_here), gib(self.file.n_bytes)
         what = self.trouble or "The connection broke off."
         raise DownloadError(
-            f"{what} That was {self.patience.tries} times in a row; {here} of {whole} of "
+            f"{what} Gave up after {self.patience.tries} tries; {here} of {whole} of "
             f"{self.file.base_name} are here and kept.",
             "The same command goes on from there.",
         )

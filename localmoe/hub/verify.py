@@ -292,7 +292,7 @@ def verify_file(
         why = "It changed while it was read."
         return Verdict(path, "unreadable", why, found.n_bytes, found.sha256, expected)
     if not expected:
-        why = f"There is nothing to hold it against; its sha256 is {found.sha256}."
+        why = f"No known sha256 to compare it with; its sha256 is {found.sha256}."
         return Verdict(path, "unknown hash", why, found.n_bytes, found.sha256)
     if found.sha256 != expected.sha256:
         stamps.void(path)

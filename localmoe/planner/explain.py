@@ -24,7 +24,7 @@ def context_size(meta: ModelMeta, request: PlanRequest) -> tuple[int, str]:
         n_ctx = trained or DEFAULT_N_CTX
         return n_ctx, f"context of {n_ctx} tokens: all that the model was trained for, as asked"
     if trained and request.n_ctx > trained:
-        why = f"as asked, but the model was trained for {trained} and loses the thread beyond"
+        why = f"as asked, but the model was trained for {trained} and is unreliable beyond"
         return request.n_ctx, f"context of {request.n_ctx} tokens: {why}"
     return request.n_ctx, f"context of {request.n_ctx} tokens: as asked"
 

@@ -262,7 +262,7 @@ def think(repl: Repl, argument: str) -> None:
         return
     said = [m for m in repl.ready().messages if m.role == "assistant" and m.thinking]
     if not said:
-        raise UsageError("The model did not think so far.", "Some models never do.")
+        raise UsageError("The model has not thought so far.", "Some models never do.")
     repl.tell(said[-1].thinking.strip())
 
 
@@ -383,7 +383,7 @@ def show_settings(repl: Repl, argument: str) -> None:
         ("session", kept_as(repl)),
         ("sampling", ", ".join(f"{option_name(n)} {drawn_by(sampling, n)}" for n in drawn)),
         ("answers", f"max-tokens {shown_limit(settings.max_tokens)}, stop {stops(settings.stop)}"),
-        ("thinking", settings.think or "as the model is used to"),
+        ("thinking", settings.think or "the model's default"),
         ("when full", settings.on_full),
         *waiting(repl),
         *last_prompt(repl),

@@ -52,7 +52,7 @@ def check_grammar(text: str) -> None:
     stray = re.search(r'["\[\]]', bare)
     if stray:
         line = bare[: stray.start()].count("\n") + 1
-        raise UsageError(f"The grammar's line {line} has a {stray[0]} without its other half.")
+        raise UsageError(f"The grammar's line {line} has a {stray[0]} that nothing closes.")
     if text.count("(") > MAX_GROUPS:
         raise UsageError(f"The grammar has more than {MAX_GROUPS} groups.")
     if bare.count("(") != bare.count(")"):

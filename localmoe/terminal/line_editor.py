@@ -1,6 +1,6 @@
-"""The keyboard while nobody is asked for a line: what is typed ahead waits, unseen.
+"""The line editor: what a person types at a terminal, with a history and completion.
 
-What a person types at a terminal: lines and whole texts, with a history and completion.
+What is typed ahead while nobody is asked for a line waits, unseen.
 """
 
 from __future__ import annotations

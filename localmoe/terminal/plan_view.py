@@ -50,13 +50,13 @@ def plan_lines(plan: Plan, meta: ModelMeta, title: str, explain: bool) -> Iterat
 
 
 def forecast_line(expected: Forecast) -> str:
-    """`forecast: 187 tok/s in, 12.4 out; off by 8 and 5 % so far`."""
+    """`forecast: 187 tok/s in, 12.4 out; off by 8% in and 5% out so far`."""
     line = f"forecast: {rate(expected.prompt_tps)} tok/s in, {rate(expected.generation_tps)} out"
     if expected.basis == "formula":
-        return f"{line}, by formula: nothing was run here yet"
-    errors = [expected.prompt_error, expected.generation_error]
-    shown = " and ".join("?" if error is None else f"{error:.0%}" for error in errors)
-    return f"{line}; off by {shown} so far"
+        return f"{line}, by formula: no speed was measured here yet"
+    errors = {"in": expected.prompt_error, "out": expected.generation_error}
+    known = [f"{error:.0%} {way}" for way, error in errors.items() if error is not None]
+    return f"{line}; off by {' and '.join(known)} so far" if known else line
 
 
 def rate(tps: float) -> str:
