@@ -124,4 +124,4 @@ def test_a_resolver_closes_an_engine_that_nobody_took(two_quants: str) -> None:
 
 def engines() -> list[psutil.Process]:
     """The engine processes that this process has."""
-    return [child for child in psutil.Process().children() if ENGINE in child.cmdline()]
+    return [child for child in psutil.Process().children() if ENGINE in str(child.cmdline())]
