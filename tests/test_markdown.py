@@ -10,8 +10,9 @@ import pytest
 
 from localmoe.engine.protocol import Delta
 from localmoe.terminal.answer_view import AnswerView
+from localmoe.terminal.cells import n_cells
 from localmoe.terminal.markdown import Markdown
-from localmoe.terminal.spans import StyledLine, StyledText, n_cells, parse_inline, wrap
+from localmoe.terminal.spans import StyledLine, StyledText, parse_inline, wrap
 
 SGR = re.compile(r"\x1b\[[\d;]*m")
 CODE = (

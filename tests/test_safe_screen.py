@@ -14,6 +14,7 @@ from localmoe.engine.protocol import Delta
 from localmoe.repl.repl import Repl
 from localmoe.terminal import console
 from localmoe.terminal.answer_view import AnswerView, PlainView
+from localmoe.terminal.cells import cropped, n_cells
 from localmoe.terminal.progress import name_ending
 
 N_STREAMS = 10_000
@@ -151,15 +152,13 @@ def test_columns_stand_under_each_other_whatever_they_hold(
         [("NAME", "TITLE", "N"), ("会話", "日本語の題名", "1"), ("e\u0301", "plain", "2")]
     )
     rows = capsys.readouterr().out.splitlines()
-    places = {
-        console.n_cells(row[: row.rindex(last)]) for row, last in zip(rows, "N12", strict=True)
-    }
+    places = {n_cells(row[: row.rindex(last)]) for row, last in zip(rows, "N12", strict=True)}
     assert len(places) == 1
 
 
 def test_a_line_is_cut_by_its_cells() -> None:
-    assert console.cropped("日本語", 5) == "日本"
-    assert console.cropped("日本語", 6) == "日本語"
-    assert console.cropped("plain", 3) == "pla"
-    assert console.cropped("日", 1) == ""
+    assert cropped("日本語", 5) == "日本"
+    assert cropped("日本語", 6) == "日本語"
+    assert cropped("plain", 3) == "pla"
+    assert cropped("日", 1) == ""
     assert name_ending("日本語.gguf", 8) == "…語.gguf"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UNSAFE_CHARACTERS, escape_unsafe
+from .cells import cropped, n_cells
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,22 +145,6 @@ def table(rows: Sequence[Sequence[str]]) -> None:
         )
         line = "  ".join(cells)
         print((line if room is None else cropped(line, room)).rstrip())
-
-
-def n_cells(text: str) -> int:
-    """Returns how many cells of a terminal a text takes: a Chinese character takes two."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len  # start-up, 27 ms
-
-    return cell_len(text)
-
-
-def cropped(text: str, room: int) -> str:
-    """Returns the beginning of a text that has room in so many cells."""
-    if n_cells(text) <= room:
-        return text
-    return text[: next(n for n in range(len(text), -1, -1) if n_cells(text[:n]) <= room)]
 
 
 class StatusLine:

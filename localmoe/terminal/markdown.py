@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from .cells import n_cells
 from .console import safe
 from .highlight import Highlighter
-from .spans import BOLD, DIM, UNDERLINE, StyledLine, StyledText, n_cells, paint, parse_inline, wrap
+from .spans import BOLD, DIM, UNDERLINE, StyledLine, StyledText, paint, parse_inline, wrap
 
 DELIMITER = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 CELL_END = re.compile(r"(?<!\\)\|")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..callbacks import LoadCallbacks
 from ..catalog.resolve import ModelResolver
 from . import console
+from .cells import n_cells
 
 if TYPE_CHECKING:
     from ..callbacks import DownloadProgress, LoadCallbacks
@@ -108,15 +109,15 @@ def download_line(progress: DownloadProgress) -> str:
         parts.append(f"{duration(progress.seconds_left)} left")
     parts.append(of_whole(progress.n_bytes_done, progress.n_bytes_total))
     shown = ", ".join(parts)
-    room = max(MIN_NAME, COLUMNS - console.n_cells(shown) - 2)
+    room = max(MIN_NAME, COLUMNS - n_cells(shown) - 2)
     return f"{shown}: {name_ending(progress.file_name, room)}"
 
 
 def name_ending(name: str, room: int) -> str:
     """The end of a name, which tells more of it: quant and shard."""
-    if console.n_cells(name) <= room:
+    if n_cells(name) <= room:
         return name
-    start = next(n for n in range(len(name)) if console.n_cells(name[n:]) < room)
+    start = next(n for n in range(len(name)) if n_cells(name[n:]) < room)
     return f"…{name[start:]}"
 
 

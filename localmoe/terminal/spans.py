@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from rich.cells import cell_len
-
+from .cells import char_cells, n_cells
 from .console import safe
 
 BOLD, ITALIC, STRIKE, UNDERLINE, DIM, CODE = "1", "3", "9", "4", "2", "36"
 """SGR parameters (ECMA-48, 8.3.117)."""
-TAB_CELLS = 8
 
 INLINE = re.compile(
     r"\\(?P<escaped>[*_`#+\-.!~|<>])"
@@ -65,22 +62,6 @@ def paint(spans: Sequence[StyledText]) -> StyledLine:
             text += f"\x1b[{span.sgr}m{shown}\x1b[0m" if span.sgr else shown
             cells += n_cells(shown)
     return StyledLine(text, cells)
-
-
-def n_cells(text: str) -> int:
-    """How many cells of a terminal a text takes; rather one too many."""
-    if text.isascii() and "\t" not in text:
-        return len(text)
-    n = 0
-    for char in text:
-        n += TAB_CELLS - n % TAB_CELLS if char == "\t" else char_cells(char)
-    return n
-
-
-@lru_cache(maxsize=4096)
-def char_cells(char: str) -> int:
-    """How many cells of a terminal a character takes."""
-    return 1 if char == "\ufe0f" else cell_len(char)  # it makes many a sign before it wider
 
 
 # ---- marks ----
