@@ -262,10 +262,12 @@ def asked_of(
 ) -> tuple[Key, Request, ReasoningMarkers | None]:
     """Returns a pending request as a dispatcher takes it. Only chats have thinking to part."""
     markers = options.reasoning_markers if ask.chat else None
-    return key, engine_request(ask, options), markers
+    return key, engine_request(ask, options, markers), markers
 
 
-def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
+def engine_request(
+    ask: PendingRequest, options: RunOptions, markers: ReasoningMarkers | None
+) -> Request:
     """Returns a pending request as the engine takes it."""
     return Request(
         tokens=ask.tokens,
@@ -275,9 +277,7 @@ def engine_request(ask: PendingRequest, options: RunOptions) -> Request:
         strip_leading_space=ask.chat and options.answers_start_text and not ask.is_begun,
         stream=False,
         reuse_prefix=options.reuse_prefix,
-        reasoning_tokens=options.reasoning_markers.ids
-        if options.reasoning_markers and ask.chat
-        else (),
+        reasoning_tokens=markers.ids if markers else (),
     )
 
 

@@ -14,26 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..engine.interfaces import Tokenizer
-from ..engine.protocol import Delta, Request, Sampling, TextPiece
+from ..engine.protocol import Delta, Request, TextPiece
 from ..structured.check import is_structured
 from .messages import Message
-from .reasoning_tags import TagSplitter, TextTags, find_text_tags
+from .reasoning_tags import TAG_PAIRS, TagSplitter, TextTags, find_text_tags
 
 Kind = Literal["text", "thinking"]
 
-# openers and closers of thinking, and the word behind an opener that is no part of it: Qwen3,
-# DeepSeek, GLM and most others; Magistral; Seed-OSS; Gemma 4; Command A; Sky-T1; EXAONE
-BRACKETS = (
-    ("<think>", "</think>", ""),
-    ("[THINK]", "[/THINK]", ""),
-    ("<seed:think>", "</seed:think>", ""),
-    ("<|channel>", "<channel|>", "thought"),
-    ("<|START_THINKING|>", "<|END_THINKING|>", ""),
-    ("<|begin_of_thought|>", "<|end_of_thought|>", ""),
-    ("<thinking>", "</thinking>", ""),
-    ("<thought>", "</thought>", ""),
-    ("<reasoning>", "</reasoning>", ""),
-)
 # <|start|>assistant<|channel|>analysis<|message|>...<|end|>, of gpt-oss
 # (https://cookbook.openai.com/articles/openai-harmony)
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
@@ -90,32 +77,22 @@ def find_reasoning_markers(
     `special` are the texts of its control and user-defined tokens. Where there are several kinds,
     that which the `template` names comes first.
     """
-    kinds = [HARMONY, *sorted((pair[:2] for pair in BRACKETS), key=lambda p: p[0] not in template)]
-    headers = {opener: header for opener, _, header in BRACKETS}
-    for texts in kinds:
-        if not special.issuperset(texts):
-            continue
-        encoded = tokenizer.tokenize([TextPiece(text, special=True) for text in texts])
-        if all(len(ids) == 1 for ids in encoded):
-            ids = [encoded_ids[0] for encoded_ids in encoded]
-            if texts == HARMONY:
-                return HarmonyMarkers(*ids)
-            return ThinkMarkers(ids[0], ids[1], headers[texts[0]])
+    if ids := _single_ids(HARMONY, special, tokenizer):
+        return HarmonyMarkers(*ids)
+    for pair in sorted(TAG_PAIRS, key=lambda pair: pair.opener not in template):
+        if ids := _single_ids((pair.opener, pair.closer), special, tokenizer):
+            return ThinkMarkers(ids[0], ids[1], pair.header)
     return find_text_tags(template, tokenizer)
 
 
-def begins_inside(
-    markers: ReasoningMarkers | None, prompt: Sequence[int], sampling: Sampling
-) -> bool:
-    """Whether the prompt itself opened the thinking that the answer goes on with.
-
-    A grammar's text begins at once, wherever the template has put it.
-    """
-    return (
-        isinstance(markers, (ThinkMarkers, TextTags))
-        and not is_structured(sampling)
-        and markers.is_open_after(prompt)
-    )
+def _single_ids(
+    texts: Sequence[str], special: frozenset[str], tokenizer: Tokenizer
+) -> list[int] | None:
+    """The ids of some special tokens; None where one of the texts isn't a token of its own."""
+    if not special.issuperset(texts):
+        return None
+    encoded = tokenizer.tokenize([TextPiece(text, special=True) for text in texts])
+    return [ids[0] for ids in encoded] if all(len(ids) == 1 for ids in encoded) else None
 
 
 def join_reasoning(
@@ -188,7 +165,8 @@ def split_reasoning(
 
     Tokens of markers and headers count as thinking, so that those of the text spell it exactly.
     """
-    if markers is None or (isinstance(markers, TextTags) and is_structured(request.sampling)):
+    is_bound = is_structured(request.sampling)  # its text begins at once, whatever a prompt opened
+    if markers is None or (isinstance(markers, TextTags) and is_bound):
         yield from deltas
         return
     splitter: _Brackets | _Harmony | TagSplitter
@@ -197,7 +175,7 @@ def split_reasoning(
     elif isinstance(markers, TextTags):
         splitter = TagSplitter(markers.closer_after(request.tokens))
     else:
-        splitter = _Brackets(markers, begins_inside(markers, request.tokens, request.sampling))
+        splitter = _Brackets(markers, not is_bound and markers.is_open_after(request.tokens))
     for delta in deltas:
         yield from splitter.feed(delta)
 

@@ -9,20 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..engine.interfaces import Tokenizer
 from ..engine.protocol import Delta, TextPiece
 
-TAGS = (
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought", "<channel|>"),
-    ("Here is my thought process:", "Here is my response:"),
+
+class TagPair(NamedTuple):
+    """What stands around thinking; `header` is the word behind the opener that is no part of it."""
+
+    opener: str
+    closer: str
+    header: str = ""
+
+
+TAG_PAIRS = (
+    TagPair("<think>", "</think>"), TagPair("[THINK]", "[/THINK]"),
+    TagPair("<seed:think>", "</seed:think>"), TagPair("<|channel>", "<channel|>", "thought"),
+    TagPair("<|START_THINKING|>", "<|END_THINKING|>"),
+    TagPair("<|begin_of_thought|>", "<|end_of_thought|>"), TagPair("<thinking>", "</thinking>"),
+    TagPair("<thought>", "</thought>"), TagPair("<reasoning>", "</reasoning>"),
+    TagPair("◁think▷", "◁/think▷"),
+    TagPair("Here is my thought process:", "Here is my response:"),
 )  # fmt: skip
-"""Openers and closers: most models; EXAONE; Seed-OSS; Magistral; Kimi; Sky-T1; Command A; Gemma 4
-without its tokens; Granite 3.2."""
+"""Qwen3, DeepSeek, GLM and most others; Magistral; Seed-OSS; Gemma 4; Command A; Sky-T1; EXAONE;
+Kimi; Granite 3.2. A vocabulary may have tokens for them (reasoning.py), or they are plain text."""
+TAGS = tuple((pair.opener + pair.header, pair.closer) for pair in TAG_PAIRS)
+"""As plain text, a header is a part of its opener."""
 BEHIND_OPENER = ("", "\n", "\n\n")
 N_TAIL = 2
 
@@ -37,10 +50,6 @@ class TextTags:
     def ids(self) -> tuple[int, ...]:
         """No ids part thinking from answer here."""
         return ()
-
-    def is_open_after(self, prompt: Sequence[int]) -> bool:
-        """Returns whether an answer to this prompt begins inside the thinking."""
-        return self.closer_after(prompt) != ""
 
     def closer_after(self, prompt: Sequence[int]) -> str:
         """Returns what closes the thinking that a prompt opened; "" where it opened none."""
