@@ -299,16 +299,21 @@ def test_a_killed_writer_loses_nothing_that_was_kept(store: Sessions) -> None:
         assert [m.content for m in messages[::2]] == [f"{n}?" for n in range(len(messages) // 2)]
 
 
+FULL_DISK = (
+    "import resource, signal, sys\n"
+    "from pathlib import Path\n"
+    "from localmoe.errors import LocalMoeError\n"
+    "from localmoe.prompt.messages import Message\n"
+    "from localmoe.chat.session import Sessions\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+)
+"""How a program begins whose files may not grow beyond a limit, as on a disk that is full."""
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_the_file_as_it_was(store: Sessions) -> None:
     path = written(store, TURN)
     before = path.read_bytes()
-    program = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from localmoe.errors import LocalMoeError\n"
-        "from localmoe.prompt.messages import Message\n"
-        "from localmoe.chat.session import Sessions\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    program = FULL_DISK + (
         "session = Sessions(Path(sys.argv[1])).open('one')\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 20,) * 2)\n"
         "try:\n"
@@ -362,13 +367,7 @@ def test_what_another_program_writes_while_the_chat_runs_stays(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="limits of POSIX")
 def test_a_full_disk_leaves_no_empty_session(store: Sessions) -> None:
-    program = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from localmoe.errors import LocalMoeError\n"
-        "from localmoe.prompt.messages import Message\n"
-        "from localmoe.chat.session import Sessions\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    program = FULL_DISK + (
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "with Sessions(Path(sys.argv[1])).new('one', 'demo') as session:\n"
         "    for _ in range(2):\n"
