@@ -28,11 +28,11 @@ from localmoe.gguf.demo import DEMO
 from localmoe.structured.check import (
     OutputMismatch,
     check_answer,
-    check_grammar,
     unheld_parts,
     with_held_schema,
 )
 from localmoe.structured.formats import PATTERNS as FORMAT_PATTERNS
+from localmoe.structured.gbnf import check_grammar
 from localmoe.structured.keywords import HELD, REFUSED, TYPES
 from localmoe.structured.llguidance_schema import hold_schema
 

@@ -16,63 +16,14 @@ from typing import Any
 
 from ..engine.protocol import Sampling
 from ..errors import LocalMoeError, UsageError
-from .gbnf import MAX_BEGINNINGS, GrammarTooLarge, LeftRecursion, check_expansion
+from .gbnf import check_grammar
 from .llguidance_schema import hold_schema
 
-MAX_GRAMMAR_CHARS = 4 << 20
-MAX_GROUPS = 4000
-"""As many as the engine takes (engine/native/llama.py): llama.cpp's parser recurses on groups."""
-RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)[ \t]*::=", re.MULTILINE)
-# comments, literals and sets: what stands in them names no rule
-NOT_NAMES = re.compile(r'#[^\n]*|"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]')
 DECIMAL = re.compile(r"Decimal\('([^']*)'\)")
-NAME = re.compile(r"(?<![a-zA-Z0-9_{,-])[a-zA-Z][a-zA-Z0-9_-]*")
 
 
 class OutputMismatch(LocalMoeError):
     """An answer that isn't what its schema demands."""
-
-
-def check_grammar(text: str) -> None:
-    """Raises UsageError on a grammar that llama.cpp would surely refuse.
-
-    The rest it says itself, once a model is loaded.
-    """
-    if not text.strip():
-        raise UsageError("The grammar is empty.", "It needs a rule named root.")
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise UsageError(f"The grammar is larger than {MAX_GRAMMAR_CHARS >> 20} MiB.")
-    bad = re.search("[\0\ud800-\udfff]", text)
-    if bad:
-        raise UsageError(f"The grammar holds no text at character {bad.start() + 1}.")
-    bare = NOT_NAMES.sub(lambda found: " " if found[0][0] != "\n" else "\n", text)
-    rules = set(RULE.findall(bare))
-    if "root" not in rules:
-        raise UsageError('The grammar has no rule named "root".', "The answer begins with it.")
-    stray = re.search(r'["\[\]]', bare)
-    if stray:
-        line = bare[: stray.start()].count("\n") + 1
-        raise UsageError(f"The grammar's line {line} has a {stray[0]} that nothing closes.")
-    if text.count("(") > MAX_GROUPS:
-        raise UsageError(f"The grammar has more than {MAX_GROUPS} groups.")
-    if bare.count("(") != bare.count(")"):
-        raise UsageError('The grammar has not as many "(" as ")".')
-    for found in NAME.finditer(bare):
-        if found[0] not in rules:
-            line = bare[: found.start()].count("\n") + 1
-            raise UsageError(f'The grammar\'s line {line} names "{found[0]}", which has no rule.')
-    try:
-        check_expansion(text)
-    except LeftRecursion as error:
-        raise UsageError(
-            f'The grammar\'s rule "{error}" begins with itself (left recursion).',
-            "Write repetition instead: item item*.",
-        ) from None
-    except GrammarTooLarge:
-        raise UsageError(
-            f"The grammar begins in more than {MAX_BEGINNINGS:,} ways, too many to follow.",
-            "Make it simpler.",
-        ) from None
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -1,4 +1,4 @@
-"""How a GBNF grammar expands: left recursion, and beginnings too many for llama.cpp to follow.
+"""Checks a GBNF grammar before a model is there: its names, left recursion, and how it expands.
 
 llama.cpp keeps a stack for each way in which a text may go on, and makes all of them before the
 first character (llama_grammar_advance_stack, src/llama-grammar.cpp). A rule that begins with itself
@@ -11,10 +11,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..errors import UsageError
+
 MAX_BEGINNINGS = 100_000
 """Ways in which a grammar may begin: a tenth of a second in llama.cpp."""
-MAX_DEPTH = 400
+MAX_GRAMMAR_CHARS = 4 << 20
+MAX_GROUPS = 4000
+"""As many as the engine takes (engine/native/llama.py): llama.cpp's parser recurses on groups."""
 RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)[ \t]*::=", re.MULTILINE)
+NAME = re.compile(r"(?<![a-zA-Z0-9_{,-])[a-zA-Z][a-zA-Z0-9_-]*")
 COMMENT_OR_TEXT = re.compile(r'(#[^\n]*)|("(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\])')
 TOKEN = re.compile(r'"|\.|[a-zA-Z0-9_-]+|\(|\)|\||[*+?]|\{[0-9, \t]*\}')
 
@@ -40,6 +45,48 @@ class GrammarTooLarge(Exception):
 
 class LeftRecursion(Exception):
     """A rule that begins with itself; the exception's text is its name."""
+
+
+def check_grammar(text: str) -> None:
+    """Raises UsageError on a grammar that llama.cpp would surely refuse.
+
+    The rest it says itself, once a model is loaded.
+    """
+    if not text.strip():
+        raise UsageError("The grammar is empty.", "It needs a rule named root.")
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise UsageError(f"The grammar is larger than {MAX_GRAMMAR_CHARS >> 20} MiB.")
+    bad = re.search("[\0\ud800-\udfff]", text)
+    if bad:
+        raise UsageError(f"The grammar holds no text at character {bad.start() + 1}.")
+    bare = COMMENT_OR_TEXT.sub(" ", text)  # what stands in comments, literals and sets is no name
+    rules = set(RULE.findall(bare))
+    if "root" not in rules:
+        raise UsageError('The grammar has no rule named "root".', "The answer begins with it.")
+    stray = re.search(r'["\[\]]', bare)
+    if stray:
+        line = bare[: stray.start()].count("\n") + 1
+        raise UsageError(f"The grammar's line {line} has a {stray[0]} that nothing closes.")
+    if text.count("(") > MAX_GROUPS:
+        raise UsageError(f"The grammar has more than {MAX_GROUPS} groups.")
+    if bare.count("(") != bare.count(")"):
+        raise UsageError('The grammar has not as many "(" as ")".')
+    for found in NAME.finditer(bare):
+        if found[0] not in rules:
+            line = bare[: found.start()].count("\n") + 1
+            raise UsageError(f'The grammar\'s line {line} names "{found[0]}", which has no rule.')
+    try:
+        check_expansion(text)
+    except LeftRecursion as error:
+        raise UsageError(
+            f'The grammar\'s rule "{error}" begins with itself (left recursion).',
+            "Write repetition instead: item item*.",
+        ) from None
+    except GrammarTooLarge:
+        raise UsageError(
+            f"The grammar begins in more than {MAX_BEGINNINGS:,} ways, too many to follow.",
+            "Make it simpler.",
+        ) from None
 
 
 def check_expansion(text: str) -> None:
