@@ -262,7 +262,7 @@ def think(repl: Repl, argument: str) -> None:
         return
     said = [m for m in repl.ready().messages if m.role == "assistant" and m.thinking]
     if not said:
-        raise UsageError("The model has not thought so far.", "Some models never do.")
+        raise UsageError("The model did not think so far.", "Some models never do.")
     repl.tell(said[-1].thinking.strip())
 
 
